@@ -522,19 +522,21 @@ mod tests {
     fn surroundings_are_those_that_were_asked_for() {
         let (stdin, stdin_writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
         let (output, output_writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
-        nix::unistd::write(&stdin_writer, b"from seven").unwrap();
+        nix::unistd::write(&stdin_writer, b"from stdin").unwrap();
         drop(stdin_writer);
-        let script =
-            format!("echo $A; pwd; test ! -e /proc/self/fd/{}; echo $?; cat <&7", output.as_raw_fd());
+        let script = format!(
+            "echo $A; pwd; test ! -e /proc/self/fd/{}; echo $?; cat </proc/self/fd/77",
+            output.as_raw_fd()
+        );
         let mut command = shell(&script);
         command.variable("A", "b c").unwrap().directory(Path::new("/proc")).unwrap();
         command.variable("PATH", "/bin:/usr/bin").unwrap();
-        command.descriptor(7, stdin.as_fd()).descriptor(1, output_writer.as_fd());
+        command.descriptor(77, stdin.as_fd()).descriptor(1, output_writer.as_fd());
         let child = command.spawn().unwrap();
         drop(output_writer);
         let mut text = String::new();
         std::fs::File::from(output).read_to_string(&mut text).unwrap();
-        assert_eq!(text, "b c\n/proc\n0\nfrom seven");
+        assert_eq!(text, "b c\n/proc\n0\nfrom stdin");
         assert!(wait_blocking(&child).unwrap().success());
     }
 
