@@ -1,0 +1,530 @@
+//! Carrying out mounts: from the fstab-like form that snapshotters hand out to the kernel's mount calls.
+//!
+//! A mount is first made detached (`fsopen`, or `open_tree` for a bind mount), gets all its attributes, and is
+//! then attached by one `move_mount`: nobody ever sees it half made, a read-only bind mount is never writable,
+//! and what the filesystem has to say about a bad option comes back in its own words. What a kernel lacks of
+//! this falls back to mount(2).
+//!
+//! The shim and the daemon both mount through this module.
+
+mod calls;
+mod classic;
+mod idmap;
+mod options;
+
+use std::ffi::CString;
+use std::fs;
+use std::io::Read;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use davit_model::{Coded, ErrorCode, Mount};
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
+pub use nix::mount::MntFlags;
+use nix::mount::{MsFlags, umount2};
+use nix::sys::stat::{Mode, SFlag, fstat};
+
+use calls::Attributes;
+use options::Options;
+
+/// The most bytes of a value that `fsconfig(2)` takes.
+const LONGEST_VALUE: usize = 255;
+
+/// Why a mount or unmount failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An option that cannot be carried out.
+    #[error("mount option {option:?} of {mount}: {reason}")]
+    Option {
+        /// The mount, `kind source`.
+        mount: String,
+        /// The option.
+        option: String,
+        /// Why not.
+        reason: &'static str,
+    },
+    /// A kind of mount that is not done here, or not on this kernel.
+    #[error("cannot mount {mount}: {reason}")]
+    Unsupported {
+        /// The mount, `kind source`.
+        mount: String,
+        /// Why not.
+        reason: &'static str,
+    },
+    /// The kernel refused.
+    #[error("{syscall}{} for {mount}{}", in_parentheses(.option), in_parentheses(.log))]
+    Syscall {
+        /// The mount, `kind source on target`, or only the target.
+        mount: String,
+        /// The system call.
+        syscall: &'static str,
+        /// The option that was being set.
+        option: Option<String>,
+        /// What the filesystem wrote into its log about it.
+        log: Option<String>,
+        /// The system's answer.
+        source: Errno,
+    },
+}
+
+fn in_parentheses(text: &Option<String>) -> String {
+    text.as_ref().map(|text| format!(" ({text})")).unwrap_or_default()
+}
+
+impl Error {
+    /// The system's answer, if it was the kernel that refused.
+    pub fn errno(&self) -> Option<Errno> {
+        match self {
+            Error::Syscall { source, .. } => Some(*source),
+            Error::Option { .. } | Error::Unsupported { .. } => None,
+        }
+    }
+}
+
+impl Coded for Error {
+    fn code(&self) -> ErrorCode {
+        match self {
+            Error::Option { .. } => ErrorCode::InvalidArgument,
+            Error::Unsupported { .. } => ErrorCode::Unimplemented,
+            Error::Syscall { source: Errno::EPERM | Errno::EACCES, .. } => ErrorCode::PermissionDenied,
+            Error::Syscall {
+                source: Errno::ENOSPC | Errno::ENOMEM | Errno::EMFILE | Errno::ENFILE, ..
+            } => ErrorCode::ResourceExhausted,
+            Error::Syscall { .. } => ErrorCode::Unknown,
+        }
+    }
+}
+
+/// Carries out `mounts` in order, each on `target` or, where it names one, on a path below it. That path is
+/// resolved as if `target` were the root of the filesystem, so that no link in it leads elsewhere; `target`
+/// itself must exist and not be a symbolic link.
+///
+/// The options are those of fstab(5): flags, propagation, and the rest for the filesystem. `uidmap` and `gidmap`
+/// make an idmapped mount, or for an overlay idmapped lower folders, as containerd does.
+///
+/// # Errors
+/// See [`Error`]. All that was mounted before is unmounted again, except for a `remount`.
+pub fn mount_all(mounts: &[Mount], target: &Path) -> Result<(), Error> {
+    let mut done: Vec<OwnedFd> = Vec::new();
+    for mount in mounts {
+        match mount_one(mount, target, Interface::Newest) {
+            Ok(point) => done.extend(point),
+            Err(error) => {
+                done.iter().rev().for_each(detach);
+                return Err(error);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Takes the topmost mount off `target`. A target that is no mount point, or not there, is no error; a symbolic
+/// link is not followed.
+///
+/// # Errors
+/// [`Error::Syscall`], with `EBUSY` while it is in use and `flags` lacks `MNT_DETACH`.
+pub fn unmount(target: &Path, flags: MntFlags) -> Result<(), Error> {
+    take_off(target, flags).map(drop)
+}
+
+/// Takes every mount off `target`, and all that is mounted below it; what is in use is detached and ends with its
+/// last user. A target with no mounts, or not there, is no error.
+///
+/// # Errors
+/// [`Error::Syscall`].
+pub fn unmount_all(target: &Path) -> Result<(), Error> {
+    let mut found = false;
+    while take_off_even_busy(target)? {
+        found = true;
+    }
+    // With a mount gone from here, all that was mounted in it is gone. Only without one there can be more.
+    if !found {
+        for point in mount_points_below(target)? {
+            while take_off_even_busy(&point)? {}
+        }
+    }
+    Ok(())
+}
+
+/// True when there was one to take off.
+fn take_off(target: &Path, flags: MntFlags) -> Result<bool, Error> {
+    match umount2(target, flags | MntFlags::UMOUNT_NOFOLLOW) {
+        Ok(()) => Ok(true),
+        // EINVAL is also what a symbolic link and a mount that is locked in a user namespace get.
+        Err(Errno::EINVAL | Errno::ENOENT | Errno::ENOTDIR) => Ok(false),
+        Err(source) => Err(Error::Syscall {
+            mount: target.display().to_string(),
+            syscall: "umount2",
+            option: None,
+            log: None,
+            source,
+        }),
+    }
+}
+
+fn take_off_even_busy(target: &Path) -> Result<bool, Error> {
+    match take_off(target, MntFlags::empty()) {
+        Err(Error::Syscall { source: Errno::EBUSY, .. }) => take_off(target, MntFlags::MNT_DETACH),
+        result => result,
+    }
+}
+
+/// Every mount point strictly below `target`, the last mounted first.
+fn mount_points_below(target: &Path) -> Result<Vec<PathBuf>, Error> {
+    let Ok(target) = fs::canonicalize(target) else { return Ok(Vec::new()) };
+    // A thread can have a mount namespace of its own.
+    let table = fs::read("/proc/thread-self/mountinfo").map_err(|error| Error::Syscall {
+        mount: target.display().to_string(),
+        syscall: "read mountinfo",
+        option: None,
+        log: None,
+        source: error.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
+    })?;
+    let mut points: Vec<PathBuf> = table
+        .split(|byte| *byte == b'\n')
+        .filter_map(|line| line.split(|byte| *byte == b' ').nth(4))
+        .map(|field| PathBuf::from(std::ffi::OsStr::from_bytes(&unescape(field))))
+        .filter(|point| *point != target && point.starts_with(&target))
+        .collect();
+    points.reverse();
+    Ok(points)
+}
+
+/// Undoes the `\ooo` that mountinfo has for blanks, newlines and backslashes (proc_pid_mountinfo(5)).
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut text = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let [first, tail @ ..] = rest {
+        if let [b'\\', a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', tail @ ..] = rest {
+            text.push(((a - b'0') << 6) | ((b - b'0') << 3) | (c - b'0'));
+            rest = tail;
+        } else {
+            text.push(*first);
+            rest = tail;
+        }
+    }
+    text
+}
+
+/// Which calls to mount with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Interface {
+    /// The new mount API, and mount(2) where that falls short.
+    Newest,
+    /// Only mount(2).
+    #[cfg(test)]
+    Classic,
+}
+
+/// Answers the mount point for undoing, unless there is nothing to undo.
+fn mount_one(mount: &Mount, target: &Path, interface: Interface) -> Result<Option<OwnedFd>, Error> {
+    let job = Job { mount, target, options: Options::parse(mount)? };
+    if mount.kind.starts_with("fuse.") || mount.kind.starts_with("fuse3.") {
+        return Err(job.unsupported("mount helpers are not run here"));
+    }
+    if mount.kind.contains('/') {
+        return Err(job.unsupported("its kind is for a mount manager"));
+    }
+    let point = job.open_point()?;
+    if job.options.flags.contains(MsFlags::MS_REMOUNT) {
+        return classic::remount(&job, &point).map(|()| None);
+    }
+    let result = if interface == Interface::Newest { job.attach(&point) } else { Err(Failure::Missing) };
+    match result {
+        Ok(()) => {}
+        Err(Failure::Missing) => classic::attach(&job, &point)?,
+        Err(Failure::Refused(error)) => return Err(error),
+    }
+    Ok(Some(point))
+}
+
+/// Takes the topmost mount off the place that is open as `point`, in cleaning up after another error.
+fn detach(point: &OwnedFd) {
+    // The link of the descriptor leads to the place itself; umount2 then steps onto what is mounted there.
+    let _ = umount2(&classic::fd_path(point), MntFlags::MNT_DETACH);
+}
+
+fn describe(mount: &Mount) -> String {
+    format!("{} {}", mount.kind, mount.source)
+}
+
+/// Why the new mount API did not do it.
+enum Failure {
+    /// This kernel has not got it, or it cannot take these options.
+    Missing,
+    /// It would be no different the old way.
+    Refused(Error),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Failure {
+        Failure::Refused(error)
+    }
+}
+
+/// One mount on its way.
+struct Job<'a> {
+    mount: &'a Mount,
+    target: &'a Path,
+    options: Options,
+}
+
+/// Lower folders mounted where the overlay is going to be; gone with this value.
+struct IdmappedLowers<'a> {
+    point: &'a OwnedFd,
+    /// Keeps the path alive through which the overlay finds them.
+    _tree: OwnedFd,
+}
+
+impl Drop for IdmappedLowers<'_> {
+    fn drop(&mut self) {
+        detach(self.point);
+    }
+}
+
+impl Job<'_> {
+    fn describe(&self) -> String {
+        let Mount { kind, source, target, .. } = self.mount;
+        let separator = if target.is_empty() || target.starts_with('/') { "" } else { "/" };
+        format!("{kind} {source} on {}{separator}{target}", self.target.display())
+    }
+
+    fn error(&self, syscall: &'static str, source: Errno) -> Error {
+        Error::Syscall { mount: self.describe(), syscall, option: None, log: None, source }
+    }
+
+    fn unsupported(&self, reason: &'static str) -> Error {
+        Error::Unsupported { mount: describe(self.mount), reason }
+    }
+
+    /// For a call that a kernel may lack.
+    fn failure(&self, syscall: &'static str) -> impl Fn(Errno) -> Failure {
+        move |errno| match errno {
+            Errno::ENOSYS => Failure::Missing,
+            errno => Failure::Refused(self.error(syscall, errno)),
+        }
+    }
+
+    fn text(&self, text: &str) -> Result<CString, Error> {
+        CString::new(text).map_err(|_| Error::Option {
+            mount: describe(self.mount),
+            option: text.replace('\0', "\\0"),
+            reason: "contains a NUL byte",
+        })
+    }
+
+    /// Opens the place to mount on: the root of what is mounted there last, if anything is.
+    fn open_point(&self) -> Result<OwnedFd, Error> {
+        let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+        let root = open(self.target, flags | OFlag::O_NOFOLLOW, Mode::empty())
+            .map_err(|errno| self.error("open target", errno))?;
+        let kind = fstat(&root).map_err(|errno| self.error("fstat target", errno))?.st_mode;
+        if SFlag::from_bits_truncate(kind) & SFlag::S_IFMT == SFlag::S_IFLNK {
+            return Err(self.error("open target", Errno::ELOOP));
+        }
+        if self.mount.target.is_empty() {
+            return Ok(root);
+        }
+        let how = OpenHow::new()
+            .flags(flags)
+            .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+        openat2(&root, self.mount.target.as_str(), how).map_err(|errno| self.error("openat2 target", errno))
+    }
+
+    /// Mounts on `point` by the new API; nothing is mounted after an error.
+    fn attach(&self, point: &OwnedFd) -> Result<(), Failure> {
+        let tree = if self.options.bind() { self.bind_tree()? } else { self.filesystem_tree(point)? };
+        calls::move_mount(tree.as_fd(), point.as_fd()).map_err(self.failure("move_mount"))?;
+        // A mount that is attached to a shared one becomes shared, so the propagation comes last.
+        let propagation = self.options.propagation;
+        if !propagation.is_empty() {
+            let recursive = propagation.contains(MsFlags::MS_REC);
+            let attributes =
+                Attributes { propagation: (propagation & !MsFlags::MS_REC).bits(), ..Attributes::default() };
+            calls::mount_setattr(tree.as_fd(), &attributes, recursive).map_err(|errno| {
+                detach(point);
+                self.failure("mount_setattr (propagation)")(errno)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn bind_tree(&self) -> Result<OwnedFd, Failure> {
+        let source = self.text(&self.mount.source)?;
+        let tree = calls::clone_tree(None, &source, self.options.recursive())
+            .map_err(self.failure("open_tree source"))?;
+        let (set, clear) = (self.options.attributes(), self.options.cleared_attributes());
+        if set != 0 || clear != 0 {
+            // As with mount(2), the attributes are for the source itself, not for mounts below it.
+            let attributes = Attributes { set, clear, ..Attributes::default() };
+            calls::mount_setattr(tree.as_fd(), &attributes, false).map_err(self.failure("mount_setattr"))?;
+        }
+        if let Some((users, groups)) = &self.options.mapping {
+            self.idmap(tree.as_fd(), users, groups, 0)?;
+        }
+        Ok(tree)
+    }
+
+    fn filesystem_tree(&self, point: &OwnedFd) -> Result<OwnedFd, Failure> {
+        let kind = self.text(&self.mount.kind)?;
+        let fs = calls::fsopen(&kind).map_err(self.failure("fsopen"))?;
+        match &self.options.mapping {
+            Some((users, groups)) if self.mount.kind == "overlay" => {
+                // The overlay keeps private copies of the lower mounts, so they can go once it is made.
+                let (data, _lowers) = self.idmap_lowers(point, users, groups)?;
+                self.configure(fs.as_fd(), &data)
+            }
+            Some((users, groups)) => {
+                let tree = self.configure(fs.as_fd(), &self.options.data)?;
+                self.idmap(tree.as_fd(), users, groups, 0)?;
+                Ok(tree)
+            }
+            None => self.configure(fs.as_fd(), &self.options.data),
+        }
+    }
+
+    /// Tells the filesystem its options and makes a detached mount of it.
+    fn configure(&self, fs: BorrowedFd<'_>, data: &[String]) -> Result<OwnedFd, Failure> {
+        if !self.mount.source.is_empty() {
+            self.set(fs, "source", Some(&self.mount.source))?;
+        }
+        for flag in self.options.superblock() {
+            self.set(fs, flag, None)?;
+        }
+        let overlay = self.mount.kind == "overlay";
+        for option in data {
+            if overlay && option.contains('\\') {
+                // Escapes belong to the one string of mount(2).
+                return Err(Failure::Missing);
+            }
+            match option.split_once('=') {
+                Some(("lowerdir", list)) if overlay => {
+                    for directory in list.split(':') {
+                        // One by one there is no limit of a page, since Linux 6.8. An empty name makes the next
+                        // a data-only layer, which has a parameter of its own.
+                        if directory.is_empty() {
+                            return Err(Failure::Missing);
+                        }
+                        self.set(fs, "lowerdir+", Some(directory))?;
+                    }
+                }
+                Some((key, value)) => self.set(fs, key, Some(value))?,
+                None => self.set(fs, option, None)?,
+            }
+        }
+        calls::fsconfig_create(fs).map_err(|errno| self.refused(fs, "fsconfig (create)", None, errno))?;
+        calls::fsmount(fs, self.options.attributes()).map_err(self.failure("fsmount"))
+    }
+
+    fn set(&self, fs: BorrowedFd<'_>, key: &str, value: Option<&str>) -> Result<(), Failure> {
+        if value.is_some_and(|value| value.len() > LONGEST_VALUE) {
+            return Err(Failure::Missing);
+        }
+        let value_text = value.map(|value| self.text(unquoted(key, value))).transpose()?;
+        calls::fsconfig_set(fs, &self.text(key)?, value_text.as_deref()).map_err(|errno| {
+            let option = value.map_or_else(|| key.to_owned(), |value| format!("{key}={value}"));
+            match self.refused(fs, "fsconfig", Some(option), errno) {
+                Failure::Refused(Error::Syscall { log: Some(log), .. })
+                    if key == "lowerdir+" && log.contains("Unknown parameter") =>
+                {
+                    Failure::Missing
+                }
+                failure => failure,
+            }
+        })
+    }
+
+    /// An error with all that the filesystem logged about it.
+    fn refused(
+        &self,
+        fs: BorrowedFd<'_>,
+        syscall: &'static str,
+        option: Option<String>,
+        source: Errno,
+    ) -> Failure {
+        Failure::Refused(Error::Syscall { mount: self.describe(), syscall, option, log: log(fs), source })
+    }
+
+    fn idmap(&self, tree: BorrowedFd<'_>, users: &str, groups: &str, set: u64) -> Result<(), Failure> {
+        let namespace = idmap::user_namespace(users, groups).map_err(|failure| match failure {
+            idmap::Failure::Syntax => Error::Option {
+                mount: describe(self.mount),
+                option: format!("uidmap={users},gidmap={groups}"),
+                reason: "want container-id:host-id:length[,…]",
+            },
+            idmap::Failure::Kernel(step, errno) => self.error(step, errno),
+        })?;
+        let attributes = Attributes {
+            set: set | libc::MOUNT_ATTR_IDMAP,
+            propagation: libc::MS_PRIVATE,
+            user_namespace: std::os::fd::AsRawFd::as_raw_fd(&namespace) as u64,
+            ..Attributes::default()
+        };
+        calls::mount_setattr(tree, &attributes, true).map_err(self.failure("mount_setattr (idmap)"))
+    }
+
+    /// Mounts the folder that holds all lower folders, idmapped and read-only, on `point`, and answers the
+    /// options of an overlay that finds them there.
+    fn idmap_lowers<'p>(
+        &self,
+        point: &'p OwnedFd,
+        users: &str,
+        groups: &str,
+    ) -> Result<(Vec<String>, IdmappedLowers<'p>), Error> {
+        let lower = options::lower_directories(&self.options.data).unwrap_or_default();
+        let Some(common) = options::common_directory(&lower) else {
+            return Err(Error::Option {
+                mount: describe(self.mount),
+                option: format!("uidmap={users}"),
+                reason: "needs lower folders with a folder in common",
+            });
+        };
+        let tree = calls::clone_tree(None, &self.text(common)?, true)
+            .map_err(|errno| self.error("open_tree lowerdir", errno))?;
+        self.idmap(tree.as_fd(), users, groups, libc::MOUNT_ATTR_RDONLY).map_err(
+            |failure| match failure {
+                Failure::Missing => self.unsupported("id mappings need mount_setattr(2) of Linux 5.12"),
+                Failure::Refused(error) => error,
+            },
+        )?;
+        calls::move_mount(tree.as_fd(), point.as_fd())
+            .map_err(|errno| self.error("move_mount lowerdir", errno))?;
+        let prefix = classic::fd_path(&tree);
+        let mapped: Vec<String> =
+            lower.iter().map(|path| format!("{}{}", prefix.display(), &path[common.len()..])).collect();
+        let data = options::replace_lower_directories(&self.options.data, &mapped);
+        Ok((data, IdmappedLowers { point, _tree: tree }))
+    }
+}
+
+/// The value without the quotes that only the one string of mount(2) needs around a security context.
+fn unquoted<'a>(key: &str, value: &'a str) -> &'a str {
+    if matches!(key, "context" | "fscontext" | "defcontext" | "rootcontext") {
+        value.strip_prefix('"').and_then(|value| value.strip_suffix('"')).unwrap_or(value)
+    } else {
+        value
+    }
+}
+
+/// The messages of a filesystem configuration, each `e text`, `w text` or `i text`.
+fn log(fs: BorrowedFd<'_>) -> Option<String> {
+    let mut file = fs::File::from(fs.try_clone_to_owned().ok()?);
+    let mut messages = Vec::new();
+    let mut buffer = [0u8; 1024];
+    // The kernel keeps the last eight.
+    while messages.len() < 8 {
+        match file.read(&mut buffer) {
+            Ok(length) if length > 0 => {
+                let message = String::from_utf8_lossy(&buffer[..length]);
+                messages.push(message.trim_end().chars().skip(2).collect::<String>());
+            }
+            _ => break,
+        }
+    }
+    (!messages.is_empty()).then(|| messages.join("; "))
+}
+
+#[cfg(test)]
+mod tests;
