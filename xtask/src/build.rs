@@ -1,0 +1,74 @@
+//! Building the programs: the shim in its own profile, put beside the daemon.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+/// The folder of the workspace.
+pub fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new(".")).to_owned()
+}
+
+/// A command in the folder of the workspace, shown before it runs.
+///
+/// # Errors
+/// It cannot be started, or it fails.
+pub fn run(program: &str, args: &[&str]) -> Result<()> {
+    run_with(program, args, &[])
+}
+
+/// The same with more environment.
+///
+/// # Errors
+/// It cannot be started, or it fails.
+pub fn run_with(program: &str, args: &[&str], env: &[(&str, &str)]) -> Result<()> {
+    println!("$ {program} {}", args.join(" "));
+    let status = Command::new(program)
+        .args(args)
+        .envs(env.iter().copied())
+        .current_dir(workspace())
+        .status()
+        .with_context(|| format!("cannot run {program}"))?;
+    if !status.success() {
+        bail!("{program} {}: {status}", args.first().copied().unwrap_or_default());
+    }
+    Ok(())
+}
+
+/// Builds `davitd`, `davit`, the shim and the test programs, and gives the folder that holds them all.
+///
+/// The shim is built with the profile `shim` and replaces the plain build of it, so that the binaries lie together as
+/// they are installed.
+///
+/// # Errors
+/// The build fails.
+pub fn all(release: bool) -> Result<PathBuf> {
+    let mut args = vec!["build", "--workspace", "--bins"];
+    if release {
+        args.push("--release");
+    }
+    run("cargo", &args)?;
+    run("cargo", &["build", "--package", "davit-shim", "--profile", "shim"])?;
+    let target = target_folder();
+    let folder = target.join(if release { "release" } else { "debug" });
+    let shim = "containerd-shim-davit-v2";
+    // Copied beside and renamed: a shim that runs keeps its file.
+    let new = folder.join(format!("{shim}.new"));
+    fs::copy(target.join("shim").join(shim), &new).context("cannot copy the shim")?;
+    fs::rename(&new, folder.join(shim)).context("cannot put the shim in place")?;
+    Ok(folder)
+}
+
+fn target_folder() -> PathBuf {
+    match std::env::var_os("CARGO_TARGET_DIR") {
+        Some(folder) => workspace().join(folder),
+        None => workspace().join("target"),
+    }
+}
+
+/// True when `cargo NAME` exists.
+pub fn has_cargo_command(name: &str) -> bool {
+    Command::new(format!("cargo-{name}")).arg("--version").output().is_ok_and(|output| output.status.success())
+}

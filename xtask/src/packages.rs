@@ -1,0 +1,48 @@
+//! What the quickstart and the tests need from the system, by the names of Debian's packages.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Result, bail};
+
+use crate::build::run_with;
+
+/// A package and a file that tells that it is there.
+pub type Package = (&'static str, &'static str);
+
+/// What running a container needs.
+pub const QUICKSTART: &[Package] = &[("runc", "/usr/sbin/runc"), ("busybox-static", "/bin/busybox")];
+
+/// What the tests need besides: another runtime, and a client and peer.
+pub const TEST: &[Package] = &[
+    ("runc", "/usr/sbin/runc"),
+    ("busybox-static", "/bin/busybox"),
+    ("crun", "/usr/bin/crun"),
+    ("containerd", "/usr/bin/containerd"),
+];
+
+/// Installs the packages that are missing, and says so first.
+///
+/// # Errors
+/// Not root, no `apt-get`, or the installation fails.
+pub fn install(packages: &[Package]) -> Result<()> {
+    let missing: Vec<&str> =
+        packages.iter().filter(|(_, file)| !Path::new(file).exists()).map(|(name, _)| *name).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    println!("Installing from Debian, because they are missing: {}", missing.join(" "));
+    if !is_root() {
+        bail!("this needs root; run it as root, or install them first: apt-get install {}", missing.join(" "));
+    }
+    let env = [("DEBIAN_FRONTEND", "noninteractive")];
+    run_with("apt-get", &["update", "-qq"], &env)?;
+    let mut args = vec!["install", "-y", "-qq", "--no-install-recommends"];
+    args.extend(missing);
+    run_with("apt-get", &args, &env)
+}
+
+/// True for root, whom mounts and cgroups obey.
+pub fn is_root() -> bool {
+    Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout.trim_ascii() == b"0")
+}
