@@ -1,8 +1,8 @@
 //! Runtime specs as whole documents: the default one against a golden file, and what each option changes in it.
 
-use davit_oci::image::ImageConfig;
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use davit_oci::image::ImageConfig;
 use davit_oci::spec::{
     BindMount, Device, Host, Limits, Network, Options, SeccompChoice, SpecError, TmpfsMount, build,
 };
