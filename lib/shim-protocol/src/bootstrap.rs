@@ -12,7 +12,9 @@
 use std::path::PathBuf;
 
 use davit_model::{Any, Coded, ErrorCode};
-use davit_proto::containerd::runtime::bootstrap::v1::{BootstrapParams, BootstrapResult, Extension, LogLevel};
+use davit_proto::containerd::runtime::bootstrap::v1::{
+    BootstrapParams, BootstrapResult, Extension, LogLevel,
+};
 use prost::Message;
 use serde::{Deserialize, Serialize};
 
@@ -344,10 +346,17 @@ mod tests {
             StartResult::parse(br#"{"version":4,"address":"unix:///x","protocol":"ttrpc"}"#),
             Err(StartResultError::Version { version: 4 })
         );
-        for garbage in
-            [&b"panic: something"[..], b"{}", b"{\"version\":1,\"address\":\"x\"}", b"\xff\xfe", b"warning\nunix:///x"]
-        {
-            assert!(matches!(StartResult::parse(garbage), Err(StartResultError::Garbage { .. })), "{garbage:?}");
+        for garbage in [
+            &b"panic: something"[..],
+            b"{}",
+            b"{\"version\":1,\"address\":\"x\"}",
+            b"\xff\xfe",
+            b"warning\nunix:///x",
+        ] {
+            assert!(
+                matches!(StartResult::parse(garbage), Err(StartResultError::Garbage { .. })),
+                "{garbage:?}"
+            );
         }
     }
 

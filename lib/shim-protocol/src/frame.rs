@@ -296,10 +296,7 @@ mod tests {
         header.extend_from_slice(&length.to_be_bytes());
         header.extend_from_slice(&[0, 0, 0, 3, TYPE_REQUEST, 0]);
         decoder.feed(&header);
-        assert_eq!(
-            all(&mut decoder),
-            [Received::Oversized { stream: 3, kind: TYPE_REQUEST, length }]
-        );
+        assert_eq!(all(&mut decoder), [Received::Oversized { stream: 3, kind: TYPE_REQUEST, length }]);
         let chunk = vec![0xffu8; 1 << 20];
         let mut left = length as usize;
         while left > 0 {

@@ -2,4 +2,6 @@
 //! it leaves in its bundle. Everything here is versioned, for a shim outlives the daemon that started it.
 
 pub mod address;
+pub mod bootstrap;
+pub mod frame;
 pub mod journal;
