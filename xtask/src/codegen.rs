@@ -46,7 +46,7 @@ pub(crate) fn write() -> Result<()> {
         fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))?;
     }
     for (path, content) in generated.differing_files()? {
-        fs::write(&path, content).with_context(|| format!("write {}", path.display()))?;
+        fs::write(path, content).with_context(|| format!("write {}", path.display()))?;
         println!("wrote {}", from_root(path));
     }
     Ok(())

@@ -105,7 +105,7 @@ impl ::prost::Name for UpdateResponse {
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ListContentRequest {
     /// Filters of which one must match; none matches all. Fields: `digest`,
-    /// `size`, `labels.KEY`.
+    /// `labels.KEY`.
     #[prost(string, repeated, tag = "1")]
     pub filters: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
@@ -342,16 +342,17 @@ pub struct WriteContentResponse {
     /// The step that is answered.
     #[prost(enumeration = "WriteAction", tag = "1")]
     pub action: i32,
-    /// When the ingest was opened first. Only for `STAT`.
+    /// When the ingest was opened first. Filled by `STAT`; later answers of the
+    /// stream repeat it.
     #[prost(message, optional, tag = "2")]
     pub started_at: ::core::option::Option<::prost_types::Timestamp>,
-    /// When it was last written to. Only for `STAT`.
+    /// When it was last written to. Filled and repeated likewise.
     #[prost(message, optional, tag = "3")]
     pub updated_at: ::core::option::Option<::prost_types::Timestamp>,
     /// How many bytes are in after the step.
     #[prost(int64, tag = "4")]
     pub offset: i64,
-    /// How many there will be. 0 if not told.
+    /// How many there will be, 0 if not told. Filled and repeated likewise.
     #[prost(int64, tag = "5")]
     pub total: i64,
     /// The digest of the bytes that are in.

@@ -39,8 +39,7 @@ impl ::prost::Name for Plugin {
 /// Asks for plugins.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PluginsRequest {
-    /// Filters of which one must match; none matches all. Fields: `type`, `id`,
-    /// `platforms`, `capabilities`.
+    /// Filters of which one must match; none matches all. Fields: `type`, `id`.
     #[prost(string, repeated, tag = "1")]
     pub filters: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }

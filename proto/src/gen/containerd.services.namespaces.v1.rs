@@ -130,7 +130,7 @@ pub struct UpdateNamespaceRequest {
     /// The name and the new labels; an empty value removes the label.
     #[prost(message, optional, tag = "1")]
     pub namespace: ::core::option::Option<Namespace>,
-    /// What to change: `labels.KEY`. Without a path all labels are set.
+    /// What to change: `labels.KEY`. Without a path all labels are replaced.
     #[prost(message, optional, tag = "2")]
     pub update_mask: ::core::option::Option<::prost_types::FieldMask>,
 }

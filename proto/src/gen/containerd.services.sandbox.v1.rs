@@ -40,7 +40,8 @@ pub struct StoreUpdateRequest {
     #[prost(message, optional, tag = "1")]
     pub sandbox: ::core::option::Option<super::super::super::types::Sandbox>,
     /// What to change: `labels`, `labels.KEY`, `extensions`, `extensions.KEY`,
-    /// `runtime`, `spec`. None is labels, extensions, runtime and spec.
+    /// `runtime`, `spec`. None is all of these; then the runtime's name must
+    /// equal the stored one.
     #[prost(string, repeated, tag = "2")]
     pub fields: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }

@@ -128,3 +128,46 @@ fn payload(streaming: bool, type_name: &str) -> String {
 fn line(section: &mut String, fact: std::fmt::Arguments<'_>) {
     writeln!(section, "{fact}").expect("writing to a String never fails");
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PROTO: &str = r#"
+        syntax = "proto3";
+        package p;
+        message B {
+            repeated uint32 numbers = 3;
+            map<string, B> map = 1;
+            optional bytes maybe = 2;
+            oneof choice { Inner inner = 4; E e = 5; }
+            message Inner {}
+        }
+        enum E { ZERO = 0; MINUS = -1; }
+        service A { rpc Zap(stream B) returns (B.Inner); rpc Do(B) returns (stream B); }
+    "#;
+
+    #[test]
+    fn tells_all_that_peers_see() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("p.proto"), PROTO).unwrap();
+        let descriptors = protox::compile(["p.proto"], [folder.path()]).unwrap();
+        let table = table(&descriptors);
+        let expected = "\
+service p.A
+p.A Do p.B stream<p.B>
+p.A Zap stream<p.B> p.B.Inner
+message p.B
+p.B 1 map map<string,p.B> repeated
+p.B 2 maybe bytes optional
+p.B 3 numbers uint32 repeated
+p.B 4 inner p.B.Inner oneof:choice
+p.B 5 e p.E oneof:choice
+message p.B.Inner
+enum p.E
+p.E -1 MINUS
+p.E 0 ZERO
+";
+        assert_eq!(table.strip_prefix(HEADER), Some(expected));
+    }
+}
