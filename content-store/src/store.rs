@@ -48,7 +48,7 @@ pub(crate) struct Inner {
     pub(crate) publishing: Mutex<()>,
     locks: Mutex<HashMap<String, (SystemTime, Instant)>>,
     /// The root, locked with `flock(2)` for as long as the store is open.
-    _root: File,
+    root: File,
 }
 
 impl Store {
@@ -75,7 +75,7 @@ impl Store {
             sha512: subfolder(&blobs, Algorithm::Sha512.as_str())?,
             publishing: Mutex::new(()),
             locks: Mutex::new(HashMap::new()),
-            _root: lock,
+            root: lock,
         };
         blobs.sync()?;
         folder.sync()?;
@@ -216,6 +216,13 @@ pub(crate) struct Lock {
 impl Drop for Lock {
     fn drop(&mut self) {
         locked(&self.inner.locks).remove(&self.reference);
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // Closing the file would do, if no child of this process were between `fork` and `exec` and held it, too.
+        let _ = self.root.unlock();
     }
 }
 

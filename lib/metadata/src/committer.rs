@@ -9,15 +9,15 @@
 //!   closed                                             failed (no change is accepted any more)
 //! ```
 
-use std::collections::{HashMap, VecDeque};
-use std::path::PathBuf;
+use std::collections::{BTreeSet, VecDeque};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tracing::error;
 
-use crate::engine::{Engine, EngineError, Write, guarded};
+use crate::engine::{Engine, EngineError, Summary, Write, guarded, read};
 use crate::error::{CommitError, VerifyError};
 use crate::index::Index;
 
@@ -215,11 +215,18 @@ impl Turn<'_> {
     }
 }
 
+/// What the committer owns: the engine, and what is known to be in it.
+pub(crate) struct Durable {
+    pub(crate) engine: Box<dyn Engine>,
+    pub(crate) index: Index,
+    pub(crate) summary: Summary,
+}
+
 /// The committer's thread: runs until the database is closed or its engine fails.
-pub(crate) fn run(shared: &Arc<Shared>, engine: Box<dyn Engine>, durable: Index) {
+pub(crate) fn run(shared: &Arc<Shared>, durable: Durable) {
     // The engine's panics are caught where it is called. One of our own must not leave callers waiting either.
     let ended = guarded(|| {
-        commit_groups(shared, engine, durable);
+        commit_groups(shared, durable);
         Ok(())
     });
     if let Err(source) = ended {
@@ -228,78 +235,88 @@ pub(crate) fn run(shared: &Arc<Shared>, engine: Box<dyn Engine>, durable: Index)
     }
 }
 
-fn commit_groups(shared: &Shared, mut engine: Box<dyn Engine>, mut durable: Index) {
+fn commit_groups(shared: &Shared, mut durable: Durable) {
     while let Some(mut group) = shared.next_group() {
         // A verification sees what was changed before it, and not what was changed after it.
         while !group.is_empty() {
             let end = group.iter().position(|job| matches!(job, Job::Verify { .. })).unwrap_or(group.len());
             let rest = group.split_off(end);
-            if let Err(source) = commit(&mut *engine, &group) {
+            if let Err(source) = durable.commit(&group) {
                 error!(path = %shared.path.display(), error = %davit_model::error::chain(&source),
                     "metadata database failed, refusing all further changes");
                 let failure = CommitError::Failed { path: shared.path.clone(), source: Arc::new(source) };
                 group.extend(rest);
-                shared.fail(&failure, durable, group);
+                shared.fail(&failure, durable.index, group);
                 // What an engine does after an error must not take the process along.
-                let _ = guarded(move || engine.close());
+                let _ = guarded(move || durable.engine.close());
                 return;
             }
             for job in group {
-                if let Job::Change { after, reply, .. } = job {
-                    durable = after;
-                    if let Some(reply) = reply {
-                        reply(Ok(()));
-                    }
+                if let Job::Change { reply: Some(reply), .. } = job {
+                    reply(Ok(()));
                 }
             }
             group = rest;
             if !group.is_empty()
                 && let Job::Verify { reply } = group.remove(0)
             {
-                reply(verify(shared, &mut *engine, &durable));
+                reply(durable.verify(&shared.path));
             }
         }
     }
-    if let Err(error) = guarded(move || engine.close()) {
+    if let Err(error) = guarded(move || durable.engine.close()) {
         error!(path = %shared.path.display(), error = %davit_model::error::chain(&error),
             "metadata database did not close cleanly");
     }
 }
 
-fn commit(engine: &mut dyn Engine, group: &[Job]) -> Result<(), EngineError> {
-    let mut writes = Vec::new();
-    for job in group {
-        if let Job::Change { writes: more, .. } = job {
-            writes.extend_from_slice(more);
+impl Durable {
+    /// Has the engine take the difference that a group makes.
+    fn commit(&mut self, group: &[Job]) -> Result<(), EngineError> {
+        let mut keys = BTreeSet::new();
+        let mut last = None;
+        for job in group {
+            if let Job::Change { writes, after, .. } = job {
+                keys.extend(writes.iter().map(|write| &write.key));
+                last = Some(after);
+            }
         }
+        let Some(after) = last else { return Ok(()) };
+        let mut summary = self.summary;
+        let mut writes = Vec::with_capacity(keys.len());
+        for key in keys {
+            let (before, value) = (self.index.get(key), after.get(key));
+            if before != value {
+                let write = Write { key: key.clone(), value: value.cloned() };
+                summary.apply(before, &write);
+                writes.push(write);
+            }
+        }
+        if !writes.is_empty() {
+            guarded(|| self.engine.commit(&writes, summary))?;
+        }
+        self.index = after.clone();
+        self.summary = summary;
+        Ok(())
     }
-    if writes.is_empty() {
-        return Ok(());
-    }
-    guarded(|| engine.commit(&writes))
-}
 
-fn verify(shared: &Shared, engine: &mut dyn Engine, durable: &Index) -> Result<(), VerifyError> {
-    let failed = |source| VerifyError::Engine { path: shared.path.clone(), source };
-    guarded(|| engine.check()).map_err(failed)?;
-    let mut stored: HashMap<Bytes, Bytes> = HashMap::new();
-    guarded(|| {
-        engine.load(&mut |key, value| {
-            stored.insert(key, value);
-        })
-    })
-    .map_err(failed)?;
-    let mut different = 0;
-    for (key, value) in durable.iter() {
-        if stored.remove(key).as_ref() != Some(value) {
-            different += 1;
+    fn verify(&mut self, path: &Path) -> Result<(), VerifyError> {
+        let failed = |source| VerifyError::Engine { path: path.to_owned(), source };
+        guarded(|| self.engine.check()).map_err(failed)?;
+        // A stored record is right, or differs, or is one too many; what is left of the durable ones is missing.
+        let (mut right, mut wrong) = (0, 0);
+        let count = |key: Bytes, value: Bytes| match self.index.get(&key) {
+            Some(wanted) if *wanted == value => right += 1,
+            Some(_) => {}
+            None => wrong += 1,
+        };
+        guarded(|| read(&mut *self.engine, count)).map_err(failed)?;
+        let (records, different) = (self.index.size(), self.index.size() - right + wrong);
+        if different > 0 {
+            return Err(VerifyError::Different { path: path.to_owned(), different, records });
         }
+        Ok(())
     }
-    different += stored.len();
-    if different > 0 {
-        return Err(VerifyError::Different { path: shared.path.clone(), different, records: durable.size() });
-    }
-    Ok(())
 }
 
 /// No lock of this module is held over code that may panic halfway through a change, except for the closures,

@@ -6,8 +6,8 @@ use std::thread::{self, JoinHandle};
 
 use tokio::sync::oneshot;
 
-use crate::committer::{self, Reply, Shared};
-use crate::engine::{self, EngineKind, guarded};
+use crate::committer::{self, Durable, Reply, Shared};
+use crate::engine::{self, Engine, EngineKind, Summary, guarded};
 use crate::error::{CommitError, OpenError, VerifyError};
 use crate::folder::Folder;
 use crate::index::{Index, Txn, View, check_sizes};
@@ -37,18 +37,28 @@ impl Db {
         let failed = |source| OpenError::Engine { engine, path: path.to_owned(), source };
         let mut index = Index::new_sync();
         let opened = guarded(|| {
-            let mut opened = engine::open(engine, path)?;
-            opened.load(&mut |key, value| index.insert_mut(key, value))?;
-            Ok(opened)
+            let mut opened = engine::open(engine, path, folder.is_new())?;
+            let summary = engine::read(&mut *opened, |key, value| index.insert_mut(key, value))?;
+            Ok((opened, summary))
         });
-        let opened = opened.map_err(failed)?;
+        let (opened, summary) = opened.map_err(failed)?;
         folder.set_ready()?;
+        Db::start(path, folder, opened, index, summary)
+    }
+
+    fn start(
+        path: &Path,
+        folder: Folder,
+        engine: Box<dyn Engine>,
+        index: Index,
+        summary: Summary,
+    ) -> Result<Db, OpenError> {
         let shared = Arc::new(Shared::new(path.to_owned(), index.clone()));
         let committer = thread::Builder::new()
             .name("metadata".to_owned())
             .spawn({
                 let shared = shared.clone();
-                move || committer::run(&shared, opened, index)
+                move || committer::run(&shared, Durable { engine, index, summary })
             })
             .map_err(OpenError::io("start the committer's thread of", path))?;
         let committer = Mutex::new(Some(committer));
@@ -216,7 +226,14 @@ impl Drop for Inner {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+    use std::time::{Duration, Instant};
+
+    use bytes::Bytes;
+    use davit_model::{Coded, ErrorCode};
+
     use super::*;
+    use crate::engine::{EngineError, Write};
 
     const ENGINES: [EngineKind; 2] = [EngineKind::Redb, EngineKind::Sled];
 
@@ -229,7 +246,7 @@ mod tests {
             let before = db.view();
             db.update::<_, CommitError>(|txn| {
                 txn.put(b"a/1", b"one");
-                txn.put(b"a/2", &vec![7; 100_000]);
+                txn.put(b"a/2", &[7; 100_000]);
                 txn.put(b"b", b"");
                 Ok(())
             })
@@ -257,5 +274,289 @@ mod tests {
             db.verify().unwrap();
             db.close().unwrap();
         }
+    }
+
+    /// What the engine of a test does with a group.
+    enum Order {
+        Accept,
+        Refuse,
+        Panic,
+    }
+
+    /// An engine that tells of each group and waits for an order before it takes it.
+    struct Scripted {
+        groups: Sender<Vec<Write>>,
+        orders: Receiver<Order>,
+    }
+
+    impl Engine for Scripted {
+        fn load(&mut self, _: &mut dyn FnMut(Bytes, Bytes)) -> Result<Option<Summary>, EngineError> {
+            Ok(None)
+        }
+
+        fn commit(&mut self, writes: &[Write], _: Summary) -> Result<(), EngineError> {
+            self.groups.send(writes.to_vec()).unwrap();
+            match self.orders.recv() {
+                Ok(Order::Accept) | Err(_) => Ok(()),
+                Ok(Order::Refuse) => {
+                    let source = std::io::Error::from(std::io::ErrorKind::StorageFull);
+                    Err(EngineError::Io { operation: "write", path: "disk".into(), source })
+                }
+                Ok(Order::Panic) => panic!("as ordered"),
+            }
+        }
+
+        fn check(&mut self) -> Result<(), EngineError> {
+            Ok(())
+        }
+
+        fn close(self: Box<Self>) -> Result<(), EngineError> {
+            Ok(())
+        }
+    }
+
+    struct Script {
+        folder: tempfile::TempDir,
+        db: Db,
+        groups: Receiver<Vec<Write>>,
+        orders: Sender<Order>,
+    }
+
+    fn script() -> Script {
+        let folder = tempfile::tempdir().unwrap();
+        let (groups_sender, groups) = channel();
+        let (orders, orders_receiver) = channel();
+        let engine = Box::new(Scripted { groups: groups_sender, orders: orders_receiver });
+        let lock = Folder::lock(folder.path(), EngineKind::Redb).unwrap();
+        let db = Db::start(folder.path(), lock, engine, Index::new_sync(), Summary::default()).unwrap();
+        Script { folder, db, groups, orders }
+    }
+
+    fn set<'a>(key: &'a [u8], value: &'a [u8]) -> impl FnOnce(&mut Txn<'_>) -> Result<(), CommitError> + 'a {
+        move |txn| {
+            txn.put(key, value);
+            Ok(())
+        }
+    }
+
+    impl Script {
+        /// The keys of the next group that reaches the engine.
+        fn group(&self) -> Vec<Bytes> {
+            let group = self.groups.recv_timeout(Duration::from_secs(10)).unwrap();
+            group.into_iter().map(|write| write.key).collect()
+        }
+
+        /// Starts a change in a thread; returns where its result will come.
+        fn put(&self, key: &'static str) -> Receiver<Result<(), CommitError>> {
+            self.run(move |db| db.update(set(key.as_bytes(), b"")))
+        }
+
+        fn run<T: Send + 'static>(&self, call: impl FnOnce(Db) -> T + Send + 'static) -> Receiver<T> {
+            let (sender, receiver) = channel();
+            let db = self.db.clone();
+            thread::spawn(move || sender.send(call(db)));
+            receiver
+        }
+
+        fn wait_until_visible(&self, key: &str) {
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while self.db.view().get(key.as_bytes()).is_none() {
+                assert!(Instant::now() < deadline, "{key} does not become visible");
+                thread::yield_now();
+            }
+        }
+    }
+
+    fn result<T>(receiver: &Receiver<T>) -> T {
+        receiver.recv_timeout(Duration::from_secs(10)).unwrap()
+    }
+
+    #[test]
+    fn changes_that_come_during_a_commit_are_one_group() {
+        let script = script();
+        let first = script.put("first");
+        assert_eq!(script.group(), ["first"]);
+        // Readers see what is under way, and do not wait for it.
+        assert!(script.db.view().get(b"first").is_some());
+        let others: Vec<_> = ["a", "b", "c"].into_iter().map(|key| script.put(key)).collect();
+        for key in ["a", "b", "c"] {
+            script.wait_until_visible(key);
+        }
+        assert!(matches!(first.try_recv(), Err(TryRecvError::Empty)));
+        script.orders.send(Order::Accept).unwrap();
+        result(&first).unwrap();
+        assert_eq!(script.group().len(), 3);
+        for other in &others {
+            assert!(matches!(other.try_recv(), Err(TryRecvError::Empty)));
+        }
+        script.orders.send(Order::Accept).unwrap();
+        for other in &others {
+            result(other).unwrap();
+        }
+    }
+
+    #[test]
+    fn an_ordered_change_goes_with_the_next_or_soon() {
+        let script = script();
+        let put = |key: &'static [u8]| script.db.update_ordered(set(key, b""));
+        put(b"alone").unwrap();
+        assert!(script.db.view().get(b"alone").is_some());
+        assert_eq!(script.group(), ["alone"]);
+        script.orders.send(Order::Accept).unwrap();
+
+        // While the engine is busy, the next ones queue up together.
+        let busy = script.put("busy");
+        assert_eq!(script.group(), ["busy"]);
+        put(b"1").unwrap();
+        put(b"2").unwrap();
+        let waited = script.put("3");
+        script.wait_until_visible("3");
+        script.orders.send(Order::Accept).unwrap();
+        result(&busy).unwrap();
+        assert_eq!(script.group(), ["1", "2", "3"]);
+        script.orders.send(Order::Accept).unwrap();
+        result(&waited).unwrap();
+    }
+
+    #[test]
+    fn a_change_without_writes_waits_for_what_it_saw() {
+        let script = script();
+        script.db.sync().unwrap();
+        let first = script.put("first");
+        assert_eq!(script.group(), ["first"]);
+        let reader = script.run(|db| db.update::<_, CommitError>(|txn| Ok(txn.get(b"first").is_some())));
+        let sync = script.run(|db| db.sync());
+        assert!(reader.recv_timeout(Duration::from_millis(20)).is_err());
+        assert!(sync.try_recv().is_err());
+        script.orders.send(Order::Accept).unwrap();
+        assert!(result(&reader).unwrap());
+        result(&sync).unwrap();
+        result(&first).unwrap();
+    }
+
+    #[test]
+    fn a_flood_of_ordered_changes_waits_for_the_disk() {
+        let script = script();
+        let busy = script.put("busy");
+        assert_eq!(script.group(), ["busy"]);
+        let flood = script.run(|db| {
+            for number in 0..40_u8 {
+                db.update_ordered(set(&[number], &[0; 1 << 20]))?;
+            }
+            Ok::<_, CommitError>(())
+        });
+        assert!(flood.recv_timeout(Duration::from_millis(200)).is_err());
+        assert!(script.db.view().scan(b"").count() < 20);
+        drop(script.orders);
+        result(&flood).unwrap();
+        result(&busy).unwrap();
+        assert_eq!(script.db.view().scan(b"").count(), 41);
+    }
+
+    #[test]
+    fn the_first_failure_ends_all_writing() {
+        for (order, code) in
+            [(Order::Refuse, ErrorCode::ResourceExhausted), (Order::Panic, ErrorCode::Internal)]
+        {
+            let script = script();
+            let durable = script.put("durable");
+            script.group();
+            script.orders.send(Order::Accept).unwrap();
+            result(&durable).unwrap();
+
+            let lost = script.put("lost");
+            script.group();
+            let queued = script.put("queued");
+            script.wait_until_visible("queued");
+            let verified = script.run(|db| db.verify());
+            script.orders.send(order).unwrap();
+            for receiver in [lost, queued] {
+                let error = result(&receiver).unwrap_err();
+                assert!(matches!(error, CommitError::Failed { .. }), "{error}");
+                assert_eq!(error.code(), code);
+            }
+            assert!(matches!(result(&verified), Err(VerifyError::Unusable(_))));
+
+            // Readers go on with what is durable, nobody else does anything.
+            let keys: Vec<_> = script.db.view().scan(b"").map(|(key, _)| key).collect();
+            assert_eq!(keys, ["durable"]);
+            let refused = [
+                script.db.update(set(b"more", b"")),
+                script.db.update_ordered(set(b"more", b"")),
+                script.db.sync(),
+                script.db.failure().map_or(Ok(()), Err),
+            ];
+            for result in refused {
+                assert!(matches!(result, Err(CommitError::Failed { .. })));
+            }
+            assert!(script.groups.try_recv().is_err());
+            assert!(matches!(script.db.clone().close(), Err(CommitError::Failed { .. })));
+            // The folder stays locked, so that nobody else writes to what this process still shows.
+            assert!(matches!(
+                Folder::lock(script.folder.path(), EngineKind::Redb),
+                Err(OpenError::Locked { .. })
+            ));
+        }
+    }
+
+    #[test]
+    fn a_closure_that_fails_or_panics_changes_nothing() {
+        let script = script();
+        let error = script.db.update::<(), CommitError>(|txn| {
+            txn.put(b"refused", b"");
+            Err(CommitError::TooLarge { key_size: 0, value_size: 0 })
+        });
+        assert!(matches!(error, Err(CommitError::TooLarge { .. })));
+        let panicked = script.run(|db| {
+            std::panic::catch_unwind(|| {
+                db.update::<(), CommitError>(|txn| {
+                    txn.put(b"panicked", b"");
+                    panic!("in the closure")
+                })
+            })
+            .is_err()
+        });
+        assert!(result(&panicked));
+        let error = script.db.update::<_, CommitError>(|txn| {
+            txn.put(b"small", b"");
+            txn.put(&[0; crate::MAX_KEY_SIZE + 1], b"");
+            Ok(())
+        });
+        assert_eq!(error.unwrap_err().code(), ErrorCode::InvalidArgument);
+        assert_eq!(script.db.view().scan(b"").count(), 0);
+        let next = script.put("next");
+        assert_eq!(script.group(), ["next"]);
+        script.orders.send(Order::Accept).unwrap();
+        result(&next).unwrap();
+    }
+
+    #[test]
+    fn closing_writes_what_is_queued_and_refuses_the_rest() {
+        let script = script();
+        script.db.update_ordered(set(b"last", b"")).unwrap();
+        let view = script.db.view();
+        drop(script.orders);
+        script.db.clone().close().unwrap();
+        assert_eq!(script.groups.recv().unwrap()[0].key, "last");
+        let refused = script.db.update(set(b"more", b""));
+        assert!(matches!(refused, Err(CommitError::Closed { .. })));
+        assert!(matches!(script.db.verify(), Err(VerifyError::Unusable(CommitError::Closed { .. }))));
+        assert!(view.get(b"last").is_some());
+    }
+
+    #[tokio::test]
+    async fn an_asynchronous_caller_waits_without_blocking_and_may_go_away() {
+        let script = script();
+        let mut update = Box::pin(script.db.update_async(set(b"a", b"")));
+        let waited = tokio::time::timeout(Duration::from_millis(20), &mut update).await;
+        assert!(waited.is_err());
+        assert_eq!(script.group(), ["a"]);
+        let gone = script.db.update_async(set(b"b", b""));
+        assert!(tokio::time::timeout(Duration::from_millis(20), gone).await.is_err());
+        script.orders.send(Order::Accept).unwrap();
+        update.await.unwrap();
+        assert_eq!(script.group(), ["b"]);
+        script.orders.send(Order::Accept).unwrap();
+        script.db.sync_async().await.unwrap();
     }
 }

@@ -28,8 +28,7 @@ pub(crate) struct Folder {
     path: PathBuf,
     engine: EngineKind,
     ready: bool,
-    /// Unlocks when dropped.
-    _lock: File,
+    lock: File,
 }
 
 impl Folder {
@@ -50,12 +49,17 @@ impl Folder {
             Err(TryLockError::WouldBlock) => return Err(OpenError::Locked { path: path.to_owned() }),
             Err(TryLockError::Error(source)) => return Err(OpenError::io("lock", &lock_path)(source)),
         }
-        let mut folder = Folder { path: path.to_owned(), engine, ready: false, _lock: lock };
+        let mut folder = Folder { path: path.to_owned(), engine, ready: false, lock };
         folder.ready = folder.check()?;
         if !folder.ready {
             folder.write_format(false)?;
         }
         Ok(folder)
+    }
+
+    /// Whether the engine's files are yet to be created.
+    pub(crate) fn is_new(&self) -> bool {
+        !self.ready
     }
 
     /// To be called when the engine's files exist and are synced.
@@ -129,5 +133,12 @@ impl Folder {
             synced.map_err(OpenError::io("sync", folder))?;
         }
         Ok(())
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        // Closing the file would do, if no child of this process were between `fork` and `exec` and held it, too.
+        let _ = self.lock.unlock();
     }
 }

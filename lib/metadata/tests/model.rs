@@ -1,5 +1,7 @@
 //! The database against a model: whatever is done to it, it holds what an ordered map would.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
 use std::collections::BTreeMap;
 
 use davit_metadata::{CommitError, Db, EngineKind, View};

@@ -5,9 +5,10 @@ use std::path::Path;
 use bytes::Bytes;
 use redb::{Builder, Database, ReadableDatabase, ReadableTable, TableDefinition};
 
-use super::{Engine, EngineError, Write, sync_folder};
+use super::{Engine, EngineError, Summary, Write, sync_folder};
 
 const RECORDS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("records");
+const SUMMARY: TableDefinition<'_, (), &[u8]> = TableDefinition::new("summary");
 
 /// Pages kept in memory, in bytes. All reading is done from the index, so this only saves the inner pages of
 /// the tree from being read again for each commit.
@@ -18,30 +19,33 @@ pub(super) struct Redb {
 }
 
 impl Redb {
-    pub(super) fn open(path: &Path) -> Result<Redb, EngineError> {
+    pub(super) fn open(path: &Path, new: bool) -> Result<Redb, EngineError> {
         let mut builder = Builder::new();
         builder.set_cache_size(CACHE_SIZE);
-        let database = builder.create(path).map_err(failed("open"))?;
-        let mut redb = Redb { database };
-        // Creates the table, so that `load` finds one.
-        redb.commit(&[])?;
+        if !new {
+            return Ok(Redb { database: builder.open(path).map_err(failed("open"))? });
+        }
+        let mut redb = Redb { database: builder.create(path).map_err(failed("create"))? };
+        redb.commit(&[], Summary::default())?;
         sync_folder(path.parent().unwrap_or(Path::new("/")))?;
         Ok(redb)
     }
 }
 
 impl Engine for Redb {
-    fn load(&mut self, record: &mut dyn FnMut(Bytes, Bytes)) -> Result<(), EngineError> {
+    fn load(&mut self, record: &mut dyn FnMut(Bytes, Bytes)) -> Result<Option<Summary>, EngineError> {
         let read = self.database.begin_read().map_err(failed("begin to read"))?;
         let table = read.open_table(RECORDS).map_err(failed("open the table"))?;
         for entry in table.iter().map_err(failed("read"))? {
             let (key, value) = entry.map_err(failed("read"))?;
             record(Bytes::copy_from_slice(key.value()), Bytes::copy_from_slice(value.value()));
         }
-        Ok(())
+        let table = read.open_table(SUMMARY).map_err(failed("open the table"))?;
+        let summary = table.get(()).map_err(failed("read"))?;
+        Ok(summary.and_then(|bytes| Summary::from_bytes(bytes.value())))
     }
 
-    fn commit(&mut self, writes: &[Write]) -> Result<(), EngineError> {
+    fn commit(&mut self, writes: &[Write], summary: Summary) -> Result<(), EngineError> {
         // The default durability is `Immediate`: the commit returns after its `fdatasync`.
         let transaction = self.database.begin_write().map_err(failed("begin to write"))?;
         {
@@ -52,6 +56,8 @@ impl Engine for Redb {
                     None => drop(table.remove(&*write.key).map_err(failed("remove"))?),
                 }
             }
+            let mut table = transaction.open_table(SUMMARY).map_err(failed("open the table"))?;
+            table.insert((), &summary.to_bytes()[..]).map_err(failed("insert"))?;
         }
         transaction.commit().map_err(failed("commit"))
     }

@@ -11,7 +11,7 @@
 //! * unfinished snapshot files are removed before it opens, and if it still fails, it is tried on a copy without
 //!   any snapshot file, which makes it read the whole log.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use tracing::warn;
 
-use super::{Engine, EngineError, Write, guarded, sync_folder};
+use super::{Engine, EngineError, Summary, Write, guarded, read, sync_folder};
 
 /// The most that one entry of the tree holds, in bytes.
 const CHUNK_SIZE: usize = 4096;
@@ -30,6 +30,9 @@ const HEADER_SIZE: usize = 8;
 /// The key of an entry ends in the number of its chunk, 16 bits, big endian. A suffix of fixed length keeps
 /// keys apart whatever bytes they hold.
 const SUFFIX_SIZE: usize = 2;
+
+/// The entry of the summary: its key is too short to have a suffix.
+const SUMMARY: &[u8] = b"s";
 
 /// Pages kept in memory, in bytes.
 const CACHE_SIZE: u64 = 8 << 20;
@@ -47,14 +50,14 @@ pub(super) struct Sled {
 }
 
 impl Sled {
-    pub(super) fn open(path: &Path) -> Result<Sled, EngineError> {
+    pub(super) fn open(path: &Path, new: bool) -> Result<Sled, EngineError> {
         fs::create_dir_all(path).map_err(EngineError::io("create", path))?;
         remove_snapshots(path, |name| name.ends_with(".generating"))?;
-        let first = match open_and_read(path) {
+        let first = match open_and_read(path, new) {
             Ok(sled) => return Ok(sled),
             Err(error) => error,
         };
-        if !is_damage(&first) {
+        if new || !is_damage(&first) {
             return Err(first);
         }
         // A snapshot file only saves time; the log alone holds everything. It is tried on a copy, because a
@@ -64,7 +67,7 @@ impl Sled {
         let damaged = path.with_extension("damaged");
         let recovered = copy_folder(path, &copy)
             .and_then(|()| remove_snapshots(&copy, |_| true))
-            .and_then(|()| open_and_read(&copy).map(drop));
+            .and_then(|()| open_and_read(&copy, false).map(drop));
         if let Err(error) = recovered {
             warn!(path = %path.display(), error = %error, "sled does not open without its snapshot files either");
             return Err(first);
@@ -73,7 +76,7 @@ impl Sled {
         fs::rename(path, &damaged).map_err(EngineError::io("rename", path))?;
         fs::rename(&copy, path).map_err(EngineError::io("rename", &copy))?;
         sync_folder(path.parent().unwrap_or(Path::new("/")))?;
-        open_and_read(path)
+        open_and_read(path, false)
     }
 
     /// Syncs the files that `sled` made for pages too large for its log. There are none as long as no key is
@@ -105,33 +108,43 @@ impl Sled {
 }
 
 impl Engine for Sled {
-    fn load(&mut self, record: &mut dyn FnMut(Bytes, Bytes)) -> Result<(), EngineError> {
-        // Chunks of one key come in order, but other keys may lie between them.
-        let mut values: BTreeMap<Bytes, Vec<sled::IVec>> = BTreeMap::new();
+    fn load(&mut self, record: &mut dyn FnMut(Bytes, Bytes)) -> Result<Option<Summary>, EngineError> {
+        self.chunks.clear();
+        // Chunks of one value come in order, but other keys may lie between them.
+        let mut summary = None;
+        let mut parts: HashMap<Bytes, Vec<u8>> = HashMap::new();
         for entry in self.database.iter() {
             let (key, chunk) = entry.map_err(failed("read"))?;
-            let Some((key, number)) = key.split_last_chunk::<SUFFIX_SIZE>() else {
-                return Err(EngineError::Corrupt { what: format!("key {key:?} has no chunk number") });
-            };
-            let chunks = values.entry(Bytes::copy_from_slice(key)).or_default();
-            if chunks.len() != usize::from(u16::from_be_bytes(*number)) {
-                return Err(EngineError::Corrupt { what: format!("a chunk is missing of {key:?}") });
+            if key == SUMMARY {
+                summary = Summary::from_bytes(&chunk);
+                continue;
             }
-            chunks.push(chunk);
-        }
-        self.chunks.clear();
-        for (key, chunks) in values {
-            if chunks.len() > 1 {
-                self.chunks.insert(key.clone(), chunks.len() as u16);
+            let damaged = || EngineError::Corrupt { what: format!("the record {key:?} is not whole") };
+            let Some((name, number)) = key.split_last_chunk::<SUFFIX_SIZE>() else { return Err(damaged()) };
+            let (name, number) = (Bytes::copy_from_slice(name), u16::from_be_bytes(*number));
+            let mut part = parts.remove(&name).unwrap_or_default();
+            // Every chunk but the last is full.
+            if part.len() != usize::from(number) * CHUNK_SIZE {
+                return Err(damaged());
             }
-            let value = join(&chunks)
-                .ok_or_else(|| EngineError::Corrupt { what: format!("checksum of the value of {key:?}") })?;
-            record(key, value);
+            part.extend_from_slice(&chunk);
+            let length = part.first_chunk::<4>().ok_or_else(damaged)?;
+            if part.len() < HEADER_SIZE + u32::from_be_bytes(*length) as usize {
+                parts.insert(name, part);
+                continue;
+            }
+            if number > 0 {
+                self.chunks.insert(name.clone(), number + 1);
+            }
+            record(name, decode(&part).ok_or_else(damaged)?);
         }
-        Ok(())
+        match parts.keys().next() {
+            Some(name) => Err(EngineError::Corrupt { what: format!("the record {name:?} is not whole") }),
+            None => Ok(summary),
+        }
     }
 
-    fn commit(&mut self, writes: &[Write]) -> Result<(), EngineError> {
+    fn commit(&mut self, writes: &[Write], summary: Summary) -> Result<(), EngineError> {
         let mut batch = sled::Batch::default();
         for write in writes {
             let before = self.chunks.remove(&write.key).unwrap_or(1);
@@ -147,6 +160,7 @@ impl Engine for Sled {
                 self.chunks.insert(write.key.clone(), after);
             }
         }
+        batch.insert(SUMMARY, &summary.to_bytes());
         self.database.apply_batch(batch).map_err(failed("apply a batch"))?;
         self.database.flush().map_err(failed("flush"))?;
         self.sync_blobs()?;
@@ -167,7 +181,7 @@ impl Engine for Sled {
 
 /// Opens and reads it once, so that what is damaged shows here. Everything created is synced: `sled` syncs
 /// neither its folders nor its configuration.
-fn open_and_read(path: &Path) -> Result<Sled, EngineError> {
+fn open_and_read(path: &Path, new: bool) -> Result<Sled, EngineError> {
     guarded(|| {
         // Without `flush_every_ms` it would sync in a thread of its own and keep errors to itself.
         let config = sled::Config::new().path(path).cache_capacity(CACHE_SIZE).flush_every_ms(None);
@@ -185,7 +199,10 @@ fn open_and_read(path: &Path) -> Result<Sled, EngineError> {
         let log = File::open(&log_path).map_err(EngineError::io("open", &log_path))?;
         let (synced_blobs, chunks) = (Vec::new(), HashMap::new());
         let mut sled = Sled { database, log, log_path, blobs_path, synced_blobs, chunks };
-        sled.load(&mut |_, _| ())?;
+        if new {
+            sled.commit(&[], Summary::default())?;
+        }
+        read(&mut sled, |_, _| ())?;
         Ok(sled)
     })
 }
@@ -258,17 +275,13 @@ fn split(value: &Bytes) -> impl Iterator<Item = Vec<u8>> + use<'_> {
     std::iter::once(head).chain(value[first..].chunks(CHUNK_SIZE).map(<[u8]>::to_vec))
 }
 
-/// The value of its chunks; `None` if they do not add up.
-fn join(chunks: &[sled::IVec]) -> Option<Bytes> {
-    let mut joined = chunks.concat();
+/// The value of its joined chunks; `None` if length or checksum are not those of the header.
+fn decode(joined: &[u8]) -> Option<Bytes> {
     let (length, rest) = joined.split_first_chunk::<4>()?;
     let (checksum, value) = rest.split_first_chunk::<4>()?;
     let whole = u32::from_be_bytes(*length) as usize == value.len()
         && u32::from_be_bytes(*checksum) == crc32c::crc32c(value);
-    whole.then(|| {
-        joined.drain(..HEADER_SIZE);
-        Bytes::copy_from_slice(&joined)
-    })
+    whole.then(|| Bytes::copy_from_slice(value))
 }
 
 fn failed(operation: &'static str) -> impl FnOnce(sled::Error) -> EngineError {
