@@ -3,5 +3,10 @@
 
 pub mod address;
 pub mod bootstrap;
+pub mod bundle;
+#[cfg(feature = "tokio")]
+pub mod client;
 pub mod frame;
 pub mod journal;
+#[cfg(feature = "tokio")]
+pub mod server;

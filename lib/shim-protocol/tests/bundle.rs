@@ -1,4 +1,5 @@
 //! Bundles on a real filesystem.
+#![allow(clippy::unwrap_used)] // helpers of tests, too, fail by panicking
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};

@@ -1,4 +1,5 @@
 //! The ttrpc client and server against each other, and each against peers that misbehave.
+#![allow(clippy::unwrap_used)] // helpers of tests, too, fail by panicking
 
 use std::path::PathBuf;
 use std::sync::Arc;
