@@ -283,21 +283,235 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::fs;
+    use std::io::Read;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+    use std::path::PathBuf;
 
-    #[test]
-    fn a_blob_is_written_resumed_and_committed() {
+    use davit_model::{Coded, ErrorCode};
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::hasher::Hasher;
+
+    fn store() -> (TempDir, Store) {
         let root = tempfile::tempdir().unwrap();
         let store = Store::open(root.path()).unwrap();
-        let mut writer = store.writer("first", 6, None).unwrap();
+        (root, store)
+    }
+
+    fn put(store: &Store, reference: &str, bytes: &[u8]) -> Digest {
+        let mut writer = store.writer(reference, 0, None).unwrap();
+        writer.write(bytes).unwrap();
+        writer.commit(0, None).unwrap()
+    }
+
+    fn ingest_path(root: &TempDir, reference: &str) -> PathBuf {
+        root.path().join("ingest").join(ingest::folder_name(reference))
+    }
+
+    #[test]
+    fn the_layout_is_that_of_containerd() {
+        let (root, store) = store();
+        let mut writer = store.writer("layer", 6, None).unwrap();
         writer.write(b"foo").unwrap();
-        assert!(matches!(store.writer("first", 6, None), Err(Error::Locked { .. })));
-        drop(writer);
-        let mut writer = store.writer("first", 6, None).unwrap();
-        assert_eq!(writer.status().offset, 3);
+        let name = Hasher::digest_of(Algorithm::Sha256, b"layer");
+        let path = root.path().join("ingest").join(name.hex());
+        let mut names: Vec<_> =
+            fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, ["data", "ref", "startedat", "total", "updatedat"]);
+        assert_eq!(fs::read_to_string(path.join("ref")).unwrap(), "layer");
+        assert_eq!(fs::read_to_string(path.join("total")).unwrap(), "6");
+        assert_eq!(fs::read_to_string(path.join("data")).unwrap(), "foo");
+        let started = fs::read_to_string(path.join("startedat")).unwrap();
+        assert!(started.len() > 20 && started.contains('T') && started.ends_with('Z'), "{started}");
         writer.write(b"bar").unwrap();
         let digest = writer.commit(6, None).unwrap();
-        assert_eq!(store.info(&digest).unwrap().size, 6);
+        let blob = root.path().join("blobs/sha256").join(digest.hex());
+        assert_eq!(fs::metadata(&blob).unwrap().permissions().mode() & 0o7777, 0o444);
+        for folder in ["blobs", "blobs/sha256", "blobs/sha512", "ingest"] {
+            assert_eq!(fs::metadata(root.path().join(folder)).unwrap().permissions().mode() & 0o7777, 0o700);
+        }
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn an_ingest_of_containerd_is_resumed() {
+        let (root, store) = store();
+        let path = ingest_path(&root, "default/1/layer");
+        fs::create_dir(&path).unwrap();
+        fs::write(path.join("ref"), "default/1/layer").unwrap();
+        fs::write(path.join("startedat"), "2024-01-02T03:04:05.000000006+01:00").unwrap();
+        fs::write(path.join("updatedat"), "2024-01-02T03:04:05.000000006+01:00").unwrap();
+        fs::write(path.join("total"), "6").unwrap();
+        fs::write(path.join("data"), "foo").unwrap();
+        let mut writer = store.writer("default/1/layer", 0, None).unwrap();
+        let status = writer.status();
+        assert_eq!((status.offset, status.total), (3, 6));
+        assert_eq!(crate::error::timestamp(status.started_at), "2024-01-02T02:04:05.000000006Z");
+        writer.write(b"bar").unwrap();
+        writer.commit(6, None).unwrap();
+    }
+
+    #[test]
+    fn a_second_process_is_refused() {
+        let (root, store) = store();
+        let error = Store::open(root.path()).unwrap_err();
+        assert_eq!(error.code(), ErrorCode::FailedPrecondition);
+        assert!(error.to_string().contains(root.path().to_str().unwrap()));
+        drop(store.clone());
+        assert!(Store::open(root.path()).is_err());
+        drop(store);
+        Store::open(root.path()).unwrap();
+    }
+
+    #[test]
+    fn texts_are_those_of_containerd() {
+        let (_root, store) = store();
+        let digest = put(&store, "first", b"foo");
+        let _writer = store.writer("busy", 0, None).unwrap();
+        let text = store.writer("busy", 0, None).unwrap_err().to_string();
+        assert!(text.starts_with("ref busy locked for ") && text.contains(" (since "), "{text}");
+        let mut writer = store.writer("second", 0, None).unwrap();
+        writer.write(b"bar").unwrap();
+        let text = writer.commit(4, None).unwrap_err().to_string();
+        assert_eq!(text, "unexpected commit size 3, expected 4");
+        let writer = store.writer("second", 0, None).unwrap();
+        let text = writer.commit(3, Some(&digest)).unwrap_err().to_string();
+        let bar = Hasher::digest_of(Algorithm::Sha256, b"bar");
+        assert_eq!(text, format!("unexpected commit digest {bar}, expected {digest}"));
+        store.delete(&digest).unwrap();
+        assert_eq!(store.info(&digest).unwrap_err().to_string(), format!("content {digest}"));
+        assert_eq!(store.writer("", 0, None).unwrap_err().to_string(), "ref must not be empty");
+    }
+
+    #[test]
+    fn links_are_not_followed() {
+        let (root, store) = store();
+        let outside = root.path().join("outside");
+        fs::write(&outside, "secret").unwrap();
+        let digest = Hasher::digest_of(Algorithm::Sha256, b"secret");
+        let blob = root.path().join("blobs/sha256").join(digest.hex());
+        symlink(&outside, &blob).unwrap();
+        assert_eq!(store.info(&digest).unwrap_err().code(), ErrorCode::DataLoss);
+        assert_eq!(store.reader(&digest).unwrap_err().code(), ErrorCode::DataLoss);
+        assert!(store.walk().unwrap().is_empty());
+        store.delete(&digest).unwrap();
+        assert_eq!(fs::read_to_string(&outside).unwrap(), "secret");
+
+        // A link in place of an ingest's data, and of its folder; a FIFO, which nobody else opens.
+        for what in ["data", "folder", "fifo"] {
+            drop(store.writer("ref", 0, None).unwrap());
+            let path = ingest_path(&root, "ref");
+            match what {
+                "data" => {
+                    fs::remove_file(path.join("data")).unwrap();
+                    symlink(&outside, path.join("data")).unwrap();
+                }
+                "folder" => {
+                    fs::rename(&path, root.path().join("moved")).unwrap();
+                    symlink(root.path().join("moved"), &path).unwrap();
+                }
+                _ => {
+                    fs::remove_file(path.join("ref")).unwrap();
+                    nix::unistd::mkfifo(&path.join("ref"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+                }
+            }
+            assert!(store.status("ref").is_err());
+            assert!(store.statuses().unwrap().is_empty());
+            let mut writer = store.writer("ref", 0, None).unwrap();
+            writer.write(b"overwritten").unwrap();
+            assert_eq!(writer.status().offset, 11);
+            drop(writer);
+            store.abort("ref").unwrap();
+            assert_eq!(fs::read_to_string(&outside).unwrap(), "secret");
+        }
+        assert_eq!(fs::read_to_string(root.path().join("moved/data")).unwrap(), "");
+    }
+
+    #[test]
+    fn what_a_crash_left_is_tolerated() {
+        let (root, store) = store();
+        for missing in ["ref", "data", "startedat", "updatedat", "total"] {
+            let mut writer = store.writer(missing, 9, None).unwrap();
+            writer.write(b"foo").unwrap();
+            drop(writer);
+            fs::remove_file(ingest_path(&root, missing).join(missing)).unwrap();
+        }
+        for torn in ["startedat", "updatedat", "total"] {
+            let reference = format!("torn {torn}");
+            drop(store.writer(&reference, 9, None).unwrap());
+            fs::write(ingest_path(&root, &reference).join(torn), "2024-01").unwrap();
+        }
+        fs::create_dir(ingest_path(&root, "empty")).unwrap();
+        assert_eq!(store.statuses().unwrap().len(), 6);
+        assert_eq!(store.status("startedat").unwrap().offset, 3);
+        assert_eq!(store.status("ref").unwrap_err().code(), ErrorCode::NotFound);
+        // A writer makes up for what is missing, or starts anew.
+        assert_eq!(store.writer("startedat", 9, None).unwrap().status().offset, 3);
+        assert_eq!(store.writer("total", 8, None).unwrap().status().total, 8);
+        assert_eq!(store.writer("data", 9, None).unwrap().status().offset, 0);
+        store.abort("ref").unwrap();
+        drop(store);
+        // What no status shows is removed when the store is opened.
+        let store = Store::open(root.path()).unwrap();
+        assert_eq!(fs::read_dir(root.path().join("ingest")).unwrap().count(), 7);
+        assert_eq!(store.statuses().unwrap().len(), 7);
+    }
+
+    #[test]
+    fn an_aborted_writer_cannot_commit() {
+        let (_root, store) = store();
+        let mut writer = store.writer("ref", 0, None).unwrap();
+        writer.write(b"foo").unwrap();
+        store.abort("ref").unwrap();
+        writer.write(b"bar").unwrap();
+        assert_eq!(writer.commit(0, None).unwrap_err().code(), ErrorCode::NotFound);
+        assert!(store.walk().unwrap().is_empty());
+        put(&store, "ref", b"foo");
+    }
+
+    #[test]
+    fn one_of_many_equal_commits_wins() {
+        let (_root, store) = store();
+        let results: Vec<_> = std::thread::scope(|scope| {
+            let commit = |number: usize| {
+                let store = &store;
+                scope.spawn(move || {
+                    let mut writer = store.writer(&format!("ref {number}"), 0, None).unwrap();
+                    writer.write(b"the same").unwrap();
+                    writer.commit(0, None)
+                })
+            };
+            let threads: Vec<_> = (0..8).map(commit).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1);
+        let mut errors = results.into_iter().filter_map(Result::err);
+        assert!(errors.all(|error| error.code() == ErrorCode::AlreadyExists));
         assert!(store.statuses().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_blob_that_is_read_may_be_deleted() {
+        let (_root, store) = store();
+        let digest = put(&store, "ref", b"foobar");
+        let mut reader = store.reader(&digest).unwrap();
+        store.delete(&digest).unwrap();
+        let mut bytes = Vec::new();
+        reader.read_to_end(&mut bytes).unwrap();
+        assert_eq!((bytes.as_slice(), reader.size()), (&b"foobar"[..], 6));
+        let mut some = [0; 3];
+        assert_eq!(reader.read_at(&mut some, 2).unwrap(), 3);
+        assert_eq!(&some, b"oba");
+    }
+
+    #[test]
+    fn a_blob_shares_nothing_with_its_ingest() {
+        let (root, store) = store();
+        let digest = put(&store, "ref", b"foobar");
+        let blob = root.path().join("blobs/sha256").join(digest.hex());
+        assert_eq!(fs::metadata(&blob).unwrap().nlink(), 1);
     }
 }
