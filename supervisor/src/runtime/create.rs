@@ -1,0 +1,250 @@
+//! The job of creating a task: bundle, shim, container. It runs to its end whether or not anyone waits for it, and a
+//! failure at any step leaves nothing.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use davit_model::{Any, Coded, ErrorCode, error::chain};
+use davit_shim_protocol::address;
+use davit_shim_protocol::bootstrap::{PROTOCOL_TTRPC, RUNC_OPTIONS, StartResult, VERSION_3};
+use davit_shim_protocol::bundle::BundleError;
+use tracing::{Instrument, Span, debug, info, warn};
+
+use super::log::Log;
+use super::owner::{Context, Message};
+use super::shim::Shim;
+use super::task::CreateOptions;
+use super::transitions::Phase;
+use super::{Error, ShimError, binary, load, teardown};
+
+/// What has been made and must be undone on failure.
+#[derive(Default)]
+struct Made {
+    /// The binary was run: a shim may be there even if nothing is known of it.
+    started: bool,
+    shim: Option<Shim>,
+    /// The shim is that of the sandbox, and stays.
+    joined: bool,
+}
+
+/// Runs the job and reports.
+pub(super) async fn run(context: Context, binary: PathBuf, options: CreateOptions) {
+    let result = create(&context, &binary, options).await;
+    context.report(Message::Created(result)).await;
+}
+
+async fn create(context: &Context, binary: &Path, mut options: CreateOptions) -> Result<(Shim, u32), Error> {
+    let bundle_error = |source| Error::Bundle { id: context.id().to_owned(), source };
+    let (bundle, spec, remembered) = (context.bundle.clone(), options.spec.take(), binary.to_owned());
+    blocking(move || {
+        bundle.create(spec.as_ref().map(|spec| spec.value.as_slice()))?;
+        // From here on a daemon that finds the bundle can clean up.
+        bundle.write_binary(&remembered).inspect_err(|_| {
+            // The first error is the one to tell.
+            let _ = bundle.delete();
+        })
+    })
+    .await
+    .map_err(bundle_error)?;
+    let mut made = Made::default();
+    match bring_up(context, binary, options, &mut made).await {
+        Ok(created) => Ok(created),
+        Err(error) => {
+            info!(error = chain(&error), "task could not be created");
+            undo(context, binary, made).await;
+            Err(error)
+        }
+    }
+}
+
+async fn bring_up(
+    context: &Context,
+    binary: &Path,
+    options: CreateOptions,
+    made: &mut Made,
+) -> Result<(Shim, u32), Error> {
+    let config = &context.shared.config;
+    let start_error = |source| Error::StartShim { source };
+    let given = options.task_options.filter(|any| !any.value.is_empty()).or(options.runtime_options);
+    let shim_options =
+        with_default_runtime(given, &options.runtime, config.default_runtime_binary.as_deref());
+    let log = Log::open(&context.bundle).map_err(start_error)?;
+    let told = match existing_shim(
+        context,
+        &options.sandbox_id,
+        &options.task_api_address,
+        options.task_api_version,
+    )? {
+        Some(told) => {
+            made.joined = true;
+            told
+        }
+        None => {
+            made.started = true;
+            binary::start(config, &context.bundle, binary, shim_options.as_ref())
+                .await
+                .map_err(start_error)?
+        }
+    };
+    debug!(address = told.address, version = told.version, "shim");
+    // Before anything else is done with the shim: a daemon that dies from here on finds it again.
+    let (bundle, recorded, sandbox) = (context.bundle.clone(), told.clone(), options.sandbox_id.clone());
+    let joined = made.joined;
+    blocking(move || {
+        if joined {
+            bundle.write_sandbox(&sandbox)?;
+        }
+        bundle.write_bootstrap(&recorded)
+    })
+    .await
+    .map_err(|source| start_error(ShimError::Record { source }))?;
+    let shim = Shim::connect(context.namespace(), context.id(), &told, config.timeouts.load)
+        .await
+        .map_err(start_error)?;
+    made.shim = Some(shim.clone());
+    tokio::spawn(log.follow(shim.closed()).instrument(Span::current()));
+    let pid = shim
+        .create(
+            config.timeouts.create,
+            context.bundle.path(),
+            options.rootfs,
+            options.stdio,
+            options.checkpoint,
+            shim_options,
+        )
+        .await
+        .map_err(|error| match error {
+            Error::Shim { code, message } => Error::Create { code, message },
+            other => other,
+        })?;
+    Ok((shim, pid))
+}
+
+/// The shim that the container is to join instead of getting its own: the one that a sandbox controller named, or that
+/// of its sandbox if it is one that can hold several.
+fn existing_shim(
+    context: &Context,
+    sandbox_id: &str,
+    address: &str,
+    version: u32,
+) -> Result<Option<StartResult>, Error> {
+    if !address.is_empty() {
+        let wrong = || Error::TaskApiAddress { address: address.to_owned() };
+        let (protocol, rest) = address.split_once('+').ok_or_else(wrong)?;
+        address::parse(rest).map_err(|_| wrong())?;
+        if protocol != PROTOCOL_TTRPC {
+            return Err(wrong());
+        }
+        let version = i32::try_from(version).unwrap_or(VERSION_3);
+        return Ok(Some(StartResult { version, address: rest.to_owned(), protocol: protocol.to_owned() }));
+    }
+    if sandbox_id.is_empty() {
+        return Ok(None);
+    }
+    let sandbox = context.shared.get(context.namespace(), sandbox_id);
+    let view = sandbox.map(|task| task.view.borrow().clone()).filter(|view| view.phase == Phase::Live);
+    let told = view.and_then(|view| view.shim).map(|shim| shim.bootstrap());
+    // A shim of version 2 is asked by running its binary: only that knows whether it groups.
+    Ok(told.filter(|told| told.version >= VERSION_3))
+}
+
+/// Adds the configured OCI runtime to options that name none. Protobuf merges what is appended, so nothing else of the
+/// options is touched.
+fn with_default_runtime(options: Option<Any>, runtime: &str, default: Option<&str>) -> Option<Any> {
+    use davit_proto::containerd::runc::v1::Options;
+    use prost::Message as _;
+
+    let Some(default) = default else { return options };
+    let runc = matches!(runtime, "io.containerd.runc.v2" | "io.containerd.davit.v2");
+    let mut options = match options {
+        Some(options) if options.type_url.rsplit('/').next() == Some(RUNC_OPTIONS) => options,
+        Some(other) => return Some(other),
+        None if runc => Any { type_url: RUNC_OPTIONS.to_owned(), value: Vec::new() },
+        None => return None,
+    };
+    match Options::decode(options.value.as_slice()) {
+        Ok(given) if given.binary_name.is_empty() => {
+            let addition = Options { binary_name: default.to_owned(), ..Options::default() };
+            options.value.extend_from_slice(&addition.encode_to_vec());
+        }
+        // What cannot be read is the shim's to refuse.
+        Ok(_) | Err(_) => {}
+    }
+    Some(options)
+}
+
+/// Takes back what a failed creation has made.
+async fn undo(context: &Context, binary: &Path, made: Made) {
+    let timeouts = &context.shared.config.timeouts;
+    let mut shim = made.shim;
+    if shim.is_none() && made.started {
+        // The binary failed or said nothing that makes sense, but may have left a shim where one would be.
+        shim = load::find_unannounced(context, Duration::from_millis(200)).await;
+    }
+    // Until the shim has said itself that it holds nothing of the container, its binary is asked to make sure.
+    let mut clean = !made.started;
+    if let Some(shim) = &shim {
+        clean = match shim.delete_within(Some(timeouts.cleanup), "").await {
+            Ok(_) => true,
+            Err(error) => error.code() == ErrorCode::NotFound,
+        };
+        if !made.joined && !teardown::end_shim(context, shim).await {
+            teardown::kill_shim(context, binary, shim).await;
+        }
+        shim.close();
+    }
+    if !clean {
+        match binary::delete(&context.shared.config, &context.bundle, binary).await {
+            Ok(_) => {}
+            Err(error) => debug!(error = chain(&error), "shim delete after a failed create"),
+        }
+    }
+    let bundle = context.bundle.clone();
+    if let Err(error) = blocking(move || bundle.delete()).await {
+        warn!(error = chain(&error), "cannot delete the bundle of a task that could not be created");
+    }
+}
+
+/// Runs work that may block on a thread that may.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, BundleError> + Send + 'static,
+) -> Result<T, BundleError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(BundleError::Io {
+            operation: "work on",
+            path: PathBuf::from("bundle"),
+            source: std::io::Error::other(error),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use davit_proto::containerd::runc::v1::Options;
+    use prost::Message as _;
+
+    fn runc_options(options: &Options) -> Any {
+        Any { type_url: RUNC_OPTIONS.to_owned(), value: options.encode_to_vec() }
+    }
+
+    #[test]
+    fn the_default_runtime_fills_a_gap_and_nothing_else() {
+        let fill = |options| with_default_runtime(options, "io.containerd.runc.v2", Some("crun"));
+        let name = |any: Option<Any>| Options::decode(any.unwrap().value.as_slice()).unwrap().binary_name;
+        assert_eq!(name(fill(None)), "crun");
+        let chosen = runc_options(&Options { binary_name: "youki".into(), ..Options::default() });
+        assert_eq!(fill(Some(chosen.clone())), Some(chosen));
+        // A field of a later release stays.
+        let mut with_unknown = runc_options(&Options { root: "/r".into(), ..Options::default() });
+        with_unknown.value.extend_from_slice(&[0xfa, 0x7, 1, b'x']);
+        let filled = fill(Some(with_unknown.clone())).unwrap();
+        assert!(filled.value.starts_with(&with_unknown.value));
+        assert_eq!(name(Some(filled)), "crun");
+        let other = Any { type_url: "runtimeoptions.v1.Options".into(), value: vec![1] };
+        assert_eq!(fill(Some(other.clone())), Some(other));
+        assert_eq!(with_default_runtime(None, "io.containerd.kata.v2", Some("crun")), None);
+        assert_eq!(with_default_runtime(None, "io.containerd.runc.v2", None), None);
+    }
+}

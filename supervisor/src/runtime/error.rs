@@ -1,0 +1,306 @@
+//! What the calls of [`Tasks`](super::Tasks) fail with.
+//!
+//! The answer of a shim reaches the client with its code and its text untouched: clients read exit codes 126 and 127
+//! out of runc's words.
+
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitStatus;
+
+use davit_model::identifier::IdentifierError;
+use davit_model::{Coded, ErrorCode};
+use davit_shim_protocol::bootstrap::StartResultError;
+use davit_shim_protocol::bundle::BundleError;
+use davit_shim_protocol::client::CallError;
+
+/// Why a call on a task failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no such task.
+    #[error("task {id} not found")]
+    NotFound {
+        /// The container.
+        id: String,
+    },
+    /// The container has a task, or is just getting one.
+    #[error("task {id}")]
+    AlreadyExists {
+        /// The container.
+        id: String,
+    },
+    /// The container's id is no identifier.
+    #[error("invalid task id {id}")]
+    TaskId {
+        /// What was given.
+        id: String,
+        /// The rule that it breaks.
+        source: IdentifierError,
+    },
+    /// The namespace is no identifier.
+    #[error("invalid namespace {namespace}")]
+    Namespace {
+        /// What was given.
+        namespace: String,
+        /// The rule that it breaks.
+        source: IdentifierError,
+    },
+    /// A call that needs an exec's id has none.
+    #[error("exec id cannot be empty")]
+    NoExecId,
+    /// The exec's id is no identifier.
+    #[error("invalid exec id {id}")]
+    ExecId {
+        /// What was given.
+        id: String,
+        /// The rule that it breaks.
+        source: IdentifierError,
+    },
+    /// The shim of a container that was found at start does not answer; it is tried again and again.
+    #[error("the shim of task {id} does not answer")]
+    Unreachable {
+        /// The container.
+        id: String,
+    },
+    /// The connection to the shim ended during the call.
+    #[error("the shim of task {id} is gone")]
+    ShimGone {
+        /// The container.
+        id: String,
+    },
+    /// No answer within the bound of the call.
+    #[error("the shim of task {id} did not answer {method} in time")]
+    Timeout {
+        /// The container.
+        id: String,
+        /// The method.
+        method: &'static str,
+    },
+    /// The shim refused. Its text stands alone, unchanged.
+    #[error("{message}")]
+    Shim {
+        /// The class that the shim gave.
+        code: ErrorCode,
+        /// The shim's words.
+        message: String,
+    },
+    /// The call could not be made, or its answer not be read.
+    #[error("call {method} of task {id}")]
+    Protocol {
+        /// The container.
+        id: String,
+        /// The method.
+        method: &'static str,
+        /// What is wrong.
+        source: CallError,
+    },
+    /// The shim refused to create the task. containerd's words before the shim's.
+    #[error("failed to create shim task: {message}")]
+    Create {
+        /// The class that the shim gave.
+        code: ErrorCode,
+        /// The shim's words.
+        message: String,
+    },
+    /// There is no shim for the task.
+    #[error("failed to start shim")]
+    StartShim {
+        /// Why.
+        source: ShimError,
+    },
+    /// The bundle cannot be made.
+    #[error("bundle of task {id}")]
+    Bundle {
+        /// The container.
+        id: String,
+        /// Why.
+        source: BundleError,
+    },
+    /// The task of a container in a sandbox was to join a shim that cannot be reached this way.
+    #[error("task API address {address:?} is not of the form ttrpc+unix://PATH")]
+    TaskApiAddress {
+        /// What was given.
+        address: String,
+    },
+    /// The answer of one call that served several callers.
+    #[error(transparent)]
+    Shared {
+        /// The answer.
+        source: std::sync::Arc<Error>,
+    },
+    /// The owner of the container ended without an answer: the daemon is stopping.
+    #[error("the daemon is shutting down")]
+    Stopping,
+}
+
+impl Coded for Error {
+    fn code(&self) -> ErrorCode {
+        match self {
+            Error::NotFound { .. } => ErrorCode::NotFound,
+            Error::AlreadyExists { .. } => ErrorCode::AlreadyExists,
+            Error::TaskId { .. }
+            | Error::Namespace { .. }
+            | Error::NoExecId
+            | Error::ExecId { .. }
+            | Error::TaskApiAddress { .. } => ErrorCode::InvalidArgument,
+            Error::Unreachable { .. } | Error::ShimGone { .. } | Error::Stopping => ErrorCode::Unavailable,
+            Error::Timeout { .. } => ErrorCode::DeadlineExceeded,
+            Error::Shim { code, .. } | Error::Create { code, .. } => *code,
+            Error::Protocol { source, .. } => source.code(),
+            Error::Shared { source } => source.code(),
+            Error::StartShim { source } => source.code(),
+            Error::Bundle { source, .. } => source.code(),
+        }
+    }
+}
+
+/// Why a shim binary could not be found, run or understood.
+#[derive(Debug, thiserror::Error)]
+pub enum ShimError {
+    /// A runtime's name with a slash that is no absolute path, or with fewer than two parts.
+    #[error(
+        "failed to resolve runtime path: invalid runtime name {runtime}, correct runtime name should be either format like `io.containerd.runc.v2` or a full path to the binary"
+    )]
+    RuntimeName {
+        /// What was given.
+        runtime: String,
+    },
+    /// No name at all.
+    #[error("failed to resolve runtime path: no runtime name")]
+    NoRuntimeName,
+    /// The path that was given as runtime is not there.
+    #[error("failed to resolve runtime path: invalid custom binary path {}", path.display())]
+    RuntimePath {
+        /// The path.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// No such binary beside the daemon nor on `PATH`. containerd's words.
+    #[error(
+        "failed to resolve runtime path: runtime {runtime:?} binary not installed {binary:?}: file does not exist"
+    )]
+    NotInstalled {
+        /// The runtime's name.
+        runtime: String,
+        /// The binary that was looked for.
+        binary: String,
+    },
+    /// The pipe for the shim's log cannot be made.
+    #[error("open shim log pipe {}", path.display())]
+    Log {
+        /// The pipe.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The binary cannot be run.
+    #[error("run {} {action}", binary.display())]
+    Spawn {
+        /// The binary.
+        binary: PathBuf,
+        /// `start` or `delete`.
+        action: &'static str,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// Its pipes broke.
+    #[error("read the output of {} {action}", binary.display())]
+    Read {
+        /// The binary.
+        binary: PathBuf,
+        /// `start` or `delete`.
+        action: &'static str,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// It did not end in time and was killed. A background process that holds its output also counts.
+    #[error("{} {action} did not end within {} s: {output}", binary.display(), limit.as_secs())]
+    Timeout {
+        /// The binary.
+        binary: PathBuf,
+        /// `start` or `delete`.
+        action: &'static str,
+        /// The time it had.
+        limit: std::time::Duration,
+        /// What it had said until then.
+        output: String,
+    },
+    /// It said more than a shim may.
+    #[error("{} {action} wrote more than {limit} bytes: {output}", binary.display())]
+    TooMuchOutput {
+        /// The binary.
+        binary: PathBuf,
+        /// `start` or `delete`.
+        action: &'static str,
+        /// The bound.
+        limit: usize,
+        /// The beginning of what it said.
+        output: String,
+    },
+    /// It failed; what it said comes first, as in containerd.
+    #[error("start failed: {output}: {status}")]
+    Failed {
+        /// What it said.
+        output: String,
+        /// How it ended.
+        status: ExitStatus,
+    },
+    /// What it said is no address of a shim.
+    #[error("start failed: output {output:?}")]
+    Nonsense {
+        /// What it said.
+        output: String,
+        /// Why it is none.
+        source: StartResultError,
+    },
+    /// What `delete` said is no `DeleteResponse`.
+    #[error("output of shim delete")]
+    DeleteOutput {
+        /// Why not.
+        source: prost::DecodeError,
+    },
+    /// The address is of a kind that is not spoken here (gRPC, vsock).
+    #[error("shim address {address:?} with protocol {protocol:?} is not supported")]
+    Unsupported {
+        /// The address.
+        address: String,
+        /// The protocol.
+        protocol: String,
+    },
+    /// Nobody listens at the address that the shim named.
+    #[error("connect to shim at {address}")]
+    Connect {
+        /// The address.
+        address: String,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The bundle cannot hold what a restart needs.
+    #[error("record the shim in its bundle")]
+    Record {
+        /// Why.
+        source: BundleError,
+    },
+}
+
+impl Coded for ShimError {
+    fn code(&self) -> ErrorCode {
+        match self {
+            ShimError::RuntimeName { .. }
+            | ShimError::NoRuntimeName
+            | ShimError::RuntimePath { .. }
+            | ShimError::NotInstalled { .. } => ErrorCode::InvalidArgument,
+            ShimError::Timeout { .. } => ErrorCode::DeadlineExceeded,
+            ShimError::Unsupported { .. } => ErrorCode::Unimplemented,
+            ShimError::Connect { .. } => ErrorCode::Unavailable,
+            ShimError::Record { source } => source.code(),
+            ShimError::Log { .. }
+            | ShimError::Spawn { .. }
+            | ShimError::Read { .. }
+            | ShimError::TooMuchOutput { .. }
+            | ShimError::Failed { .. }
+            | ShimError::Nonsense { .. }
+            | ShimError::DeleteOutput { .. } => ErrorCode::Unknown,
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! What shims tell: the Events service on the daemon's ttrpc socket.
+//!
+//! A shim repeats an event until it is acknowledged, so an event may come twice; a second report of the same exit is
+//! acknowledged and dropped. The daemon publishes nothing that a shim publishes: of `/tasks/*` it makes up the exit and
+//! the deletion of a task whose shim died, and no more.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use davit_model::{Any, ErrorCode, identifier};
+use davit_proto::any;
+use davit_proto::containerd::events as wire;
+use davit_proto::containerd::services::events::ttrpc::v1::ForwardRequest;
+use davit_proto::containerd::ttrpc::Request;
+use davit_proto::containerd::types as wire_types;
+use davit_shim_protocol::frame::RpcError;
+use davit_shim_protocol::server::{self, Handler};
+use prost::Message;
+use tokio::net::UnixListener;
+
+use super::owner;
+use super::registry::{ExitKey, Shared};
+use super::shim::{any_from_wire, time_from_wire, time_to_wire};
+use super::task::Exit;
+use crate::events::Envelope;
+
+const SERVICE: &str = "containerd.services.events.ttrpc.v1.Events";
+const METHOD: &str = "Forward";
+
+const EXIT_TOPIC: &str = "/tasks/exit";
+const DELETE_TOPIC: &str = "/tasks/delete";
+
+/// Serves the socket until the future is dropped.
+pub(super) async fn serve(shared: Arc<Shared>, listener: UnixListener) {
+    server::serve(listener, nix::unistd::geteuid(), Arc::new(Events { shared })).await;
+}
+
+struct Events {
+    shared: Arc<Shared>,
+}
+
+impl Handler for Events {
+    async fn call(&self, request: Request) -> Result<Vec<u8>, RpcError> {
+        if request.service != SERVICE {
+            let text = format!("service {}: not implemented", request.service);
+            return Err(RpcError::new(ErrorCode::Unimplemented, text));
+        }
+        if request.method != METHOD {
+            let text = format!("method {}: not implemented", request.method);
+            return Err(RpcError::new(ErrorCode::Unimplemented, text));
+        }
+        let invalid =
+            |text: String| RpcError::new(ErrorCode::InvalidArgument, format!("{text}: invalid argument"));
+        let envelope = ForwardRequest::decode(request.payload.as_slice())
+            .map_err(|error| invalid(error.to_string()))?
+            .envelope
+            .ok_or_else(|| invalid("no envelope".to_owned()))?;
+        accept(&self.shared, envelope_from_wire(envelope))
+            .await
+            .map_err(|error| invalid(error.to_string()))?;
+        // `google.protobuf.Empty`
+        Ok(Vec::new())
+    }
+}
+
+/// An event that no shim may report.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum EventError {
+    #[error("namespace: {source}")]
+    Namespace { source: identifier::IdentifierError },
+    #[error("{source}")]
+    Topic { source: identifier::TopicError },
+    #[error("event: {source}")]
+    Event { source: prost::DecodeError },
+}
+
+/// Takes an event in: the owner of its container learns of it, then everyone who listens.
+pub(super) async fn accept(shared: &Shared, envelope: Envelope) -> Result<(), EventError> {
+    identifier::validate(&envelope.namespace).map_err(|source| EventError::Namespace { source })?;
+    identifier::validate_topic(&envelope.topic).map_err(|source| EventError::Topic { source })?;
+    match envelope.topic.as_str() {
+        EXIT_TOPIC => {
+            if let Some(exit) = unpack::<wire::TaskExit>(&envelope.event)?
+                && !take_exit(shared, &envelope.namespace, exit).await
+            {
+                return Ok(());
+            }
+        }
+        DELETE_TOPIC => {
+            if let Some(delete) = unpack::<wire::TaskDelete>(&envelope.event)?
+                && (delete.id.is_empty() || delete.id == delete.container_id)
+                && let Some(task) = shared.get(&envelope.namespace, &delete.container_id)
+            {
+                task.tell(owner::Message::DeletePublished).await;
+            }
+        }
+        _ => {}
+    }
+    (shared.sink)(envelope);
+    Ok(())
+}
+
+/// False when the exit has been reported before.
+async fn take_exit(shared: &Shared, namespace: &str, exit: wire::TaskExit) -> bool {
+    let exited_at = exit.exited_at.as_ref().and_then(time_from_wire);
+    let key = ExitKey {
+        namespace: namespace.to_owned(),
+        container: exit.container_id.clone(),
+        process: exit.id.clone(),
+        pid: exit.pid,
+        exited_at,
+    };
+    if !shared.exit_is_new(key) {
+        tracing::debug!(
+            namespace,
+            container.id = exit.container_id,
+            exec.id = exit.id,
+            "exit reported again"
+        );
+        return false;
+    }
+    if let Some(task) = shared.get(namespace, &exit.container_id) {
+        let known = Exit { pid: exit.pid, status: exit.exit_status, exited_at };
+        task.tell(owner::Message::Exited { process: exit.id, exit: known }).await;
+    }
+    true
+}
+
+fn unpack<M: prost::Name + Default>(event: &Any) -> Result<Option<M>, EventError> {
+    let event = prost_types::Any { type_url: event.type_url.clone(), value: event.value.clone() };
+    any::unpack(&event).map_err(|source| EventError::Event { source })
+}
+
+fn envelope_from_wire(envelope: wire_types::Envelope) -> Envelope {
+    Envelope {
+        timestamp: envelope.timestamp.as_ref().and_then(time_from_wire).unwrap_or_else(SystemTime::now),
+        namespace: envelope.namespace,
+        topic: envelope.topic,
+        event: envelope.event.map(any_from_wire).unwrap_or_default(),
+    }
+}
+
+/// `/tasks/exit` for a shim that can no longer say it.
+pub(super) fn exit_event(namespace: &str, container: &str, process: &str, exit: Exit) -> Envelope {
+    let event = wire::TaskExit {
+        container_id: container.to_owned(),
+        id: process.to_owned(),
+        pid: exit.pid,
+        exit_status: exit.status,
+        exited_at: exit.exited_at.map(time_to_wire),
+    };
+    envelope(namespace, EXIT_TOPIC, any::pack(&event))
+}
+
+/// `/tasks/delete` for a shim that can no longer say it.
+pub(super) fn delete_event(namespace: &str, container: &str, exit: Exit) -> Envelope {
+    let event = wire::TaskDelete {
+        container_id: container.to_owned(),
+        pid: exit.pid,
+        exit_status: exit.status,
+        exited_at: exit.exited_at.map(time_to_wire),
+        id: String::new(),
+    };
+    envelope(namespace, DELETE_TOPIC, any::pack(&event))
+}
+
+fn envelope(namespace: &str, topic: &str, event: prost_types::Any) -> Envelope {
+    Envelope {
+        timestamp: SystemTime::now(),
+        namespace: namespace.to_owned(),
+        topic: topic.to_owned(),
+        event: any_from_wire(event),
+    }
+}

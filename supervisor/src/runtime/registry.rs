@@ -1,0 +1,186 @@
+//! Which tasks there are, and the way to the owner of each.
+
+use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use tokio::sync::{mpsc, watch};
+
+use super::owner::Message;
+use super::shim::Shim;
+use super::transitions::Phase;
+use super::{Config, Error, EventSink};
+
+/// Exits that are remembered so that a second report of one is known.
+const RECENT_EXITS: usize = 8192;
+
+/// What all parts of the runtime share.
+pub(super) struct Shared {
+    pub(super) config: Config,
+    pub(super) sink: EventSink,
+    /// Short sections only; never held over an await.
+    tasks: Mutex<BTreeMap<Key, Handle>>,
+    recent_exits: Mutex<Recent<ExitKey>>,
+}
+
+/// Namespace and container.
+type Key = (String, String);
+
+/// What makes an exit one of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct ExitKey {
+    pub(super) namespace: String,
+    pub(super) container: String,
+    pub(super) process: String,
+    pub(super) pid: u32,
+    pub(super) exited_at: Option<SystemTime>,
+}
+
+/// The way to the owner of one container.
+#[derive(Clone)]
+pub(super) struct Handle {
+    pub(super) mailbox: mpsc::Sender<Message>,
+    pub(super) view: watch::Receiver<View>,
+}
+
+/// What an owner lets everyone see, so that most calls need not ask it.
+#[derive(Clone)]
+pub(super) struct View {
+    pub(super) phase: Phase,
+    pub(super) pid: u32,
+    /// The connection, from its making until its end.
+    pub(super) shim: Option<Shim>,
+}
+
+impl Handle {
+    /// Gives the owner a message; false when there is no owner any more.
+    pub(super) async fn tell(&self, message: Message) -> bool {
+        self.mailbox.send(message).await.is_ok()
+    }
+
+    /// The init process, zero when not known.
+    pub(super) fn pid(&self) -> u32 {
+        self.view.borrow().pid
+    }
+
+    /// The shim to send a call to; waits while that is not decided.
+    pub(super) async fn ready(&self, id: &str) -> Result<Shim, Error> {
+        let not_found = || Error::NotFound { id: id.to_owned() };
+        let mut view = self.view.clone();
+        loop {
+            {
+                let view = view.borrow_and_update();
+                match view.phase {
+                    Phase::Live | Phase::Deleting => return view.shim.clone().ok_or_else(not_found),
+                    Phase::Creating | Phase::Gone => return Err(not_found()),
+                    Phase::Unreachable => return Err(Error::Unreachable { id: id.to_owned() }),
+                    Phase::Loading | Phase::Cleaning => {}
+                }
+            }
+            view.changed().await.map_err(|_| not_found())?;
+        }
+    }
+}
+
+impl Shared {
+    pub(super) fn new(config: Config, sink: EventSink) -> Shared {
+        Shared {
+            config,
+            sink,
+            tasks: Mutex::new(BTreeMap::new()),
+            recent_exits: Mutex::new(Recent::new(RECENT_EXITS)),
+        }
+    }
+
+    pub(super) fn get(&self, namespace: &str, id: &str) -> Option<Handle> {
+        self.tasks().get(&(namespace.to_owned(), id.to_owned())).cloned()
+    }
+
+    /// Enters a task, unless there is one: then that is given back.
+    pub(super) fn insert(&self, namespace: &str, id: &str, handle: Handle) -> Result<(), Handle> {
+        match self.tasks().entry((namespace.to_owned(), id.to_owned())) {
+            std::collections::btree_map::Entry::Vacant(entry) => {
+                entry.insert(handle);
+                Ok(())
+            }
+            std::collections::btree_map::Entry::Occupied(entry) => Err(entry.get().clone()),
+        }
+    }
+
+    pub(super) fn remove(&self, namespace: &str, id: &str) {
+        self.tasks().remove(&(namespace.to_owned(), id.to_owned()));
+    }
+
+    /// The tasks of a namespace, by container.
+    pub(super) fn in_namespace(&self, namespace: &str) -> Vec<(String, Handle)> {
+        let tasks = self.tasks();
+        let of_namespace = tasks.range((namespace.to_owned(), String::new())..);
+        of_namespace
+            .take_while(|((of, _), _)| of == namespace)
+            .map(|((_, id), handle)| (id.clone(), handle.clone()))
+            .collect()
+    }
+
+    /// Whether a task other than this one has its shim at the same address: they are a group.
+    pub(super) fn address_shared(&self, namespace: &str, id: &str, address: &str) -> bool {
+        self.tasks().iter().any(|((other_namespace, other_id), handle)| {
+            (other_namespace, other_id) != (&namespace.to_owned(), &id.to_owned())
+                && handle.view.borrow().shim.as_ref().is_some_and(|shim| shim.address() == address)
+        })
+    }
+
+    /// True the first time that an exit is seen.
+    pub(super) fn exit_is_new(&self, key: ExitKey) -> bool {
+        self.recent_exits.lock().unwrap_or_else(PoisonError::into_inner).insert(key)
+    }
+
+    fn tasks(&self) -> MutexGuard<'_, BTreeMap<Key, Handle>> {
+        // A panic while the lock is held cannot leave the map half changed.
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The last so many of something.
+struct Recent<T> {
+    limit: usize,
+    order: VecDeque<Arc<T>>,
+    known: HashSet<Arc<T>>,
+}
+
+impl<T: Eq + std::hash::Hash> Recent<T> {
+    fn new(limit: usize) -> Recent<T> {
+        Recent { limit, order: VecDeque::new(), known: HashSet::new() }
+    }
+
+    /// True if it was not among them.
+    fn insert(&mut self, item: T) -> bool {
+        let item = Arc::new(item);
+        if !self.known.insert(item.clone()) {
+            return false;
+        }
+        self.order.push_back(item);
+        if self.order.len() > self.limit
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.known.remove(&oldest);
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn recent_forgets_the_oldest_first() {
+        let mut recent = Recent::new(2);
+        assert!(recent.insert(1));
+        assert!(!recent.insert(1));
+        assert!(recent.insert(2));
+        assert!(recent.insert(3));
+        assert!(!recent.insert(3));
+        assert!(recent.insert(1), "one was forgotten");
+        assert_eq!(recent.known.len(), 2);
+    }
+}

@@ -1,0 +1,187 @@
+//! The two jobs that take a task down: the deletion that someone asked for, and the cleaning after the death of a shim.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use davit_model::{Any, Coded, ErrorCode, error::chain};
+use davit_shim_protocol::journal::{self, Contents, EventRecord, ExitRecord};
+use tracing::{debug, info, warn};
+
+use super::create::blocking;
+use super::load::{self, Probe};
+use super::owner::{Context, Message};
+use super::shim::Shim;
+use super::task::Exit;
+use super::{Error, binary, forward};
+use crate::events::Envelope;
+
+/// How often to ask again after a shim whose connection has ended and that neither answers nor is gone.
+const DOUBT: Duration = Duration::from_secs(1);
+
+/// Has the shim delete the task, and then takes down the shim and the bundle.
+pub(super) async fn delete(context: Context, shim: Shim) {
+    let exit = match shim.delete("").await {
+        Ok(exit) => Some(exit),
+        Err(Error::ShimGone { .. }) => return context.report(Message::DeleteLost).await,
+        Err(error) if error.code() == ErrorCode::NotFound => {
+            debug!(error = chain(&error), "shim knows no such task");
+            None
+        }
+        Err(error) => return context.report(Message::DeleteRefused(error)).await,
+    };
+    if !end_shim(&context, &shim).await {
+        warn!("the shim has not ended after the deletion of its task");
+    }
+    shim.close();
+    let bundle = context.bundle.clone();
+    if let Err(error) = blocking(move || bundle.delete()).await {
+        warn!(error = chain(&error), "cannot delete the bundle");
+    }
+    context.report(Message::Deleted(exit)).await;
+}
+
+/// Asks the shim to end, if no other container needs it. False when it has not ended in time.
+pub(super) async fn end_shim(context: &Context, shim: &Shim) -> bool {
+    let bundle = context.bundle.clone();
+    let sandboxed = blocking(move || bundle.read_sandbox()).await;
+    if shared_shim(context, shim) || !matches!(sandboxed, Ok(None)) {
+        return true;
+    }
+    let limit = context.shared.config.timeouts.shutdown;
+    if let Err(error) = shim.shutdown(limit).await {
+        warn!(error = chain(&error), "cannot shut the shim down");
+        return shim.is_closed();
+    }
+    true
+}
+
+fn shared_shim(context: &Context, shim: &Shim) -> bool {
+    context.shared.address_shared(context.namespace(), context.id(), shim.address())
+}
+
+/// Kills a shim that does not end by itself, after a creation that failed. It holds no container that anyone knows of.
+pub(super) async fn kill_shim(context: &Context, binary: &Path, shim: &Shim) {
+    if shared_shim(context, shim) {
+        return;
+    }
+    let (namespace, id) = (context.namespace().to_owned(), context.id().to_owned());
+    let binary = binary.to_owned();
+    let killed = tokio::task::spawn_blocking(move || kill_shims(&namespace, &id, &binary)).await;
+    info!(processes = killed.unwrap_or(0), "killed a shim that did not end");
+}
+
+/// Kills the processes that run `binary` for the container; gives their number.
+fn kill_shims(namespace: &str, id: &str, binary: &Path) -> usize {
+    let Ok(processes) = std::fs::read_dir("/proc") else { return 0 };
+    let pids = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    pids.filter(|pid| {
+        // Opened before it is looked at, so that what is looked at is what is killed.
+        let Ok(pidfd) = davit_sys::process::pidfd_open(*pid) else { return false };
+        let (Ok(exe), Ok(arguments)) =
+            (std::fs::read_link(format!("/proc/{pid}/exe")), std::fs::read(format!("/proc/{pid}/cmdline")))
+        else {
+            return false;
+        };
+        let arguments: Vec<&[u8]> = arguments.split(|byte| *byte == 0).collect();
+        let flag = |name: &str, value: &str| {
+            arguments.windows(2).any(|pair| pair == [name.as_bytes(), value.as_bytes()])
+        };
+        let script = arguments.get(1).is_some_and(|first| *first == binary.as_os_str().as_encoded_bytes());
+        (exe == binary || script)
+            && flag("-namespace", namespace)
+            && flag("-id", id)
+            && davit_sys::process::pidfd_send_signal(std::os::fd::AsFd::as_fd(&pidfd), libc_sigkill()).is_ok()
+    })
+    .count()
+}
+
+fn libc_sigkill() -> i32 {
+    nix::sys::signal::Signal::SIGKILL as i32
+}
+
+/// Cleans up after a shim whose connection has ended. First it is made sure that it is gone: a live one is gone back to.
+pub(super) async fn clean_up(context: Context) {
+    loop {
+        let mut connection = None;
+        match load::probe(&context, &mut connection).await {
+            Probe::Gone => break,
+            Probe::Task { shim, pid, .. } => {
+                info!("the connection to the shim was lost and is there again");
+                return context.report(Message::Found { shim, pid }).await;
+            }
+            Probe::NoTask(shim) => {
+                // A group's shim that lives without this container, or one that is just ending.
+                end_shim(&context, &shim).await;
+                shim.close();
+                break;
+            }
+            Probe::Silent => {
+                warn!("the connection to the shim was lost, and it does not answer");
+                // There is nothing to wait on: the shim's process is not our child.
+                tokio::time::sleep(DOUBT).await;
+            }
+        }
+    }
+    let journal = read_journal(&context).await;
+    for event in journal.unsent {
+        if let Err(error) = forward::accept(&context.shared, envelope(event)).await {
+            warn!(error = %error, "the shim's journal holds an event that makes no sense");
+        }
+    }
+    let killed = match remembered_binary(&context).await {
+        Some(binary) => match binary::delete(&context.shared.config, &context.bundle, &binary).await {
+            Ok(exit) => Some(exit),
+            Err(error) => {
+                warn!(error = chain(&error), "cannot clean up after the shim");
+                None
+            }
+        },
+        None => None,
+    };
+    let bundle = context.bundle.clone();
+    if let Err(error) = blocking(move || bundle.delete()).await {
+        warn!(error = chain(&error), "cannot delete the bundle of a dead shim");
+    }
+    let journal = journal.exits.into_values().map(exit).collect();
+    context.report(Message::CleanedUp { journal, killed }).await;
+}
+
+async fn read_journal(context: &Context) -> Contents {
+    let path = context.bundle.journal();
+    let read = tokio::task::spawn_blocking(move || journal::read(&path)).await;
+    match read {
+        Ok(Ok(contents)) => contents,
+        Ok(Err(error)) => {
+            warn!(error = chain(&error), "cannot read the shim's journal");
+            Contents::default()
+        }
+        Err(_) => Contents::default(),
+    }
+}
+
+/// The binary that the shim was started with, or the one that would be started today.
+async fn remembered_binary(context: &Context) -> Option<PathBuf> {
+    let bundle = context.bundle.clone();
+    match blocking(move || bundle.read_binary()).await {
+        Ok(Some(binary)) => Some(binary),
+        Ok(None) | Err(_) => binary::resolve(&context.shared.config, "io.containerd.runc.v2").ok(),
+    }
+}
+
+fn exit(record: ExitRecord) -> (String, Exit) {
+    let exited_at = time(record.seconds, record.nanos);
+    (record.id, Exit { pid: record.pid, status: record.status, exited_at })
+}
+
+fn envelope(record: EventRecord) -> Envelope {
+    Envelope {
+        timestamp: time(record.seconds, record.nanos).unwrap_or_else(std::time::SystemTime::now),
+        namespace: record.namespace,
+        topic: record.topic,
+        event: Any { type_url: record.type_url, value: record.value },
+    }
+}
+
+fn time(seconds: i64, nanos: i32) -> Option<std::time::SystemTime> {
+    super::shim::time_from_wire(&prost_types::Timestamp { seconds, nanos })
+}

@@ -1,0 +1,782 @@
+//! What state a task is in, and what follows from what happens to it. No I/O, no clock, no synchronization of its own:
+//! the owner of a container feeds it [`Input`]s one by one and carries out the [`Action`]s that it answers with.
+//!
+//! ```text
+//!   create                                    load
+//!     │                                         │
+//!  Creating ──CreateFailed──▶ Gone           Loading ──Silent──▶ Unreachable
+//!     │ Created                           Found │ └──Dead──┐  Found │   │ Dead, Disconnected
+//!     ▼                                         ▼          │        ▼   │
+//!    Live ◀─────────────────────────────────────┴──────────┼────────┘   │
+//!     │ ▲ └──Disconnected──────────────────────────────────┼─▶ Cleaning ◀
+//!     │ └─DeleteRefused─┐                                  └─────▶ ▲ │
+//!     └──Delete──▶ Deleting ──DeleteLost───────────────────────────┘ │ CleanedUp
+//!                       └──Deleted──▶ Gone ◀─────────────────────────┘
+//! ```
+//! The job that cleans up first makes sure that the shim is gone, and reports `Found` if only the connection was lost:
+//! then `Cleaning` goes back to `Live`.
+//!
+//! **Invariants.** A task enters `Cleaning` only when its connection is closed or nothing listens at its address;
+//! slowness never leads there. The exit of a process is published here only if the shim has not published it. Whoever
+//! waits or deletes is answered at the latest on the way to `Gone`.
+
+use std::collections::BTreeMap;
+use std::time::SystemTime;
+
+use super::task::Exit;
+
+/// The exit code of a process that was killed with its shim: 128 + SIGKILL.
+pub const KILLED: u32 = 137;
+
+/// The states. See the diagram above.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Its shim is being started and is creating the container. To everyone but a second create it does not exist.
+    Creating,
+    /// Found at start; its shim has not answered yet. Calls wait.
+    Loading,
+    /// The shim serves it.
+    Live,
+    /// Found at start, and its shim neither answers nor is gone.
+    Unreachable,
+    /// The shim was asked to delete it. Other calls still go to the shim.
+    Deleting,
+    /// The shim is gone; what it left is being removed. Calls wait.
+    Cleaning,
+    /// No more.
+    Gone,
+}
+
+/// What can happen to a task.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Input {
+    /// The shim has created the container.
+    Created {
+        /// Its init process.
+        pid: u32,
+    },
+    /// It has not, and everything is cleaned up.
+    CreateFailed,
+    /// The shim of an earlier daemon answered and has the task.
+    Found {
+        /// Its init process.
+        pid: u32,
+    },
+    /// There is no shim, or none with a task. `pid` is that of the init process as the bundle remembers it, zero when
+    /// there never was one.
+    Dead {
+        /// Its init process.
+        pid: u32,
+    },
+    /// The shim of an earlier daemon does not answer.
+    Silent {
+        /// Its init process, zero when not known.
+        pid: u32,
+    },
+    /// The connection to the shim has ended.
+    Disconnected,
+    /// Somebody wants the task deleted.
+    Delete,
+    /// The shim refused to delete it.
+    DeleteRefused,
+    /// The connection ended before the shim had answered the deletion.
+    DeleteLost,
+    /// It is deleted, shim and bundle and all. `None` when the shim said that it has no such task.
+    Deleted {
+        /// The exit of the init process.
+        exit: Option<Exit>,
+    },
+    /// What a dead shim left is removed.
+    CleanedUp {
+        /// The exits that its journal holds, oldest first.
+        journal: Vec<(String, Exit)>,
+        /// What `shim delete` said of the init process.
+        killed: Option<Exit>,
+        /// The time to put on deaths that nobody recorded.
+        now: SystemTime,
+    },
+    /// A process was started.
+    Started {
+        /// The container's id for the init process, else the exec's.
+        process: String,
+        /// Its number.
+        pid: u32,
+    },
+    /// An exec was registered.
+    ExecAdded {
+        /// Its id.
+        process: String,
+    },
+    /// An exec was deleted.
+    ExecDeleted {
+        /// Its id.
+        process: String,
+        /// How it ended; without a time when it never ran.
+        exit: Exit,
+    },
+    /// The shim published an exit.
+    Exited {
+        /// The container's id for the init process, else the exec's.
+        process: String,
+        /// How it ended.
+        exit: Exit,
+    },
+    /// The shim published the deletion of the task.
+    DeletePublished,
+    /// Somebody waits for the end of a process.
+    Wait {
+        /// The container's id for the init process, else the exec's.
+        process: String,
+    },
+    /// The shim answered a wait (`lost`: the connection ended instead).
+    WaitOver {
+        /// The process.
+        process: String,
+        /// There was no answer.
+        lost: bool,
+    },
+}
+
+/// What the owner is to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Ask the shim to delete the task, then take the shim and the bundle down. Ends in `Deleted`, `DeleteRefused` or
+    /// `DeleteLost`.
+    Delete,
+    /// Remove what the dead shim left. Ends in `CleanedUp`.
+    CleanUp,
+    /// Ask the shim to wait for a process. Ends in `WaitOver`.
+    AskWait(String),
+    /// Answer everyone who waits for a process.
+    AnswerWait(String, Exit),
+    /// Tell everyone who waits for a process that there is no such process.
+    RefuseWait(String),
+    /// Answer everyone who wants the task deleted.
+    AnswerDelete(Option<Exit>),
+    /// Tell them why not.
+    RefuseDelete(Refusal),
+    /// Publish `/tasks/exit`.
+    PublishExit(String, Exit),
+    /// Publish `/tasks/delete`.
+    PublishDelete(Exit),
+    /// Take the task out of the registry. Nothing follows.
+    Leave,
+}
+
+/// Why a deletion is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// There is no task.
+    NotFound,
+    /// Its shim does not answer.
+    Unreachable,
+    /// The shim said no; its words are with the owner.
+    Shim,
+}
+
+/// A process that the daemon knows of.
+#[derive(Debug, Clone, Default)]
+struct Known {
+    /// Zero until it is started.
+    pid: u32,
+    /// Set once the shim has published its exit.
+    exit: Option<Exit>,
+}
+
+/// The state of one task.
+#[derive(Debug, Clone)]
+pub struct Machine {
+    id: String,
+    phase: Phase,
+    /// By exec id, and the container's id for the init process. Execs of an earlier daemon's time are not known here;
+    /// a shim answers for them.
+    processes: BTreeMap<String, Known>,
+    /// The processes that somebody waits for; true once the shim has been asked.
+    waits: BTreeMap<String, bool>,
+    /// Somebody wants it deleted, and that has not begun.
+    delete_wanted: bool,
+    /// The connection ended before the outcome of creating or loading was known.
+    disconnected: bool,
+    /// The shim has published the deletion.
+    delete_published: bool,
+}
+
+impl Machine {
+    /// A task that is about to be created.
+    pub fn creating(id: &str) -> Machine {
+        Machine::new(id, Phase::Creating)
+    }
+
+    /// A task of an earlier daemon.
+    pub fn loading(id: &str) -> Machine {
+        Machine::new(id, Phase::Loading)
+    }
+
+    fn new(id: &str, phase: Phase) -> Machine {
+        Machine {
+            id: id.to_owned(),
+            phase,
+            processes: BTreeMap::new(),
+            waits: BTreeMap::new(),
+            delete_wanted: false,
+            disconnected: false,
+            delete_published: false,
+        }
+    }
+
+    /// The state that it is in.
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// The init process, zero while there is none.
+    pub fn pid(&self) -> u32 {
+        self.processes.get(&self.id).map_or(0, |init| init.pid)
+    }
+
+    /// Takes what happened, gives what is to be done, in order.
+    pub fn apply(&mut self, input: Input) -> Vec<Action> {
+        match input {
+            Input::Created { pid } if self.phase == Phase::Creating => self.up(pid),
+            Input::CreateFailed if self.phase == Phase::Creating => self.leave(),
+            Input::Found { pid }
+                if matches!(self.phase, Phase::Loading | Phase::Unreachable | Phase::Cleaning) =>
+            {
+                self.disconnected = false;
+                self.up(pid)
+            }
+            Input::Dead { pid } if matches!(self.phase, Phase::Loading | Phase::Unreachable) => {
+                self.know_init(pid);
+                self.clean_up()
+            }
+            Input::Silent { pid } if self.phase == Phase::Loading => {
+                self.know_init(pid);
+                self.silent()
+            }
+            Input::Disconnected => self.disconnected(),
+            Input::Delete => self.delete(),
+            Input::DeleteRefused if self.phase == Phase::Deleting => {
+                self.phase = Phase::Live;
+                let mut actions = vec![Action::RefuseDelete(Refusal::Shim)];
+                if self.disconnected {
+                    actions.extend(self.clean_up());
+                }
+                actions
+            }
+            Input::DeleteLost if self.phase == Phase::Deleting => self.clean_up(),
+            Input::Deleted { exit } if self.phase == Phase::Deleting => self.deleted(exit),
+            Input::CleanedUp { journal, killed, now } if self.phase == Phase::Cleaning => {
+                self.cleaned_up(journal, killed, now)
+            }
+            Input::Started { process, pid } => {
+                // After a restart the exec may have been registered with an earlier daemon.
+                self.processes.entry(process).or_default().pid = pid;
+                Vec::new()
+            }
+            Input::ExecAdded { process } => {
+                // A start that was quicker than this report has put it there already.
+                self.processes.entry(process).or_default();
+                Vec::new()
+            }
+            Input::ExecDeleted { process, exit } => self.exec_deleted(process, exit),
+            Input::Exited { process, exit } => {
+                // Only of a process that is known: what an event says late of a deleted exec must not stay for ever.
+                if let Some(known) = self.processes.get_mut(&process)
+                    && (known.pid == 0 || known.pid == exit.pid)
+                {
+                    known.exit = Some(exit);
+                }
+                Vec::new()
+            }
+            Input::DeletePublished => {
+                self.delete_published = true;
+                Vec::new()
+            }
+            Input::Wait { process } => self.wait(process),
+            Input::WaitOver { process, lost } => {
+                if lost {
+                    // The loss of the connection itself follows, and answers.
+                    if let Some(asked) = self.waits.get_mut(&process) {
+                        *asked = false;
+                    }
+                } else {
+                    self.waits.remove(&process);
+                }
+                Vec::new()
+            }
+            // Late news of a phase that is over.
+            Input::Created { .. }
+            | Input::CreateFailed
+            | Input::Found { .. }
+            | Input::Dead { .. }
+            | Input::Silent { .. }
+            | Input::DeleteRefused
+            | Input::DeleteLost
+            | Input::Deleted { .. }
+            | Input::CleanedUp { .. } => Vec::new(),
+        }
+    }
+
+    fn know_init(&mut self, pid: u32) {
+        if pid != 0 {
+            self.processes.entry(self.id.clone()).or_default().pid = pid;
+        }
+    }
+
+    /// The shim serves the task.
+    fn up(&mut self, pid: u32) -> Vec<Action> {
+        self.processes.entry(self.id.clone()).or_default();
+        self.know_init(pid);
+        self.phase = Phase::Live;
+        if self.disconnected {
+            return self.clean_up();
+        }
+        let mut actions = Vec::new();
+        for (process, asked) in &mut self.waits {
+            *asked = true;
+            actions.push(Action::AskWait(process.clone()));
+        }
+        if self.delete_wanted {
+            actions.extend(self.delete());
+        }
+        actions
+    }
+
+    fn silent(&mut self) -> Vec<Action> {
+        self.phase = Phase::Unreachable;
+        if self.disconnected {
+            return self.clean_up();
+        }
+        if std::mem::take(&mut self.delete_wanted) {
+            return vec![Action::RefuseDelete(Refusal::Unreachable)];
+        }
+        Vec::new()
+    }
+
+    fn disconnected(&mut self) -> Vec<Action> {
+        match self.phase {
+            Phase::Live | Phase::Unreachable => self.clean_up(),
+            // Whoever brings it up or takes it down sees the end of the connection too, and says what follows.
+            Phase::Creating | Phase::Loading | Phase::Deleting => {
+                self.disconnected = true;
+                Vec::new()
+            }
+            Phase::Cleaning | Phase::Gone => Vec::new(),
+        }
+    }
+
+    fn clean_up(&mut self) -> Vec<Action> {
+        self.phase = Phase::Cleaning;
+        for asked in self.waits.values_mut() {
+            *asked = false;
+        }
+        vec![Action::CleanUp]
+    }
+
+    fn delete(&mut self) -> Vec<Action> {
+        match self.phase {
+            Phase::Live => {
+                self.delete_wanted = false;
+                self.phase = Phase::Deleting;
+                vec![Action::Delete]
+            }
+            // One deletion serves all who want it.
+            Phase::Deleting | Phase::Cleaning => Vec::new(),
+            Phase::Loading => {
+                self.delete_wanted = true;
+                Vec::new()
+            }
+            Phase::Unreachable => vec![Action::RefuseDelete(Refusal::Unreachable)],
+            Phase::Creating | Phase::Gone => vec![Action::RefuseDelete(Refusal::NotFound)],
+        }
+    }
+
+    fn deleted(&mut self, exit: Option<Exit>) -> Vec<Action> {
+        let mut actions = Vec::new();
+        for process in std::mem::take(&mut self.waits).into_keys() {
+            let known = self.processes.get(&process).and_then(|known| known.exit);
+            match if process == self.id { exit.or(known) } else { known } {
+                Some(exit) => actions.push(Action::AnswerWait(process, exit)),
+                None => actions.push(Action::RefuseWait(process)),
+            }
+        }
+        actions.push(Action::AnswerDelete(exit));
+        actions.extend(self.leave());
+        actions
+    }
+
+    fn cleaned_up(
+        &mut self,
+        journal: Vec<(String, Exit)>,
+        killed: Option<Exit>,
+        now: SystemTime,
+    ) -> Vec<Action> {
+        let mut actions = Vec::new();
+        // A shim that never had a task has nothing to report, whatever `shim delete` makes up.
+        let had_task = self.processes.contains_key(&self.id);
+        let mut init_exit = None;
+        if had_task {
+            for (process, exit) in journal {
+                let known = self.processes.entry(process.clone()).or_default();
+                if known.exit.is_none() && (known.pid == 0 || known.pid == exit.pid) {
+                    known.exit = Some(exit);
+                    known.pid = exit.pid;
+                    // Init's exit comes after those of its execs, as a shim publishes them.
+                    if process == self.id {
+                        init_exit = Some(exit);
+                    } else {
+                        actions.push(Action::PublishExit(process, exit));
+                    }
+                }
+            }
+            let killed_with_shim = |pid: u32| Exit { pid, status: KILLED, exited_at: Some(now) };
+            for (process, known) in &mut self.processes {
+                if known.exit.is_some() || *process != self.id && known.pid == 0 {
+                    continue;
+                }
+                let mut exit = killed_with_shim(known.pid);
+                if *process == self.id {
+                    if let Some(killed) = killed {
+                        exit = Exit {
+                            pid: if killed.pid == 0 { known.pid } else { killed.pid },
+                            status: killed.status,
+                            exited_at: killed.exited_at.or(Some(now)),
+                        };
+                    }
+                    init_exit = Some(exit);
+                } else {
+                    actions.push(Action::PublishExit(process.clone(), exit));
+                }
+                known.exit = Some(exit);
+            }
+            if let Some(exit) = init_exit {
+                actions.push(Action::PublishExit(self.id.clone(), exit));
+            }
+        }
+        let init = self.processes.get(&self.id).and_then(|init| init.exit);
+        if let Some(exit) = init
+            && !self.delete_published
+        {
+            actions.push(Action::PublishDelete(exit));
+        }
+        actions.extend(self.deleted(init));
+        actions
+    }
+
+    fn exec_deleted(&mut self, process: String, exit: Exit) -> Vec<Action> {
+        self.processes.remove(&process);
+        if self.waits.remove(&process).is_none() {
+            return Vec::new();
+        }
+        // A shim may leave a wait for an exec that never ran without an answer for ever.
+        match exit.exited_at {
+            Some(_) => vec![Action::AnswerWait(process, exit)],
+            None => vec![Action::RefuseWait(process)],
+        }
+    }
+
+    fn wait(&mut self, process: String) -> Vec<Action> {
+        match self.phase {
+            Phase::Live | Phase::Deleting => {
+                // One wait at the shim serves all who wait for the process.
+                let asked = self.waits.entry(process.clone()).or_insert(false);
+                if std::mem::replace(asked, true) { Vec::new() } else { vec![Action::AskWait(process)] }
+            }
+            Phase::Loading | Phase::Unreachable | Phase::Cleaning => {
+                self.waits.entry(process).or_insert(false);
+                Vec::new()
+            }
+            Phase::Creating | Phase::Gone => vec![Action::RefuseWait(process)],
+        }
+    }
+
+    fn leave(&mut self) -> Vec<Action> {
+        self.phase = Phase::Gone;
+        vec![Action::Leave]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::time::Duration;
+
+    const NOW: SystemTime = SystemTime::UNIX_EPOCH;
+
+    fn exit(pid: u32, status: u32) -> Exit {
+        Exit { pid, status, exited_at: Some(NOW + Duration::from_secs(u64::from(pid))) }
+    }
+
+    fn live() -> Machine {
+        let mut machine = Machine::creating("c");
+        assert_eq!(machine.apply(Input::Created { pid: 10 }), []);
+        machine
+    }
+
+    fn wait(process: &str) -> Input {
+        Input::Wait { process: process.into() }
+    }
+
+    fn cleaned_up(journal: &[(&str, Exit)], killed: Option<Exit>) -> Input {
+        let journal = journal.iter().map(|(id, exit)| ((*id).to_owned(), *exit)).collect();
+        Input::CleanedUp { journal, killed, now: NOW }
+    }
+
+    fn exec_running(machine: &mut Machine, id: &str, pid: u32) {
+        machine.apply(Input::ExecAdded { process: id.into() });
+        machine.apply(Input::Started { process: id.into(), pid });
+    }
+
+    #[test]
+    fn a_life_without_incidents_publishes_nothing() {
+        let mut machine = live();
+        assert_eq!((machine.phase(), machine.pid()), (Phase::Live, 10));
+        assert_eq!(machine.apply(wait("c")), [Action::AskWait("c".into())]);
+        assert_eq!(machine.apply(wait("c")), [], "one wait at the shim serves all");
+        machine.apply(Input::Exited { process: "c".into(), exit: exit(10, 0) });
+        assert_eq!(machine.apply(Input::WaitOver { process: "c".into(), lost: false }), []);
+        assert_eq!(machine.apply(Input::Delete), [Action::Delete]);
+        assert_eq!(machine.apply(Input::Delete), [], "one deletion serves all");
+        assert_eq!(machine.apply(Input::DeletePublished), []);
+        assert_eq!(
+            machine.apply(Input::Deleted { exit: Some(exit(10, 0)) }),
+            [Action::AnswerDelete(Some(exit(10, 0))), Action::Leave]
+        );
+        assert_eq!(machine.apply(Input::Disconnected), []);
+        assert_eq!(machine.phase(), Phase::Gone);
+    }
+
+    #[test]
+    fn what_is_being_created_does_not_exist_yet() {
+        let mut machine = Machine::creating("c");
+        assert_eq!(machine.apply(Input::Delete), [Action::RefuseDelete(Refusal::NotFound)]);
+        assert_eq!(machine.apply(wait("c")), [Action::RefuseWait("c".into())]);
+        assert_eq!(machine.apply(Input::CreateFailed), [Action::Leave]);
+    }
+
+    #[test]
+    fn a_refused_deletion_changes_nothing() {
+        let mut machine = live();
+        machine.apply(Input::Delete);
+        assert_eq!(machine.apply(Input::DeleteRefused), [Action::RefuseDelete(Refusal::Shim)]);
+        assert_eq!(machine.phase(), Phase::Live);
+        assert_eq!(machine.apply(Input::Delete), [Action::Delete]);
+    }
+
+    #[test]
+    fn a_shim_that_dies_is_reported_with_what_the_journal_holds() {
+        let mut machine = live();
+        exec_running(&mut machine, "e1", 11);
+        exec_running(&mut machine, "e2", 12);
+        exec_running(&mut machine, "e3", 13);
+        machine.apply(Input::ExecAdded { process: "never-started".into() });
+        machine.apply(Input::Exited { process: "e1".into(), exit: exit(11, 1) });
+        assert_eq!(machine.apply(wait("e3")), [Action::AskWait("e3".into())]);
+        assert_eq!(machine.apply(Input::Disconnected), [Action::CleanUp]);
+        assert_eq!(machine.apply(wait("c")), [], "whoever waits now is answered at the end");
+        let journal = [("c", exit(10, 7)), ("e1", exit(11, 1)), ("e2", exit(12, 2))];
+        let killed = Exit { pid: 13, status: KILLED, exited_at: Some(NOW) };
+        assert_eq!(
+            machine.apply(cleaned_up(&journal, Some(exit(10, 137)))),
+            [
+                Action::PublishExit("e2".into(), exit(12, 2)),
+                Action::PublishExit("e3".into(), killed),
+                Action::PublishExit("c".into(), exit(10, 7)),
+                Action::PublishDelete(exit(10, 7)),
+                Action::AnswerWait("c".into(), exit(10, 7)),
+                Action::AnswerWait("e3".into(), killed),
+                Action::AnswerDelete(Some(exit(10, 7))),
+                Action::Leave,
+            ]
+        );
+    }
+
+    #[test]
+    fn a_death_that_nobody_recorded_is_137() {
+        let mut machine = live();
+        machine.apply(Input::Disconnected);
+        let killed = Exit { pid: 10, status: KILLED, exited_at: Some(NOW) };
+        let actions = machine.apply(cleaned_up(&[], None));
+        assert_eq!(actions[0], Action::PublishExit("c".into(), killed));
+        // `shim delete` may know less of the process than we do.
+        let mut machine = live();
+        machine.apply(Input::Disconnected);
+        let told = Exit { pid: 0, status: 137, exited_at: None };
+        let actions = machine.apply(cleaned_up(&[], Some(told)));
+        assert_eq!(actions[0], Action::PublishExit("c".into(), killed));
+    }
+
+    #[test]
+    fn what_the_shim_has_published_is_not_published_again() {
+        let mut machine = live();
+        machine.apply(Input::Exited { process: "c".into(), exit: exit(10, 3) });
+        machine.apply(Input::Delete);
+        machine.apply(Input::DeletePublished);
+        assert_eq!(machine.apply(Input::DeleteLost), [Action::CleanUp]);
+        assert_eq!(
+            machine.apply(cleaned_up(&[("c", exit(10, 3))], Some(exit(10, 137)))),
+            [Action::AnswerDelete(Some(exit(10, 3))), Action::Leave]
+        );
+    }
+
+    #[test]
+    fn a_connection_that_is_lost_while_the_shim_lives_is_taken_up_again() {
+        let mut machine = live();
+        machine.apply(wait("c"));
+        machine.apply(Input::Disconnected);
+        machine.apply(Input::WaitOver { process: "c".into(), lost: true });
+        assert_eq!(machine.apply(Input::Found { pid: 10 }), [Action::AskWait("c".into())]);
+        assert_eq!(machine.phase(), Phase::Live);
+    }
+
+    #[test]
+    fn the_shim_may_die_before_its_creation_is_reported() {
+        let mut machine = Machine::creating("c");
+        assert_eq!(machine.apply(Input::Disconnected), []);
+        assert_eq!(machine.apply(Input::Created { pid: 10 }), [Action::CleanUp]);
+    }
+
+    #[test]
+    fn silence_is_not_death() {
+        let mut machine = Machine::loading("c");
+        assert_eq!(machine.apply(wait("c")), []);
+        assert_eq!(machine.apply(Input::Delete), []);
+        assert_eq!(machine.apply(Input::Silent { pid: 10 }), [Action::RefuseDelete(Refusal::Unreachable)]);
+        assert_eq!((machine.phase(), machine.pid()), (Phase::Unreachable, 10));
+        assert_eq!(machine.apply(Input::Found { pid: 10 }), [Action::AskWait("c".into())]);
+        assert_eq!(machine.phase(), Phase::Live);
+    }
+
+    #[test]
+    fn a_deletion_that_was_wanted_while_loading_is_done() {
+        let mut machine = Machine::loading("c");
+        machine.apply(Input::Delete);
+        assert_eq!(machine.apply(Input::Found { pid: 10 }), [Action::Delete]);
+    }
+
+    #[test]
+    fn a_bundle_that_never_had_a_process_reports_none() {
+        let mut machine = Machine::loading("c");
+        assert_eq!(machine.apply(Input::Dead { pid: 0 }), [Action::CleanUp]);
+        assert_eq!(
+            machine.apply(cleaned_up(&[], Some(exit(0, 137)))),
+            [Action::AnswerDelete(None), Action::Leave]
+        );
+    }
+
+    #[test]
+    fn a_task_whose_shim_died_with_the_daemon_is_reported() {
+        let mut machine = Machine::loading("c");
+        machine.apply(Input::Dead { pid: 10 });
+        let actions = machine.apply(cleaned_up(&[], Some(exit(10, 137))));
+        assert_eq!(actions[0], Action::PublishExit("c".into(), exit(10, 137)));
+        assert_eq!(actions[1], Action::PublishDelete(exit(10, 137)));
+    }
+
+    #[test]
+    fn the_wait_for_a_deleted_exec_is_answered() {
+        let mut machine = live();
+        exec_running(&mut machine, "e", 11);
+        machine.apply(wait("e"));
+        let deleted = |exit| Input::ExecDeleted { process: "e".into(), exit };
+        assert_eq!(machine.apply(deleted(exit(11, 4))), [Action::AnswerWait("e".into(), exit(11, 4))]);
+        machine.apply(Input::ExecAdded { process: "e".into() });
+        machine.apply(wait("e"));
+        let never_ran = Exit { pid: 0, status: 0, exited_at: None };
+        assert_eq!(machine.apply(deleted(never_ran)), [Action::RefuseWait("e".into())]);
+    }
+
+    #[test]
+    fn a_late_exit_of_a_deleted_exec_leaves_no_trace() {
+        let mut machine = live();
+        exec_running(&mut machine, "e", 11);
+        machine.apply(Input::ExecDeleted { process: "e".into(), exit: exit(11, 0) });
+        machine.apply(Input::Exited { process: "e".into(), exit: exit(11, 0) });
+        assert_eq!(machine.processes.len(), 1);
+        // Nor is it taken for the exit of a later exec of the same name.
+        exec_running(&mut machine, "e", 12);
+        machine.apply(Input::Exited { process: "e".into(), exit: exit(11, 0) });
+        assert_eq!(machine.processes["e"].exit, None);
+    }
+
+    fn any_input() -> impl Strategy<Value = Input> {
+        let process = prop_oneof![Just("c".to_owned()), Just("e".to_owned())];
+        let pid = 0u32..3;
+        prop_oneof![
+            pid.clone().prop_map(|pid| Input::Created { pid }),
+            Just(Input::CreateFailed),
+            pid.clone().prop_map(|pid| Input::Found { pid }),
+            pid.clone().prop_map(|pid| Input::Dead { pid }),
+            pid.clone().prop_map(|pid| Input::Silent { pid }),
+            Just(Input::Disconnected),
+            Just(Input::Delete),
+            Just(Input::DeleteRefused),
+            Just(Input::DeleteLost),
+            pid.clone().prop_map(|pid| Input::Deleted { exit: (pid > 0).then(|| exit(pid, 0)) }),
+            (process.clone(), pid.clone()).prop_map(|(id, pid)| cleaned_up(&[(&id, exit(pid, 1))], None)),
+            (process.clone(), pid.clone()).prop_map(|(process, pid)| Input::Started { process, pid }),
+            Just(Input::ExecAdded { process: "e".into() }),
+            pid.clone().prop_map(|pid| Input::ExecDeleted { process: "e".into(), exit: exit(pid, 0) }),
+            (process.clone(), pid).prop_map(|(process, pid)| Input::Exited { process, exit: exit(pid, 0) }),
+            Just(Input::DeletePublished),
+            process.clone().prop_map(|process| Input::Wait { process }),
+            (process, any::<bool>()).prop_map(|(process, lost)| Input::WaitOver { process, lost }),
+        ]
+    }
+
+    proptest! {
+        /// Whatever happens in whatever order: it leaves once, nothing is asked of a task that is gone, an exit is
+        /// published once, and nobody is left waiting.
+        #[test]
+        fn no_order_of_events_breaks_the_invariants(
+            loading in any::<bool>(),
+            inputs in proptest::collection::vec(any_input(), 0..60),
+        ) {
+            let mut machine = if loading { Machine::loading("c") } else { Machine::creating("c") };
+            let (mut waiting, mut deletes, mut left) = (std::collections::BTreeSet::new(), 0usize, 0);
+            let mut published = std::collections::BTreeSet::new();
+            for input in inputs {
+                match &input {
+                    Input::Wait { process } => { waiting.insert(process.clone()); }
+                    // The owner answers these itself.
+                    Input::WaitOver { process, lost: false } => { waiting.remove(process); }
+                    Input::Delete => deletes += 1,
+                    Input::ExecAdded { process } | Input::ExecDeleted { process, .. } => {
+                        published.remove(process);
+                    }
+                    _ => {}
+                }
+                let before = machine.phase();
+                let to_cleaning = matches!(
+                    input,
+                    Input::Disconnected | Input::Dead { .. } | Input::DeleteLost | Input::Created { .. }
+                        | Input::DeleteRefused
+                );
+                let actions = machine.apply(input);
+                if machine.phase() == Phase::Cleaning && before != Phase::Cleaning {
+                    prop_assert!(to_cleaning, "only the end of a connection or a refusal means death");
+                }
+                for action in actions {
+                    match action {
+                        Action::AnswerWait(process, _) | Action::RefuseWait(process) => {
+                            waiting.remove(&process);
+                        }
+                        Action::AnswerDelete(_) | Action::RefuseDelete(_) => deletes = 0,
+                        Action::PublishExit(process, _) => {
+                            prop_assert!(published.insert(process), "published twice");
+                        }
+                        Action::Leave => left += 1,
+                        Action::Delete | Action::CleanUp | Action::AskWait(_) => {
+                            prop_assert!(before != Phase::Gone);
+                        }
+                        Action::PublishDelete(_) => prop_assert!(before == Phase::Cleaning),
+                    }
+                }
+                if machine.phase() == Phase::Gone {
+                    prop_assert!(left == 1 && waiting.is_empty() && deletes == 0);
+                }
+            }
+        }
+    }
+}
