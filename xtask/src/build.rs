@@ -70,5 +70,8 @@ fn target_folder() -> PathBuf {
 
 /// True when `cargo NAME` exists.
 pub fn has_cargo_command(name: &str) -> bool {
-    Command::new(format!("cargo-{name}")).arg("--version").output().is_ok_and(|output| output.status.success())
+    Command::new(format!("cargo-{name}"))
+        .arg("--version")
+        .output()
+        .is_ok_and(|output| output.status.success())
 }

@@ -33,7 +33,17 @@ const ORDER: &[(&str, &[&str])] = &[
         ],
     ),
     // Black-box tests see sockets and binaries; the suites of the traits are the one thing that they share.
-    ("davit-integration", &["davit-oci", "davit-metadata", "davit-shim-protocol", "davit-shim", "davit-supervisor", "davit-ctl"]),
+    (
+        "davit-integration",
+        &[
+            "davit-oci",
+            "davit-metadata",
+            "davit-shim-protocol",
+            "davit-shim",
+            "davit-supervisor",
+            "davit-ctl",
+        ],
+    ),
     ("xtask", &["davit-proto", "davit-supervisor", "davit-shim", "davit-ctl"]),
 ];
 

@@ -1,33 +1,93 @@
-//! The project's own chores: `cargo xtask CHORE`.
+//! `cargo xtask`: the commands of the README and of CI.
 
+mod build;
 mod codegen;
+mod graph;
+mod packages;
 
 use std::process::ExitCode;
 
-const USAGE: &str = "\
-usage: cargo xtask CHORE
+use anyhow::{Result, bail};
 
-chores:
-  codegen [--check]  generate proto/src/gen and proto/wire.txt from proto/proto,
-                     or tell whether they are as they would be generated
+const HELP: &str = "\
+cargo xtask <command>
+
+  quickstart        install what is missing, build, and show the main job: a container outlives its supervisor
+  test [ARGS]       install what is missing, build, and run every test; ARGS go to cargo test
+  ci                what CI runs: formats, lints, generated code, order of crates, documents, tests, quickstart
+  build             release binaries in target/release, the shim beside the daemon
+  bench [start]     measure beside Debian's containerd, in turns within one run
+  codegen           generate proto/src/gen and proto/wire.txt from proto/proto
+  codegen --check   tell whether they are as they would be generated
+  graph             check the order of the crates
 ";
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let outcome = match arguments.as_slice() {
-        ["codegen"] => codegen::write(),
-        ["codegen", "--check"] => codegen::check(),
-        _ => {
-            eprint!("{USAGE}");
-            return ExitCode::from(2);
-        }
-    };
-    match outcome {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    match dispatch(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("xtask: {error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn dispatch(args: &[&str]) -> Result<()> {
+    match args {
+        ["quickstart"] => quickstart(),
+        ["test", rest @ ..] => test(rest),
+        ["ci"] => ci(),
+        ["build"] => build::all(true).map(|folder| println!("binaries: {}", folder.display())),
+        ["bench", rest @ ..] => bench(rest),
+        ["codegen"] => codegen::write(),
+        ["codegen", "--check"] => codegen::check(),
+        ["graph"] => graph::check(),
+        [] | ["help" | "--help" | "-h"] => {
+            print!("{HELP}");
+            Ok(())
+        }
+        _ => bail!("unknown command: {}\n\n{HELP}", args.join(" ")),
+    }
+}
+
+fn quickstart() -> Result<()> {
+    packages::install(packages::QUICKSTART)?;
+    if !packages::is_root() {
+        bail!("containers need root: run it as root");
+    }
+    let folder = build::all(true)?;
+    build::run(&folder.join("quickstart").display().to_string(), &[])
+}
+
+fn test(args: &[&str]) -> Result<()> {
+    packages::install(packages::TEST)?;
+    let folder = build::all(false)?.display().to_string();
+    let mut command = vec!["test", "--workspace", "--no-fail-fast"];
+    command.extend(args);
+    build::run_with("cargo", &command, &[("DAVIT_BIN_DIR", &folder)])
+}
+
+fn bench(args: &[&str]) -> Result<()> {
+    packages::install(packages::TEST)?;
+    let folder = build::all(true)?;
+    build::run(&folder.join("bench").display().to_string(), args)
+}
+
+fn ci() -> Result<()> {
+    packages::install(packages::TEST)?;
+    build::run("cargo", &["fmt", "--all", "--check"])?;
+    graph::check()?;
+    codegen::check()?;
+    build::run("cargo", &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
+    let strict = [("RUSTDOCFLAGS", "-D warnings")];
+    build::run_with("cargo", &["doc", "--workspace", "--no-deps", "--quiet"], &strict)?;
+    if build::has_cargo_command("deny") {
+        build::run("cargo", &["deny", "--offline", "check", "bans", "licenses", "sources"])?;
+    } else {
+        println!("cargo-deny is not installed: the supply chain is not checked here");
+    }
+    test(&[])?;
+    quickstart()
 }

@@ -33,7 +33,10 @@ pub fn install(packages: &[Package]) -> Result<()> {
     }
     println!("Installing from Debian, because they are missing: {}", missing.join(" "));
     if !is_root() {
-        bail!("this needs root; run it as root, or install them first: apt-get install {}", missing.join(" "));
+        bail!(
+            "this needs root; run it as root, or install them first: apt-get install {}",
+            missing.join(" ")
+        );
     }
     let env = [("DEBIAN_FRONTEND", "noninteractive")];
     run_with("apt-get", &["update", "-qq"], &env)?;

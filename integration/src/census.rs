@@ -1,0 +1,138 @@
+//! A census of what a container can leave behind: processes, mounts, cgroups, FIFOs, sockets, folders.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::Duration;
+
+use nix::mount::{MntFlags, umount2};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// What is there at one moment, as lines that name each thing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Census(BTreeSet<String>);
+
+impl Census {
+    /// Counts what belongs to the daemon whose folder this is, except for the daemon itself: processes with the folder
+    /// on their command line, mounts below it, cgroups of its containers, and every file of its state folder.
+    pub fn take(folder: &Path) -> Census {
+        let mut lines = BTreeSet::new();
+        for process in processes(folder) {
+            lines.insert(format!("process {} {}", process.0, process.1));
+        }
+        for mount in mounts(folder) {
+            lines.insert(format!("mount {}", mount.display()));
+        }
+        for cgroup in cgroups() {
+            lines.insert(format!("cgroup {}", cgroup.display()));
+        }
+        for part in ["state", "s", "root/io.containerd.runtime.v2.task", "fifo"] {
+            files(&folder.join(part), &mut lines);
+        }
+        Census(lines)
+    }
+
+    /// What is there now and was not there before.
+    pub fn since(&self, before: &Census) -> Vec<String> {
+        self.0.difference(&before.0).cloned().collect()
+    }
+}
+
+/// The pids and command lines of processes that name `folder`, the daemon excepted.
+fn processes(folder: &Path) -> Vec<(i32, String)> {
+    let needle = folder.display().to_string();
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else { continue };
+        let Ok(line) = fs::read(entry.path().join("cmdline")) else { continue };
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        let program = line.split(' ').next().unwrap_or_default();
+        let clients = ["davitd", "ctr", "davit"];
+        if line.contains(&needle) && !clients.iter().any(|client| Path::new(program).ends_with(client)) {
+            found.push((pid, line));
+        }
+    }
+    found
+}
+
+/// The mount points below `folder`, the last mounted first.
+fn mounts(folder: &Path) -> Vec<PathBuf> {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mut found: Vec<PathBuf> = table
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .map(PathBuf::from)
+        .filter(|point| point.starts_with(folder))
+        .collect();
+    found.reverse();
+    found
+}
+
+/// Every cgroup of every hierarchy, two levels deep: `/<namespace>/<container>` is where clients put containers.
+fn cgroups() -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let root = Path::new("/sys/fs/cgroup");
+    let hierarchies: Vec<PathBuf> =
+        if root.join("cgroup.controllers").exists() { vec![root.to_owned()] } else { folders(root) };
+    for hierarchy in hierarchies {
+        for first in folders(&hierarchy) {
+            found.extend(folders(&first));
+        }
+    }
+    found
+}
+
+fn folders(path: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(path).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .map(|entry| entry.path())
+        .collect()
+}
+
+fn files(path: &Path, lines: &mut BTreeSet<String>) {
+    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let Ok(kind) = entry.file_type() else { continue };
+        lines.insert(format!("file {}", path.display()));
+        // A container's root filesystem is one thing here, whatever it holds.
+        if kind.is_dir() && !path.ends_with("rootfs") {
+            files(&path, lines);
+        }
+    }
+}
+
+/// Ends what a failed test left below `folder`: shims, containers, mounts. A test that passes has nothing to sweep.
+pub fn sweep(folder: &Path) {
+    for round in 0..50 {
+        let mut left = processes(folder);
+        left.extend(containers_below(folder));
+        if left.is_empty() {
+            break;
+        }
+        for (pid, _) in left {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        sleep(Duration::from_millis(if round == 0 { 5 } else { 20 }));
+    }
+    for point in mounts(folder) {
+        let _ = umount2(&point, MntFlags::MNT_DETACH);
+    }
+}
+
+/// Processes whose root lies on a mount below `folder`: what runs in containers does not name it.
+fn containers_below(folder: &Path) -> Vec<(i32, String)> {
+    let needle = folder.display().to_string();
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else { continue };
+        let table = fs::read_to_string(entry.path().join("mountinfo")).unwrap_or_default();
+        let root = table.lines().find(|line| line.split(' ').nth(4) == Some("/"));
+        if root.is_some_and(|line| line.contains(&needle)) {
+            found.push((pid, String::new()));
+        }
+    }
+    found
+}

@@ -1,0 +1,192 @@
+//! A plain gRPC client of a daemon, ours or another, and the short life of one container through it.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use davit_proto::containerd::services::containers::v1::container::Runtime;
+use davit_proto::containerd::services::containers::v1::containers_client::ContainersClient;
+use davit_proto::containerd::services::containers::v1::{
+    Container, CreateContainerRequest, DeleteContainerRequest,
+};
+use davit_proto::containerd::services::snapshots::v1::snapshots_client::SnapshotsClient;
+use davit_proto::containerd::services::snapshots::v1::{PrepareSnapshotRequest, RemoveSnapshotRequest};
+use davit_proto::containerd::services::tasks::v1::tasks_client::TasksClient;
+use davit_proto::containerd::services::tasks::v1::{
+    CreateTaskRequest, DeleteTaskRequest, KillRequest, StartRequest, WaitRequest,
+};
+use serde_json::json;
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Status};
+
+/// Puts the namespace into every call.
+#[derive(Clone)]
+pub struct InNamespace(&'static str);
+
+impl Interceptor for InNamespace {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        let namespace = self.0.parse().map_err(|_| Status::invalid_argument("namespace"))?;
+        request.metadata_mut().insert("containerd-namespace", namespace);
+        Ok(request)
+    }
+}
+
+type Conn = InterceptedService<Channel, InNamespace>;
+
+/// A connection to a daemon in one namespace.
+#[derive(Clone)]
+pub struct Client {
+    /// The Containers service.
+    pub containers: ContainersClient<Conn>,
+    /// The Snapshots service.
+    pub snapshots: SnapshotsClient<Conn>,
+    /// The Tasks service.
+    pub tasks: TasksClient<Conn>,
+}
+
+/// A channel to the daemon on a unix socket.
+///
+/// # Errors
+/// Nobody answers.
+pub async fn connect(socket: &Path) -> Result<Channel> {
+    let path = socket.to_owned();
+    let connector = tower::service_fn(move |_| {
+        let path = path.clone();
+        async move { tokio::net::UnixStream::connect(path).await.map(hyper_util::rt::TokioIo::new) }
+    });
+    let endpoint = Endpoint::from_static("http://localhost");
+    endpoint
+        .connect_with_connector(connector)
+        .await
+        .with_context(|| format!("no daemon on {}", socket.display()))
+}
+
+impl Client {
+    /// Connects to the daemon on `socket`.
+    ///
+    /// # Errors
+    /// Nobody answers.
+    pub async fn new(socket: &Path, namespace: &'static str) -> Result<Client> {
+        let conn = InterceptedService::new(connect(socket).await?, InNamespace(namespace));
+        Ok(Client {
+            containers: ContainersClient::new(conn.clone()),
+            snapshots: SnapshotsClient::new(conn.clone()),
+            tasks: TasksClient::new(conn),
+        })
+    }
+
+    /// Creates a container on the snapshot `parent` of overlayfs and starts `args` in it, with nothing on its stdio.
+    ///
+    /// # Errors
+    /// The daemon refuses a step.
+    pub async fn start(&mut self, id: &str, parent: &str, args: &[&str]) -> Result<u32> {
+        self.start_writing(id, parent, args, "").await
+    }
+
+    /// The same, with a FIFO or a URI for its standard output.
+    ///
+    /// # Errors
+    /// The daemon refuses a step.
+    pub async fn start_writing(
+        &mut self,
+        id: &str,
+        parent: &str,
+        args: &[&str],
+        stdout: &str,
+    ) -> Result<u32> {
+        let prepared = self
+            .snapshots
+            .prepare(PrepareSnapshotRequest {
+                snapshotter: "overlayfs".into(),
+                key: id.into(),
+                parent: parent.into(),
+                ..Default::default()
+            })
+            .await?
+            .into_inner();
+        let spec = serde_json::to_vec(&spec(id, args))?;
+        let container = Container {
+            id: id.into(),
+            runtime: Some(Runtime { name: "io.containerd.runc.v2".into(), options: None }),
+            spec: Some(prost_types::Any {
+                type_url: "types.containerd.io/opencontainers/runtime-spec/1/Spec".into(),
+                value: spec,
+            }),
+            snapshotter: "overlayfs".into(),
+            snapshot_key: id.into(),
+            ..Default::default()
+        };
+        self.containers.create(CreateContainerRequest { container: Some(container) }).await?;
+        let request = CreateTaskRequest {
+            container_id: id.into(),
+            rootfs: prepared.mounts,
+            stdout: stdout.into(),
+            ..Default::default()
+        };
+        self.tasks.create(request).await?;
+        let request = StartRequest { container_id: id.into(), ..Default::default() };
+        Ok(self.tasks.start(request).await?.into_inner().pid)
+    }
+
+    /// Waits for the end of a container and removes all of it; gives its exit status.
+    ///
+    /// # Errors
+    /// The daemon refuses a step.
+    pub async fn finish(&mut self, id: &str) -> Result<u32> {
+        let wait = WaitRequest { container_id: id.into(), ..Default::default() };
+        let status = self.tasks.wait(wait).await?.into_inner().exit_status;
+        self.tasks.delete(DeleteTaskRequest { container_id: id.into() }).await?;
+        self.containers.delete(DeleteContainerRequest { id: id.into() }).await?;
+        let remove = RemoveSnapshotRequest { snapshotter: "overlayfs".into(), key: id.into() };
+        self.snapshots.remove(remove).await?;
+        Ok(status)
+    }
+
+    /// Kills a container and removes all of it.
+    ///
+    /// # Errors
+    /// The daemon refuses a step.
+    pub async fn kill(&mut self, id: &str) -> Result<u32> {
+        let kill = KillRequest { container_id: id.into(), signal: 9, all: true, ..Default::default() };
+        self.tasks.kill(kill).await?;
+        self.finish(id).await
+    }
+
+    /// The time from the first call to the last of a container that ends at once.
+    ///
+    /// # Errors
+    /// The daemon refuses a step, or the container fails.
+    pub async fn run(&mut self, id: &str, parent: &str) -> Result<Duration> {
+        let start = Instant::now();
+        self.start(id, parent, &["/bin/true"]).await?;
+        let status = self.finish(id).await?;
+        ensure!(status == 0, "the container ended with {status}");
+        Ok(start.elapsed())
+    }
+}
+
+/// A small runtime spec: own namespaces, the usual mounts, a terminal-less process.
+pub fn spec(id: &str, args: &[&str]) -> serde_json::Value {
+    let mount = |kind: &str, destination: &str, options: &[&str]| json!({ "type": kind, "source": kind, "destination": destination, "options": options });
+    let namespaces: Vec<_> =
+        ["pid", "ipc", "uts", "mount", "network"].map(|kind| json!({ "type": kind })).into_iter().collect();
+    json!({
+        "ociVersion": "1.0.2",
+        "process": {
+            "user": { "uid": 0, "gid": 0 },
+            "args": args,
+            "env": ["PATH=/bin:/usr/bin"],
+            "cwd": "/",
+            "noNewPrivileges": true,
+        },
+        "root": { "path": "rootfs" },
+        "mounts": [
+            mount("proc", "/proc", &["nosuid", "noexec", "nodev"]),
+            mount("tmpfs", "/dev", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
+            mount("sysfs", "/sys", &["nosuid", "noexec", "nodev", "ro"]),
+        ],
+        "linux": { "cgroupsPath": format!("/bench/{id}"), "namespaces": namespaces },
+    })
+}

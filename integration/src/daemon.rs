@@ -1,0 +1,193 @@
+//! A private daemon: own root, own state, own socket, gone with its folder.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+use crate::{bins, image, wait};
+
+/// A daemon under test and the folder of all that it owns.
+pub struct Daemon {
+    dir: TempDir,
+    bins: PathBuf,
+    extra: Vec<String>,
+    child: Option<Child>,
+}
+
+impl Daemon {
+    /// Starts a daemon in a new folder and waits until it answers.
+    ///
+    /// # Errors
+    /// It does not start; its log is part of the error.
+    pub fn start() -> Result<Daemon> {
+        Daemon::start_with(&[])
+    }
+
+    /// The same with more flags.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn start_with(flags: &[&str]) -> Result<Daemon> {
+        // Below /run or /tmp: the path of a unix socket is short (unix(7)), and the folder must allow devices.
+        let dir = tempfile::Builder::new().prefix("davit-").tempdir_in("/tmp")?;
+        let extra = flags.iter().map(|flag| (*flag).to_owned()).collect();
+        let mut daemon = Daemon { dir, bins: bins::folder()?, extra, child: None };
+        fs::write(daemon.config(), format!("[runtime]\nsocket_dir = \"{}\"\n", daemon.path("s").display()))?;
+        daemon.restart()?;
+        Ok(daemon)
+    }
+
+    /// A path in the daemon's folder.
+    pub fn path(&self, name: impl AsRef<Path>) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn config(&self) -> PathBuf {
+        self.path("config.toml")
+    }
+
+    /// The socket.
+    pub fn address(&self) -> PathBuf {
+        self.path("d.sock")
+    }
+
+    /// The process id of the daemon that runs now.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
+    /// The log of every daemon that ran here.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.path("log")).unwrap_or_default()
+    }
+
+    /// Starts the daemon (again) and waits until it answers.
+    ///
+    /// # Errors
+    /// It ends, or does not answer.
+    pub fn restart(&mut self) -> Result<()> {
+        if self.child.is_some() {
+            bail!("the daemon runs already");
+        }
+        let log = File::options().create(true).append(true).open(self.path("log"))?;
+        let mut command = Command::new(self.bins.join("davitd"));
+        command
+            .arg("--config")
+            .arg(self.config())
+            .arg("--root")
+            .arg(self.path("root"))
+            .arg("--state")
+            .arg(self.path("state"))
+            .arg("--address")
+            .arg(self.address())
+            .args(["--log-level", "debug"])
+            .args(&self.extra)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            // A group of its own: a Ctrl-C at the terminal is for the test, not for the daemon.
+            .process_group(0);
+        self.child = Some(command.spawn().context("cannot start davitd")?);
+        let ready = wait::until("davitd answers", || {
+            if let Some(child) = &mut self.child
+                && let Ok(Some(status)) = child.try_wait()
+            {
+                return Some(Err(status));
+            }
+            // The socket is bound before the daemon serves; a `version` tells that it does.
+            UnixStream::connect(self.dir.path().join("d.sock")).ok()?;
+            let output = self.davit(["version"]).ok()?;
+            output.status.success().then_some(Ok(()))
+        });
+        match ready {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(status)) => bail!("davitd ended at once ({status}):\n{}", self.log()),
+            Err(error) => Err(error.context(self.log())),
+        }
+    }
+
+    /// Ends the daemon with a signal and waits for its end.
+    ///
+    /// # Errors
+    /// It does not end.
+    pub fn stop(&mut self, signal: Signal) -> Result<()> {
+        let Some(mut child) = self.child.take() else { bail!("the daemon does not run") };
+        kill(Pid::from_raw(child.id() as i32), signal)?;
+        wait::until("davitd ends", || child.try_wait().ok().flatten())?;
+        Ok(())
+    }
+
+    /// `davit` against this daemon.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn davit<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Result<Output> {
+        Ok(self.davit_command(args).output()?)
+    }
+
+    /// `davit` against this daemon, not yet started.
+    pub fn davit_command<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
+        let mut command = Command::new(self.bins.join("davit"));
+        command.arg("--address").arg(self.address()).args(args).stdin(Stdio::null());
+        command
+    }
+
+    /// Debian's `ctr` against this daemon.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn ctr<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Result<Output> {
+        Ok(self.ctr_command(args).output()?)
+    }
+
+    /// Debian's `ctr` against this daemon, not yet started.
+    pub fn ctr_command<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
+        let mut command = Command::new("ctr");
+        command.arg("--address").arg(self.address()).args(args).stdin(Stdio::null());
+        command
+    }
+
+    /// Puts the busybox image into the daemon through `ctr images import`.
+    ///
+    /// # Errors
+    /// The import fails.
+    pub fn import_busybox(&self) -> Result<()> {
+        let archive = self.path("busybox.tar");
+        image::busybox(&archive)?;
+        ok(self.ctr([OsStr::new("images"), OsStr::new("import"), archive.as_os_str()])?)?;
+        Ok(())
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        crate::census::sweep(self.dir.path());
+        if std::thread::panicking() || std::env::var_os("DAVIT_KEEP_LOG").is_some() {
+            eprintln!("--- log of davitd ---\n{}", self.log());
+        }
+    }
+}
+
+/// The standard output of a command that must have succeeded.
+///
+/// # Errors
+/// It failed; the error has all that it said.
+pub fn ok(output: Output) -> Result<String> {
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    if !output.status.success() {
+        bail!("{}\nstdout: {stdout}\nstderr: {}", output.status, String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(stdout)
+}

@@ -1,0 +1,14 @@
+//! What the black-box tests, the benchmarks and the quickstart share: a private daemon, images made from the host's
+//! busybox, and a census of everything that a container can leave behind. It knows sockets and binaries only.
+
+pub mod bins;
+pub mod census;
+pub mod client;
+pub mod ctr;
+pub mod daemon;
+pub mod image;
+pub mod memory;
+pub mod peer;
+pub mod wait;
+
+pub use daemon::Daemon;

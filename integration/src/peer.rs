@@ -1,0 +1,89 @@
+//! Debian's containerd as a peer: a private one, beside ours, with the same runc.
+
+use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, Result};
+use tempfile::TempDir;
+
+use crate::{census, daemon::ok, image, wait};
+
+/// A running containerd and its folder.
+pub struct Containerd {
+    dir: TempDir,
+    child: Child,
+}
+
+impl Containerd {
+    /// Starts one and waits until it answers.
+    ///
+    /// # Errors
+    /// It is not installed, or does not start.
+    pub fn start() -> Result<Containerd> {
+        let dir = tempfile::Builder::new().prefix("davit-peer-").tempdir_in("/tmp")?;
+        let path = |name: &str| dir.path().join(name);
+        fs::write(path("config.toml"), "version = 2\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n")?;
+        let child = Command::new("containerd")
+            .arg("--config")
+            .arg(path("config.toml"))
+            .arg("--root")
+            .arg(path("root"))
+            .arg("--state")
+            .arg(path("state"))
+            .arg("--address")
+            .arg(path("c.sock"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(path("log"))?)
+            .process_group(0)
+            .spawn()
+            .context("cannot start containerd: apt-get install containerd")?;
+        let peer = Containerd { dir, child };
+        wait::until("containerd answers", || {
+            let output = Command::new("ctr").arg("-a").arg(peer.address()).arg("version").output().ok()?;
+            output.status.success().then_some(())
+        })?;
+        Ok(peer)
+    }
+
+    /// Its socket.
+    pub fn address(&self) -> PathBuf {
+        self.dir.path().join("c.sock")
+    }
+
+    /// Its folder.
+    pub fn folder(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Puts the busybox image into it.
+    ///
+    /// # Errors
+    /// The import fails.
+    pub fn import_busybox(&self) -> Result<()> {
+        let archive = self.dir.path().join("busybox.tar");
+        image::busybox(&archive)?;
+        ok(Command::new("ctr")
+            .arg("-a")
+            .arg(self.address())
+            .args(["images", "import"])
+            .arg(archive)
+            .output()?)?;
+        Ok(())
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        census::sweep(self.dir.path());
+    }
+}

@@ -1,0 +1,26 @@
+//! The black-box tests, in one binary. They know sockets and binaries only.
+
+mod bad_input;
+mod restart;
+mod tour;
+
+/// A test in a file that nobody includes is a test that nobody runs.
+#[test]
+fn no_test_file_is_forgotten() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    let own = std::fs::read_to_string(folder.join("runner.rs")).unwrap();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        let Some(module) = name.strip_suffix(".rs").filter(|module| *module != "runner") else { continue };
+        assert!(own.contains(&format!("mod {module};")), "{name} is not part of runner.rs");
+    }
+}
+
+/// True when this process may mount and make cgroups; says so when it may not.
+fn root() -> bool {
+    let root = nix::unistd::getuid().is_root();
+    if !root {
+        eprintln!("skipped: needs root");
+    }
+    root
+}

@@ -1,0 +1,255 @@
+//! The daemon's configuration: a TOML file, overridden by flags.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// Where the daemon looks for its configuration when no flag names a file.
+pub const DEFAULT_PATH: &str = "/etc/davit/config.toml";
+
+/// The configuration, complete: what a file leaves out has its default.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The folder of what must survive a reboot: blobs, snapshots, metadata.
+    pub root: PathBuf,
+    /// The folder of what a reboot may clear: bundles, sockets.
+    pub state: PathBuf,
+    /// Where the gRPC API listens.
+    pub grpc: Grpc,
+    /// What the daemon logs.
+    pub log: Log,
+    /// The database of names, labels and references.
+    pub metadata: Metadata,
+    /// How containers are run.
+    pub runtime: Runtime,
+}
+
+/// `[grpc]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Grpc {
+    /// The unix socket; shims report to the same path with `.ttrpc` behind it.
+    pub address: PathBuf,
+    /// The owner of the socket.
+    pub uid: u32,
+    /// The group of the socket, whose members may use it.
+    pub gid: u32,
+    /// The most bytes of a message that is received; containerd's default.
+    pub max_recv_message_size: usize,
+    /// The most bytes of a message that is sent.
+    pub max_send_message_size: usize,
+    /// Calls that one connection may have under way; streams count until they end.
+    pub max_concurrent_calls: u32,
+}
+
+/// `[log]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Log {
+    /// `trace`, `debug`, `info`, `warn` or `error`, or a filter such as `info,davit_supervisor::runtime=debug`.
+    pub level: String,
+    /// `text` or `json`.
+    pub format: LogFormat,
+}
+
+/// The form of a log line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// `[metadata]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Metadata {
+    /// The storage engine. It is chosen when a root is new; an existing root opens with the engine it was made with only.
+    pub engine: Engine,
+}
+
+/// The storage engines of the metadata.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Engine {
+    /// sled 0.34.
+    Sled,
+    /// redb.
+    Redb,
+}
+
+/// `[runtime]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Runtime {
+    /// The shim that answers to `io.containerd.runc.v2` and `io.containerd.davit.v2`; empty for our own.
+    pub shim: PathBuf,
+    /// The folder under which shims make their sockets (`s/<hash>`); containerd's own tools look in the default.
+    pub socket_dir: PathBuf,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            root: PathBuf::from("/var/lib/davit"),
+            state: PathBuf::from("/run/davit"),
+            grpc: Grpc::default(),
+            log: Log::default(),
+            metadata: Metadata::default(),
+            runtime: Runtime::default(),
+        }
+    }
+}
+
+impl Default for Grpc {
+    fn default() -> Self {
+        Grpc {
+            address: PathBuf::from("/run/davit/davit.sock"),
+            uid: 0,
+            gid: 0,
+            max_recv_message_size: 16 << 20,
+            max_send_message_size: 16 << 20,
+            max_concurrent_calls: 4096,
+        }
+    }
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Log { level: "info".into(), format: LogFormat::Text }
+    }
+}
+
+impl Default for Metadata {
+    fn default() -> Self {
+        Metadata { engine: Engine::Sled }
+    }
+}
+
+impl Default for Runtime {
+    fn default() -> Self {
+        Runtime { shim: PathBuf::new(), socket_dir: PathBuf::from("/run/containerd") }
+    }
+}
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is no TOML, or has a key that we do not know.
+    #[error("the configuration {} is not valid", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: Box<toml::de::Error>,
+    },
+    /// A value that cannot work.
+    #[error("{key} = {value:?}: {reason}")]
+    Value {
+        /// The key.
+        key: &'static str,
+        /// Its value.
+        value: String,
+        /// What is wanted.
+        reason: &'static str,
+    },
+}
+
+impl Config {
+    /// Reads `path`, or the default file if it exists, or takes the defaults.
+    ///
+    /// # Errors
+    /// A file that was named but cannot be read, and any file that is not valid: a typo must not become a default.
+    pub fn load(path: Option<&Path>) -> Result<Config, ConfigError> {
+        let file = path.unwrap_or(Path::new(DEFAULT_PATH));
+        let text = match std::fs::read_to_string(file) {
+            Ok(text) => text,
+            Err(error) if path.is_none() && error.kind() == std::io::ErrorKind::NotFound => {
+                return Ok(Config::default());
+            }
+            Err(source) => return Err(ConfigError::Read { path: file.to_owned(), source }),
+        };
+        toml::from_str(&text)
+            .map_err(|source| ConfigError::Parse { path: file.to_owned(), source: Box::new(source) })
+    }
+
+    /// Checks what only the whole can tell.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`] names the key.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let paths = [("root", &self.root), ("state", &self.state), ("grpc.address", &self.grpc.address)];
+        for (key, path) in paths {
+            if !path.is_absolute() {
+                let value = path.display().to_string();
+                return Err(ConfigError::Value { key, value, reason: "want an absolute path" });
+            }
+        }
+        if self.root == self.state {
+            let value = self.state.display().to_string();
+            return Err(ConfigError::Value { key: "state", value, reason: "want another folder than root" });
+        }
+        // sockaddr_un holds 108 bytes with the final NUL (unix(7)), and `.ttrpc` goes behind the path.
+        if self.grpc.address.as_os_str().len() + ".ttrpc".len() > 104 {
+            let value = self.grpc.address.display().to_string();
+            return Err(ConfigError::Value { key: "grpc.address", value, reason: "want at most 98 bytes" });
+        }
+        Ok(())
+    }
+
+    /// The socket that shims report to.
+    pub fn ttrpc_address(&self) -> PathBuf {
+        let mut path = self.grpc.address.clone().into_os_string();
+        path.push(".ttrpc");
+        PathBuf::from(path)
+    }
+
+    /// The configuration as a file.
+    pub fn to_toml(&self) -> String {
+        toml::to_string_pretty(self).expect("the configuration holds nothing that TOML cannot say")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_reads_back() {
+        let config = Config::default();
+        assert_eq!(toml::from_str::<Config>(&config.to_toml()).unwrap(), config);
+        config.validate().unwrap();
+    }
+
+    #[test]
+    fn a_typo_is_refused_and_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("c.toml");
+        std::fs::write(&path, "[grpc]\nadress = \"/x\"\n").unwrap();
+        let error = Config::load(Some(&path)).unwrap_err();
+        assert!(davit_model::error::chain(&error).contains("adress"), "{error}");
+    }
+
+    #[test]
+    fn a_missing_file_counts_only_when_it_was_named() {
+        assert!(Config::load(Some(Path::new("/nonexistent/davit.toml"))).is_err());
+    }
+
+    #[test]
+    fn a_socket_path_that_cannot_be_bound_is_refused() {
+        let mut config = Config::default();
+        config.grpc.address = PathBuf::from(format!("/{}", "x".repeat(100)));
+        assert!(config.validate().is_err());
+    }
+}

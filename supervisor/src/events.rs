@@ -1,0 +1,209 @@
+//! The event hub: what happened, told in order to everyone who listens.
+//!
+//! containerd's `Subscribe` is live only: no replay, no acknowledgement, all namespaces unless filtered. The hub
+//! keeps to that with one addition. Exits that shims recorded while no daemon ran arrive when the next daemon
+//! reconnects, within the same moment in which clients reconnect; who comes first is chance. So events older than
+//! the daemon itself are kept during a short window after start, and a subscriber that comes within the window is
+//! given them first. Nothing is shown twice to one subscriber by this: it either was there when such an event
+//! was published or it gets it from the window.
+//!
+//! A subscriber that does not read is cut off when its queue is full ([`QUEUE`] events); it never slows the
+//! publisher down and never grows the daemon without bound.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use davit_model::Any;
+use davit_model::filter::{Adaptor, Filter};
+use std::borrow::Cow;
+use tokio::sync::mpsc;
+
+/// The events that a subscriber may lag behind before it is cut off.
+pub const QUEUE: usize = 16 * 1024;
+
+/// The most events kept for subscribers that come right after start.
+const WINDOW_EVENTS: usize = 16 * 1024;
+
+/// One event with its address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Envelope {
+    /// When it happened, by the clock of who published it.
+    pub timestamp: SystemTime,
+    /// The namespace it happened in.
+    pub namespace: String,
+    /// `/tasks/exit` and the like.
+    pub topic: String,
+    /// The event's message.
+    pub event: Any,
+}
+
+/// Reads the fields of events for filters such as `event.container_id==web`; who knows the protobuf types gives it.
+pub type FieldReader = fn(&Any, &[String]) -> Option<String>;
+
+/// The hub. Clones are the same hub.
+#[derive(Clone)]
+pub struct Hub {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    started: SystemTime,
+    fields: FieldReader,
+    state: Mutex<State>,
+}
+
+struct State {
+    subscribers: Vec<Subscriber>,
+    /// Events older than the daemon, while the window is open.
+    window: Option<Vec<Arc<Envelope>>>,
+}
+
+struct Subscriber {
+    filter: Filter,
+    queue: mpsc::Sender<Arc<Envelope>>,
+}
+
+/// The receiving end of a subscription. Dropping it ends the subscription.
+pub type Subscription = mpsc::Receiver<Arc<Envelope>>;
+
+impl Hub {
+    /// A hub whose window is open. `fields` reads the fields of an event's message for filters.
+    pub fn new(fields: FieldReader) -> Hub {
+        let state = State { subscribers: Vec::new(), window: Some(Vec::new()) };
+        Hub { shared: Arc::new(Shared { started: SystemTime::now(), fields, state: Mutex::new(state) }) }
+    }
+
+    /// Closes the window: from now on a new subscriber sees live events only.
+    pub fn close_window(&self) {
+        self.state().window = None;
+    }
+
+    /// Tells every subscriber, in the order of the calls. Never waits.
+    pub fn publish(&self, envelope: Envelope) {
+        let envelope = Arc::new(envelope);
+        let fields = self.shared.fields;
+        let mut state = self.state();
+        if envelope.timestamp < self.shared.started
+            && let Some(window) = &mut state.window
+            && window.len() < WINDOW_EVENTS
+        {
+            window.push(envelope.clone());
+        }
+        state.subscribers.retain(|subscriber| subscriber.offer(&envelope, fields));
+    }
+
+    /// A subscription to all events that match. The receiver ends when the hub is dropped or the subscriber
+    /// has fallen [`QUEUE`] events behind.
+    pub fn subscribe(&self, filter: Filter) -> Subscription {
+        let (queue, receiver) = mpsc::channel(QUEUE);
+        let subscriber = Subscriber { filter, queue };
+        let fields = self.shared.fields;
+        let mut state = self.state();
+        let kept = state.window.iter().flatten().all(|envelope| subscriber.offer(envelope, fields));
+        if kept {
+            state.subscribers.push(subscriber);
+        }
+        receiver
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // A panic while the lock is held cannot leave the lists half changed.
+        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Subscriber {
+    /// False when the subscriber is gone or too far behind.
+    fn offer(&self, envelope: &Arc<Envelope>, fields: FieldReader) -> bool {
+        if !self.filter.matches(&Fields { envelope, fields }) {
+            return !self.queue.is_closed();
+        }
+        match self.queue.try_send(envelope.clone()) {
+            Ok(()) => true,
+            Err(mpsc::error::TrySendError::Closed(_)) => false,
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                tracing::warn!(lag = QUEUE, "event subscriber does not read and is cut off");
+                false
+            }
+        }
+    }
+}
+
+/// What a filter may ask of an envelope: `namespace`, `topic`, `event.…`.
+struct Fields<'a> {
+    envelope: &'a Envelope,
+    fields: FieldReader,
+}
+
+impl Adaptor for Fields<'_> {
+    fn field(&self, path: &[String]) -> Option<Cow<'_, str>> {
+        match path.first().map(String::as_str)? {
+            "namespace" => Some(Cow::Borrowed(&self.envelope.namespace)),
+            "topic" => Some(Cow::Borrowed(&self.envelope.topic)),
+            "event" => (self.fields)(&self.envelope.event, &path[1..]).map(Cow::Owned),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn envelope(topic: &str, timestamp: SystemTime) -> Envelope {
+        Envelope { timestamp, namespace: "n".into(), topic: topic.into(), event: Any::default() }
+    }
+
+    fn hub() -> Hub {
+        Hub::new(|_, path| (path == ["id"]).then(|| "x".to_owned()))
+    }
+
+    fn filter(text: &str) -> Filter {
+        Filter::parse(&[text.to_owned()]).unwrap()
+    }
+
+    #[test]
+    fn filters_and_order() {
+        let hub = hub();
+        let mut all = hub.subscribe(filter(""));
+        let mut some = hub.subscribe(filter("topic==/b,event.id==x"));
+        for topic in ["/a", "/b"] {
+            hub.publish(envelope(topic, SystemTime::now()));
+        }
+        assert_eq!(all.try_recv().unwrap().topic, "/a");
+        assert_eq!(all.try_recv().unwrap().topic, "/b");
+        assert_eq!(some.try_recv().unwrap().topic, "/b");
+        assert!(some.try_recv().is_err());
+    }
+
+    #[test]
+    fn only_events_older_than_the_daemon_wait_for_a_late_subscriber() {
+        let hub = hub();
+        let before = SystemTime::now() - Duration::from_secs(60);
+        hub.publish(envelope("/old", before));
+        hub.publish(envelope("/live", SystemTime::now()));
+        let mut late = hub.subscribe(filter(""));
+        assert_eq!(late.try_recv().unwrap().topic, "/old");
+        assert!(late.try_recv().is_err());
+        hub.close_window();
+        assert!(hub.subscribe(filter("")).try_recv().is_err());
+    }
+
+    #[test]
+    fn a_subscriber_that_does_not_read_is_cut_off_and_others_go_on() {
+        let hub = hub();
+        let mut stuck = hub.subscribe(filter(""));
+        for _ in 0..QUEUE + 1 {
+            hub.publish(envelope("/a", SystemTime::now()));
+        }
+        let mut count = 0;
+        while stuck.blocking_recv().is_some() {
+            count += 1;
+        }
+        assert_eq!(count, QUEUE);
+        let mut other = hub.subscribe(filter(""));
+        hub.publish(envelope("/b", SystemTime::now()));
+        assert_eq!(other.try_recv().unwrap().topic, "/b");
+    }
+}

@@ -1,0 +1,89 @@
+//! The gRPC API: one adapter per service of containerd. An adapter parses, calls, and maps the error; it holds no state
+//! of its own beside what it serves.
+
+pub mod containers;
+pub mod content;
+pub mod context;
+pub mod convert;
+pub mod diff;
+pub mod events;
+pub mod images;
+pub mod introspection;
+pub mod leases;
+pub mod namespaces;
+pub mod notice;
+pub mod snapshots;
+pub mod status;
+pub mod tasks;
+pub mod version;
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use davit_proto::containerd::services::containers::v1::containers_server::ContainersServer;
+use davit_proto::containerd::services::content::v1::content_server::ContentServer;
+use davit_proto::containerd::services::diff::v1::diff_server::DiffServer;
+use davit_proto::containerd::services::events::v1::events_server::EventsServer;
+use davit_proto::containerd::services::images::v1::images_server::ImagesServer;
+use davit_proto::containerd::services::introspection::v1::introspection_server::IntrospectionServer;
+use davit_proto::containerd::services::leases::v1::leases_server::LeasesServer;
+use davit_proto::containerd::services::namespaces::v1::namespaces_server::NamespacesServer;
+use davit_proto::containerd::services::snapshots::v1::snapshots_server::SnapshotsServer;
+use davit_proto::containerd::services::tasks::v1::tasks_server::TasksServer;
+use davit_proto::containerd::services::version::v1::version_server::VersionServer;
+use tonic::service::Routes;
+
+use crate::config;
+use crate::events::Hub;
+use crate::metadata::Metadata;
+use crate::plugins::Plugin;
+use crate::runtime::Tasks;
+
+/// What the services are made of.
+pub struct Parts {
+    /// What the daemon knows.
+    pub metadata: Metadata,
+    /// What runs.
+    pub tasks: Tasks,
+    /// What happens.
+    pub hub: Hub,
+    /// What clients are told that there is.
+    pub plugins: Arc<[Plugin]>,
+}
+
+/// All services, with their limits. The identity of the daemon is kept in `identity`.
+///
+/// Sandbox, Streaming, Transfer and Mounts are not served yet: a call of them is answered `Unimplemented`.
+///
+/// # Errors
+/// The identity can be neither read nor written.
+pub async fn routes(parts: Parts, identity: &Path, limits: &config::Grpc) -> io::Result<Routes> {
+    let Parts { metadata, tasks, hub, plugins } = parts;
+    let introspection = introspection::IntrospectionService::open(identity, plugins)?;
+    let (health, health_server) = tonic_health::server::health_reporter();
+    health.set_service_status("", tonic_health::ServingStatus::Serving).await;
+
+    /// Adds a service with the limits of the configuration.
+    macro_rules! serve {
+        ($routes:expr, $server:ident, $service:expr) => {
+            $routes.add_service(
+                $server::new($service)
+                    .max_decoding_message_size(limits.max_recv_message_size)
+                    .max_encoding_message_size(limits.max_send_message_size),
+            )
+        };
+    }
+    let routes = Routes::new(health_server);
+    let routes = serve!(routes, VersionServer, version::VersionService);
+    let routes = serve!(routes, IntrospectionServer, introspection);
+    let routes = serve!(routes, NamespacesServer, namespaces::NamespacesService::new(metadata.clone()));
+    let routes = serve!(routes, ContentServer, content::ContentService::new(metadata.clone()));
+    let routes = serve!(routes, ImagesServer, images::ImagesService::new(metadata.clone()));
+    let routes = serve!(routes, ContainersServer, containers::ContainersService::new(metadata.clone()));
+    let routes = serve!(routes, SnapshotsServer, snapshots::SnapshotsService::new(metadata.clone()));
+    let routes = serve!(routes, DiffServer, diff::DiffService::new(metadata.clone()));
+    let routes = serve!(routes, LeasesServer, leases::LeasesService::new(metadata.clone()));
+    let routes = serve!(routes, EventsServer, events::EventsService::new(hub));
+    Ok(serve!(routes, TasksServer, tasks::TasksService::new(metadata, tasks)))
+}

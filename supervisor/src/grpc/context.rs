@@ -1,0 +1,131 @@
+//! What a call brings with it beside its message: the namespace, the lease, and an id for the logs.
+//!
+//! A `tower` layer reads the headers once, puts a [`Context`] into the request's extensions and runs the call in a
+//! span; the adapters ask the context for what their call needs.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context as TaskContext, Poll};
+
+use davit_model::{ErrorCode, identifier};
+use http::Request;
+use tonic::Status;
+use tower::{Layer, Service};
+use tracing::Instrument;
+use tracing::instrument::Instrumented;
+
+use super::status::{self, status};
+use crate::metadata::Scope;
+
+/// The header of the namespace (containerd `pkg/namespaces`).
+pub const NAMESPACE: &str = "containerd-namespace";
+/// The same in ttrpc's metadata; a gRPC server takes it as well.
+const NAMESPACE_TTRPC: &str = "containerd-namespace-ttrpc";
+/// The header of the lease (containerd `core/leases`).
+pub const LEASE: &str = "containerd-lease";
+
+/// The namespace and lease of a call, unchecked as they came.
+#[derive(Debug, Clone, Default)]
+pub struct Context {
+    namespace: Option<Arc<str>>,
+    lease: Option<Arc<str>>,
+}
+
+impl Context {
+    /// The context of a request.
+    pub fn of<T>(request: &tonic::Request<T>) -> Context {
+        request.extensions().get::<Context>().cloned().unwrap_or_default()
+    }
+
+    /// The namespace, checked.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` when there is none, `InvalidArgument` when it is malformed; containerd's words.
+    pub fn namespace(&self) -> Result<&str, Status> {
+        let namespace = self.namespace.as_deref().ok_or_else(|| {
+            status(ErrorCode::FailedPrecondition, "namespace is required: failed precondition")
+        })?;
+        identifier::validate(namespace).map_err(|error| {
+            status(ErrorCode::InvalidArgument, &format!("namespace validation: {error}: invalid argument"))
+        })?;
+        Ok(namespace)
+    }
+
+    /// The namespace and the lease of the call, as the metadata services take them.
+    ///
+    /// # Errors
+    /// As [`Context::namespace`].
+    pub fn scope(&self) -> Result<Scope, Status> {
+        Scope::new(self.namespace()?, self.lease.as_deref()).map_err(status::from)
+    }
+}
+
+/// Puts a [`Context`] into each request and a span around each call.
+#[derive(Debug, Clone, Default)]
+pub struct ContextLayer {
+    calls: Arc<AtomicU64>,
+}
+
+impl<S> Layer<S> for ContextLayer {
+    type Service = ContextService<S>;
+
+    fn layer(&self, inner: S) -> ContextService<S> {
+        ContextService { inner, calls: self.calls.clone() }
+    }
+}
+
+/// The service that [`ContextLayer`] makes.
+#[derive(Debug, Clone)]
+pub struct ContextService<S> {
+    inner: S,
+    calls: Arc<AtomicU64>,
+}
+
+impl<S, B> Service<Request<B>> for ContextService<S>
+where
+    S: Service<Request<B>>,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = Instrumented<S::Future>;
+
+    fn poll_ready(&mut self, cx: &mut TaskContext<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: Request<B>) -> Self::Future {
+        let header = |name: &str| {
+            let value = request.headers().get(name)?.to_str().ok()?;
+            (!value.is_empty()).then(|| Arc::from(value))
+        };
+        let namespace: Option<Arc<str>> = header(NAMESPACE).or_else(|| header(NAMESPACE_TTRPC));
+        let context = Context { namespace, lease: header(LEASE) };
+        let span = tracing::debug_span!(
+            "call",
+            id = self.calls.fetch_add(1, Ordering::Relaxed),
+            method = request.uri().path(),
+            namespace = context.namespace.as_deref().unwrap_or_default(),
+        );
+        request.extensions_mut().insert(context);
+        self.inner.call(request).instrument(span)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tonic::Code;
+
+    fn with(namespace: Option<&str>) -> Context {
+        Context { namespace: namespace.map(Arc::from), lease: None }
+    }
+
+    #[test]
+    fn a_missing_and_a_malformed_namespace_have_their_codes() {
+        assert_eq!(with(None).namespace().unwrap_err().code(), Code::FailedPrecondition);
+        for bad in ["..", "a/b", "-x"] {
+            assert_eq!(with(Some(bad)).namespace().unwrap_err().code(), Code::InvalidArgument);
+        }
+        assert_eq!(with(Some("k8s.io")).namespace().unwrap(), "k8s.io");
+    }
+}

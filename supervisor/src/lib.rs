@@ -1,0 +1,15 @@
+//! `davitd`, as a library of typed services and thin adapters over it.
+//!
+//! Reading order: [`server`] builds everything and is the one place where the parts meet; [`metadata`] holds what
+//! the daemon knows (namespaces, content, images, containers, snapshots, leases) and collects garbage;
+//! [`runtime`] holds what runs (shims and tasks); [`events`] tells what happened; [`grpc`] translates between all
+//! of these and the wire.
+
+pub mod config;
+pub mod events;
+pub mod grpc;
+pub mod metadata;
+pub mod plugins;
+pub mod publish;
+pub mod runtime;
+pub mod server;

@@ -1,0 +1,138 @@
+//! `davitd`: flags, configuration, logs, and then [`davit_supervisor::server`].
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use davit_supervisor::config::{Config, LogFormat};
+use davit_supervisor::{publish, server};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
+
+/// The container supervisor: containerd's API, a shim per container, and containers that outlive both.
+#[derive(Parser)]
+#[command(
+    name = "davitd",
+    version,
+    after_help = "Examples:\n  davitd                                    run with /etc/davit/config.toml or the defaults\n  \
+                  davitd --root /tmp/d/root --state /tmp/d/state -a /tmp/d/davit.sock   a private daemon\n  \
+                  davitd config default > /etc/davit/config.toml"
+)]
+struct Cli {
+    #[command(flatten)]
+    flags: Flags,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Args)]
+struct Flags {
+    /// Configuration file [default: /etc/davit/config.toml, if it exists]
+    #[arg(short, long, global = true)]
+    config: Option<PathBuf>,
+    /// Folder of what must survive a reboot: blobs, snapshots, metadata
+    #[arg(long, global = true)]
+    root: Option<PathBuf>,
+    /// Folder of what a reboot may clear: bundles, sockets
+    #[arg(long, global = true)]
+    state: Option<PathBuf>,
+    /// Unix socket of the gRPC API
+    #[arg(short, long, global = true)]
+    address: Option<PathBuf>,
+    /// trace, debug, info, warn or error
+    #[arg(short, long, global = true)]
+    log_level: Option<String>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Show configurations
+    Config {
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
+    /// Publish an event that is read from standard input, as older shims do
+    Publish {
+        /// The topic, such as /tasks/exit
+        #[arg(long)]
+        topic: String,
+        /// The namespace
+        #[arg(long)]
+        namespace: String,
+    },
+}
+
+#[derive(Subcommand)]
+enum ConfigCommand {
+    /// Print the defaults
+    Default,
+    /// Print the configuration in force: file and flags
+    Dump,
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("davitd: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    if let Some(Command::Config { command: ConfigCommand::Default }) = cli.command {
+        print!("{}", Config::default().to_toml());
+        return Ok(());
+    }
+    let config = configuration(cli.flags)?;
+    match cli.command {
+        Some(Command::Config { .. }) => {
+            print!("{}", config.to_toml());
+            Ok(())
+        }
+        Some(Command::Publish { topic, namespace }) => {
+            runtime(1)?.block_on(publish::run(&config.grpc.address, &topic, &namespace))
+        }
+        None => {
+            start_logs(&config)?;
+            let workers = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8);
+            runtime(workers)?.block_on(server::run(config))
+        }
+    }
+}
+
+/// The configuration file with the flags over it.
+fn configuration(flags: Flags) -> anyhow::Result<Config> {
+    let mut config = Config::load(flags.config.as_deref())?;
+    let Flags { config: _, root, state, address, log_level } = flags;
+    config.root = root.unwrap_or(config.root);
+    config.state = state.unwrap_or(config.state);
+    config.grpc.address = address.unwrap_or(config.grpc.address);
+    config.log.level = log_level.unwrap_or(config.log.level);
+    config.validate()?;
+    Ok(config)
+}
+
+fn runtime(workers: usize) -> anyhow::Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(workers)
+        .max_blocking_threads(128)
+        .thread_keep_alive(std::time::Duration::from_secs(2))
+        .enable_all()
+        .build()?)
+}
+
+fn start_logs(config: &Config) -> anyhow::Result<()> {
+    // A bare level is about us; what the libraries say below a warning is for who asks for it by name.
+    let filter = match config.log.level.parse::<LevelFilter>() {
+        Ok(level) => EnvFilter::try_new(format!("warn,davit={level}"))?,
+        Err(_) => EnvFilter::try_new(&config.log.level)?,
+    };
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match config.log.format {
+        LogFormat::Text => logs.with_ansi(false).init(),
+        LogFormat::Json => logs.json().init(),
+    }
+    Ok(())
+}

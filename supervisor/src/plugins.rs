@@ -1,0 +1,141 @@
+//! The plugin list. Nothing here is a plugin; but clients choose what they do by this list, so it is an API:
+//! nerdctl, BuildKit, Docker Engine and containerd's own client look for types, ids, platforms and capabilities.
+
+use std::collections::BTreeMap;
+
+use davit_model::filter::Adaptor;
+use std::borrow::Cow;
+
+/// One entry of the list.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Plugin {
+    /// `io.containerd.snapshotter.v1` and the like.
+    pub kind: String,
+    /// The name within its type.
+    pub id: String,
+    /// The types that it builds on.
+    pub requires: Vec<String>,
+    /// True where the entry works on the platform of this machine in particular.
+    pub on_platform: bool,
+    /// What it can do beyond its interface.
+    pub capabilities: Vec<String>,
+    /// What it tells: folders, schemes.
+    pub exports: BTreeMap<String, String>,
+    /// Why it does not work.
+    pub init_error: Option<String>,
+}
+
+impl Adaptor for Plugin {
+    fn field(&self, path: &[String]) -> Option<Cow<'_, str>> {
+        match path {
+            [name] if name == "type" => Some(Cow::Borrowed(&self.kind)),
+            [name] if name == "id" => Some(Cow::Borrowed(&self.id)),
+            _ => None,
+        }
+    }
+}
+
+impl Plugin {
+    fn new(kind: &str, id: &str, requires: &[&str]) -> Plugin {
+        Plugin {
+            kind: format!("io.containerd.{kind}"),
+            id: id.to_owned(),
+            requires: requires.iter().map(|kind| format!("io.containerd.{kind}")).collect(),
+            ..Plugin::default()
+        }
+    }
+
+    fn on_platform(mut self) -> Plugin {
+        self.on_platform = true;
+        self
+    }
+
+    fn export(mut self, key: &str, value: impl Into<String>) -> Plugin {
+        self.exports.insert(key.to_owned(), value.into());
+        self
+    }
+}
+
+/// A snapshotter for the list: what it can do, or why it cannot be used here.
+#[derive(Debug)]
+pub struct SnapshotterEntry {
+    /// The snapshotter's name.
+    pub name: String,
+    /// Its capabilities and exports, or the text of what went wrong when it was opened.
+    pub state: Result<(Vec<String>, BTreeMap<String, String>), String>,
+}
+
+/// The list of a daemon with these folders and snapshotters.
+pub fn list(content_root: &str, logs: &str, snapshotters: Vec<SnapshotterEntry>) -> Vec<Plugin> {
+    let mut plugins = vec![
+        Plugin::new("content.v1", "content", &[]).export("root", content_root),
+        Plugin::new("event.v1", "exchange", &[]),
+        Plugin::new("warning.v1", "deprecations", &[]),
+        Plugin::new("internal.v1", "opt", &[]),
+        Plugin::new("metadata.v1", "bolt", &["content.v1", "event.v1", "snapshotter.v1"])
+            .export("policy", "shared"),
+        Plugin::new("gc.v1", "scheduler", &["metadata.v1"]),
+        Plugin::new("lease.v1", "manager", &["metadata.v1"]),
+        Plugin::new("differ.v1", "walking", &["metadata.v1"]).on_platform(),
+        Plugin::new("shim.v1", "manager", &["event.v1", "metadata.v1"]).on_platform(),
+        Plugin::new("runtime.v2", "task", &["shim.v1"])
+            .on_platform()
+            .export("log-uri-schemes", "fifo,binary,binary-v2,file")
+            .export("logs", logs),
+    ];
+    for entry in snapshotters {
+        let mut plugin = Plugin::new("snapshotter.v1", &entry.name, &[]).on_platform();
+        match entry.state {
+            Ok((capabilities, exports)) => {
+                plugin.capabilities = capabilities;
+                plugin.exports = exports;
+            }
+            Err(text) => plugin.init_error = Some(text),
+        }
+        plugins.push(plugin);
+    }
+    let services = [
+        "containers",
+        "content",
+        "diff",
+        "images",
+        "introspection",
+        "leases",
+        "namespaces",
+        "snapshots",
+        "tasks",
+    ];
+    for name in services {
+        plugins.push(Plugin::new("service.v1", &format!("{name}-service"), &["metadata.v1"]));
+        plugins.push(Plugin::new("grpc.v1", name, &["service.v1"]));
+    }
+    for name in ["events", "healthcheck", "version"] {
+        plugins.push(Plugin::new("grpc.v1", name, &[]));
+    }
+    plugins.push(Plugin::new("ttrpc.v1", "events", &["event.v1"]));
+    plugins
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use davit_model::Filter;
+
+    #[test]
+    fn clients_find_what_they_look_for() {
+        let overlay = SnapshotterEntry { name: "overlayfs".into(), state: Ok(Default::default()) };
+        let broken = SnapshotterEntry { name: "native".into(), state: Err("no".into()) };
+        let plugins = list("/r", "/l", vec![overlay, broken]);
+        let find = |filter: &str| {
+            let filter = Filter::parse(&[filter.to_owned()]).unwrap();
+            plugins.iter().filter(|plugin| filter.matches(*plugin)).collect::<Vec<_>>()
+        };
+        assert!(find("type==io.containerd.runtime.v2").iter().all(|plugin| plugin.on_platform));
+        assert_eq!(find("type==io.containerd.snapshotter.v1, id==overlayfs").len(), 1);
+        assert_eq!(
+            find("type==io.containerd.snapshotter.v1,id==native")[0].init_error.as_deref(),
+            Some("no")
+        );
+        assert_eq!(find("id==restart").len(), 0);
+    }
+}

@@ -1,0 +1,215 @@
+//! The daemon: builds every part, lets them meet, and ends them in order.
+//!
+//! The order of a start is the order of its promises. The root is locked before anything is read; the database opens
+//! before the stores it describes; the events socket is served before the shims of an earlier daemon are looked for,
+//! because they report as soon as they are connected to; and the API is served when every task is known.
+
+mod listen;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use davit_content_store::Store;
+use davit_metadata::{Db, EngineKind};
+use davit_model::error::chain;
+use davit_model::{Coded, ErrorCode};
+use davit_snapshotter::Snapshotter;
+use davit_snapshotter::native::{self, Native};
+use davit_snapshotter::overlayfs::{self, Overlayfs};
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+
+use crate::config::{self, Config, Engine};
+use crate::events::Hub;
+use crate::grpc::context::ContextLayer;
+use crate::grpc::{self, notice};
+use crate::metadata::{Metadata, Parts, Scope, Sharing, gc};
+use crate::plugins::{self, SnapshotterEntry};
+use crate::runtime::{self, Tasks};
+
+/// The folder of blobs, named as containerd names it.
+const CONTENT: &str = "io.containerd.content.v1.content";
+/// The folder of the database.
+const METADATA: &str = "io.davit.metadata.v1";
+/// The folder of tasks, below both root and state.
+const RUNTIME: &str = "io.containerd.runtime.v2.task";
+/// The folder of the daemon's identity.
+const IDENTITY: &str = "io.containerd.grpc.v1.introspection";
+/// The folder of the logs of detached containers.
+const LOGS: &str = "logs";
+
+/// After its start the daemon shows events that are older than itself to new subscribers for so long: time enough
+/// for a client whose connection broke to come back.
+const WINDOW: Duration = Duration::from_secs(10);
+
+/// Calls under way get so long to end when the daemon is told to.
+const DRAIN: Duration = Duration::from_secs(2);
+
+/// The flow-control windows of HTTP/2. Blobs are streamed through one stream; the protocol's default of 64 KiB would
+/// cost a round trip for each.
+const STREAM_WINDOW: u32 = 1 << 20;
+const CONNECTION_WINDOW: u32 = 4 << 20;
+
+/// Runs the daemon until SIGTERM or SIGINT. Containers are not touched by its end.
+///
+/// # Errors
+/// It cannot start: the text says what is in the way.
+pub async fn run(config: Config) -> Result<()> {
+    let config = Arc::new(config);
+    listen::folder(&config.root, 0o711)?;
+    listen::folder(&config.state, 0o711)?;
+    for name in [CONTENT, METADATA, IDENTITY, LOGS] {
+        listen::folder(&config.root.join(name), 0o700)?;
+    }
+
+    let hub = Hub::new(notice::field);
+    let opening = (config.clone(), hub.clone());
+    let (db, metadata, entries) =
+        tokio::task::spawn_blocking(move || open_stores(&opening.0, &opening.1)).await??;
+    let stop = CancellationToken::new();
+    let collector = tokio::spawn(metadata.clone().run_collector(gc::Config::default(), stop.clone()));
+
+    let grpc = &config.grpc;
+    let api = listen::socket(&grpc.address, 0o660, grpc.uid, grpc.gid)?;
+    let reports = listen::socket(&config.ttrpc_address(), 0o600, 0, 0)?;
+    let tasks = open_runtime(&config, &hub)?;
+    let listening = tasks.clone();
+    tokio::spawn(async move { listening.serve_events(reports).await });
+    let known = metadata.clone();
+    let loading = tasks.load(Arc::new(move |namespace, id| {
+        // Doubt keeps a container: only a record that is surely missing makes a task an orphan.
+        let found = Scope::new(namespace, None).and_then(|scope| known.containers(&scope).get(id));
+        !found.is_err_and(|error| error.code() == ErrorCode::NotFound)
+    }));
+    tracing::info!(tasks = loading.tasks(), "found tasks of an earlier daemon");
+    tokio::spawn(loading.finished());
+
+    let plugins = plugins::list(&text(&config.root.join(CONTENT)), &text(&config.root.join(LOGS)), entries);
+    let parts = grpc::Parts { metadata, tasks, hub: hub.clone(), plugins: plugins.into() };
+    let routes = grpc::routes(parts, &config.root.join(IDENTITY), grpc)
+        .await
+        .context("cannot keep the identity of the daemon")?;
+    tokio::spawn(async move {
+        tokio::time::sleep(WINDOW).await;
+        hub.close_window();
+    });
+    serve(&config, routes, api, stop.clone()).await?;
+
+    collector.await.context("the collector panicked")?;
+    tokio::task::spawn_blocking(move || db.close()).await?.context("cannot close the metadata")?;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// Opens what is on disk. Blocks.
+fn open_stores(config: &Config, hub: &Hub) -> Result<(Db, Metadata, Vec<SnapshotterEntry>)> {
+    let root = &config.root;
+    let engine = match config.metadata.engine {
+        Engine::Sled => EngineKind::Sled,
+        Engine::Redb => EngineKind::Redb,
+    };
+    let db = Db::open(&root.join(METADATA), engine)?;
+    let store = Store::open(&root.join(CONTENT)).context("cannot open the content store")?;
+    let (snapshotters, entries) = open_snapshotters(root, &db);
+    let hub = hub.clone();
+    let events = Arc::new(move |namespace: &str, event| hub.publish(notice::envelope(namespace, event)));
+    let parts = Parts { db: db.clone(), store, snapshotters, sharing: Sharing::Shared, events };
+    let metadata = Metadata::open(parts).context("cannot open the metadata")?;
+    Ok((db, metadata, entries))
+}
+
+type Snapshotters = BTreeMap<String, Arc<dyn Snapshotter>>;
+
+/// Opens every snapshotter. One that cannot work here is told as such in the plugin list, and stops nothing.
+fn open_snapshotters(root: &Path, db: &Db) -> (Snapshotters, Vec<SnapshotterEntry>) {
+    let folder = |name: &str| root.join(format!("io.containerd.snapshotter.v1.{name}"));
+    let overlay = Overlayfs::open(&folder(overlayfs::NAME), db.clone(), overlayfs::Config::default())
+        .map(|opened| Arc::new(opened) as Arc<dyn Snapshotter>);
+    let native = Native::open(&folder(native::NAME), db.clone())
+        .map(|opened| Arc::new(opened) as Arc<dyn Snapshotter>);
+    let (mut snapshotters, mut entries) = (BTreeMap::new(), Vec::new());
+    for (name, opened) in [(overlayfs::NAME, overlay), (native::NAME, native)] {
+        let state = match opened {
+            Ok(snapshotter) => {
+                let state = (snapshotter.capabilities(), snapshotter.exports());
+                snapshotters.insert(name.to_owned(), snapshotter);
+                Ok(state)
+            }
+            Err(error) => {
+                tracing::warn!(snapshotter = name, error = chain(&error), "snapshotter cannot be used here");
+                Err(chain(&error))
+            }
+        };
+        entries.push(SnapshotterEntry { name: name.to_owned(), state });
+    }
+    (snapshotters, entries)
+}
+
+fn open_runtime(config: &Config, hub: &Hub) -> Result<Tasks> {
+    let daemon_binary = std::env::current_exe().context("no path of the daemon's own program")?;
+    let shim_directory = daemon_binary.parent().map(Path::to_owned).unwrap_or_default();
+    let own = |path: &Path| (!path.as_os_str().is_empty()).then(|| path.to_owned());
+    let config = runtime::Config {
+        root: config.root.join(RUNTIME),
+        state: config.state.join(RUNTIME),
+        grpc_address: text(&config.grpc.address),
+        ttrpc_address: text(&config.ttrpc_address()),
+        daemon_binary,
+        shim_directory,
+        default_shim: own(&config.runtime.shim),
+        default_runtime_binary: None,
+        socket_directory: own(&config.runtime.socket_dir),
+        environment: Vec::new(),
+        debug: config.log.level.contains("debug"),
+        timeouts: runtime::Timeouts::default(),
+    };
+    let hub = hub.clone();
+    Ok(Tasks::open(config, Arc::new(move |envelope| hub.publish(envelope)))?)
+}
+
+/// Serves the API until a signal comes, then lets the calls under way end.
+async fn serve(
+    config: &Config,
+    routes: Routes,
+    listener: UnixListener,
+    stop: CancellationToken,
+) -> Result<()> {
+    let config::Grpc { address, max_concurrent_calls, .. } = &config.grpc;
+    let server = tonic::transport::Server::builder()
+        .layer(ContextLayer::default())
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_concurrent_streams(*max_concurrent_calls)
+        .add_routes(routes)
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop.clone().cancelled_owned());
+    let server = tokio::spawn(server);
+    tracing::info!(address = %address.display(), "serving");
+    // Nobody listens where systemd did not start us.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    // Both arms only wait for a signal, which is kept until it is taken: dropping the other one loses nothing.
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("stopping; containers go on");
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    stop.cancel();
+    match tokio::time::timeout(DRAIN, server).await {
+        Ok(ended) => ended.context("the server panicked")?.context("the API cannot be served")?,
+        Err(_) => tracing::info!("calls that wait are left"),
+    }
+    Ok(())
+}
+
+/// A path as a text, as shims and clients get it.
+fn text(path: &Path) -> String {
+    PathBuf::from(path).display().to_string()
+}

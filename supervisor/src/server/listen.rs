@@ -1,0 +1,133 @@
+//! The daemon's sockets and folders, with their owners and modes.
+
+use std::fs::{self, DirBuilder, Permissions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
+use std::os::unix::net::UnixStream as BlockingStream;
+use std::path::{Path, PathBuf};
+
+use tokio::net::UnixListener;
+
+/// Why a socket or folder is not there.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// Another daemon answers on the socket.
+    #[error("another daemon answers on {}; stop it, or choose another socket with --address", path.display())]
+    Taken {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// Something that is no socket is in the way; it is not ours to delete.
+    #[error("{} is in the way and is no socket", path.display())]
+    NoSocket {
+        /// What is there.
+        path: PathBuf,
+    },
+    /// A call of the kernel failed.
+    #[error("cannot {action} {}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+fn failed<'a>(action: &'static str, path: &'a Path) -> impl Fn(io::Error) -> ListenError + 'a {
+    move |source| ListenError::Io { action, path: path.to_owned(), source }
+}
+
+/// Makes a folder of the daemon with exactly this mode, and its missing parents with 0711.
+///
+/// # Errors
+/// [`ListenError::Io`].
+pub fn folder(path: &Path, mode: u32) -> Result<(), ListenError> {
+    if let Some(parent) = path.parent() {
+        DirBuilder::new().recursive(true).mode(0o711).create(parent).map_err(failed("create", parent))?;
+    }
+    match DirBuilder::new().mode(mode).create(path) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => {}
+        Err(error) => return Err(failed("create", path)(error)),
+    }
+    // The umask may have taken bits away, and a folder of an older daemon may have more.
+    fs::set_permissions(path, Permissions::from_mode(mode)).map_err(failed("set the mode of", path))
+}
+
+/// Listens on a unix socket that only `uid` and the members of `gid` can open.
+///
+/// A socket that nobody answers on is what a killed daemon left: it is replaced.
+///
+/// # Errors
+/// [`ListenError::Taken`] when a daemon answers there.
+pub fn socket(path: &Path, mode: u32, uid: u32, gid: u32) -> Result<UnixListener, ListenError> {
+    if let Some(parent) = path.parent()
+        && !parent.exists()
+    {
+        folder(parent, 0o711)?;
+    }
+    match fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => {
+            return Err(ListenError::NoSocket { path: path.to_owned() });
+        }
+        Ok(_) if BlockingStream::connect(path).is_ok() => {
+            return Err(ListenError::Taken { path: path.to_owned() });
+        }
+        Ok(_) => fs::remove_file(path).map_err(failed("remove the stale socket", path))?,
+        Err(_) => {}
+    }
+    // Bound under another name and renamed, the socket is never reachable with a wider mode than it should have.
+    let mut hidden = path.as_os_str().to_owned();
+    hidden.push(".new");
+    let hidden = PathBuf::from(hidden);
+    let _ = fs::remove_file(&hidden);
+    let listener = UnixListener::bind(&hidden).map_err(failed("listen on", path))?;
+    std::os::unix::fs::chown(&hidden, Some(uid), Some(gid)).map_err(failed("set the owner of", path))?;
+    fs::set_permissions(&hidden, Permissions::from_mode(mode)).map_err(failed("set the mode of", path))?;
+    fs::rename(&hidden, path).map_err(failed("put in place", path))?;
+    Ok(listener)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn me() -> (u32, u32) {
+        (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw())
+    }
+
+    #[tokio::test]
+    async fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s.sock");
+        let (uid, gid) = me();
+        let first = socket(&path, 0o660, uid, gid).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o660);
+        assert!(matches!(socket(&path, 0o660, uid, gid), Err(ListenError::Taken { .. })));
+        drop(first);
+        socket(&path, 0o600, uid, gid).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[tokio::test]
+    async fn what_is_no_socket_is_never_deleted() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("precious");
+        fs::write(&path, "x").unwrap();
+        let (uid, gid) = me();
+        assert!(matches!(socket(&path, 0o660, uid, gid), Err(ListenError::NoSocket { .. })));
+        assert_eq!(fs::read(&path).unwrap(), b"x");
+    }
+
+    #[test]
+    fn folders_have_their_mode_whatever_was_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b");
+        fs::create_dir_all(&path).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o777)).unwrap();
+        folder(&path, 0o700).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
+    }
+}
