@@ -1,0 +1,330 @@
+//! What a layer removes from those below it: by deleting it from a tree that holds them, or by the marks that
+//! overlayfs understands in a folder that will lie over theirs.
+
+use std::ffi::CStr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use davit_sys::fs::{get_xattr, list_xattr, open_in_root, set_xattr};
+use nix::dir::Dir;
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, RenameFlags, openat, renameat2};
+use nix::libc;
+use nix::sys::stat::{Mode, SFlag, fchmod, fstat, fstatat, makedev, mkdirat, mknodat};
+use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, unlinkat};
+
+use super::error::{EntryFault, Error};
+use super::extract::{Written, is_folder};
+use super::name::Name;
+use super::pax::Time;
+use super::root::{FOLDER, Missing};
+
+/// The mode of a folder that the layer needs but does not have.
+const FOLDER_MODE: Mode = Mode::from_bits_truncate(0o755);
+
+/// How deep a tree is removed with a descriptor for each level.
+const DEPTH_LIMIT: usize = 128;
+
+/// How removals are carried out.
+pub(super) enum Whiteouts {
+    /// The tree holds what the layers below have: it is deleted.
+    Remove,
+    /// The tree is the upper folder of an overlay: a whiteout is a character device 0:0, an opaque folder has an
+    /// extended attribute (kernel documentation, filesystems/overlayfs, "whiteouts and opaque directories").
+    Overlay {
+        /// `trusted.overlay.` or, for overlays mounted with `userxattr`, `user.overlay.`.
+        prefix: &'static str,
+        /// The layers below, the nearest first.
+        lowers: Vec<OwnedFd>,
+    },
+}
+
+impl Whiteouts {
+    /// The attribute that makes a folder opaque.
+    fn opaque_attribute(prefix: &str) -> &'static CStr {
+        if prefix == "user.overlay." { c"user.overlay.opaque" } else { c"trusted.overlay.opaque" }
+    }
+
+    /// True for attributes that overlayfs would act upon in this tree.
+    pub(super) fn owns_attribute(&self, attribute: &[u8]) -> bool {
+        match self {
+            Whiteouts::Remove => false,
+            Whiteouts::Overlay { prefix, .. } => attribute.starts_with(prefix.as_bytes()),
+        }
+    }
+
+    /// Leaves the mark of a removal at a place where nothing is.
+    pub(super) fn hide(&self, parent: &OwnedFd, name: &Name) -> Result<(), Error> {
+        match self {
+            Whiteouts::Remove => Ok(()),
+            Whiteouts::Overlay { .. } => mknodat(parent, name.base(), SFlag::S_IFCHR, Mode::empty(), 0)
+                .map_err(|errno| Error::file("create whiteout", name.path(), errno)),
+        }
+    }
+
+    /// Makes a folder of an upper folder hide what is below.
+    pub(super) fn mark_opaque(&self, folder: &OwnedFd, path: &[u8]) -> Result<(), Error> {
+        match self {
+            Whiteouts::Remove => Ok(()),
+            Whiteouts::Overlay { prefix, .. } => {
+                set_xattr(folder.as_fd(), Whiteouts::opaque_attribute(prefix), b"y")
+                    .map_err(|errno| Error::file("mark opaque", path, errno))
+            }
+        }
+    }
+
+    /// Hides everything that the layers below have in their roots and this one has not. The mark of an opaque
+    /// folder does not count on the root of an overlay, so that each name gets a mark of its own.
+    pub(super) fn hide_root(&self, root: &OwnedFd) -> Result<(), Error> {
+        let Whiteouts::Overlay { lowers, .. } = self else { return Ok(()) };
+        for lower in lowers {
+            for base in names(lower.as_fd(), b"")? {
+                let error = |errno| Error::file("hide", &base, errno);
+                match openat(root, base.as_slice(), FOLDER, Mode::empty()) {
+                    Ok(folder) => self.mark_opaque(&folder, &base)?,
+                    Err(Errno::ENOENT) => {
+                        mknodat(root, base.as_slice(), SFlag::S_IFCHR, Mode::empty(), 0).map_err(error)?;
+                    }
+                    // A file of this layer hides by itself.
+                    Err(Errno::ENOTDIR | Errno::ELOOP) => {}
+                    Err(errno) => return Err(error(errno)),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the mark of a removal again if nothing is below to be hidden. In a folder that lies over none,
+    /// overlayfs does not look for marks: there the mark itself would be seen, and could not even be removed.
+    pub(super) fn drop_if_idle(&self, root: &OwnedFd, name: &Name) -> Result<(), Error> {
+        let Whiteouts::Overlay { prefix, lowers } = self else { return Ok(()) };
+        // Without lower layers it is not known yet what will be below.
+        if lowers.is_empty() || self.exists_below(root, name, prefix)? {
+            return Ok(());
+        }
+        let parent = if name.parent().is_empty() {
+            openat(root, ".", FOLDER, Mode::empty())
+        } else {
+            open_in_root(root.as_fd(), name.parent(), FOLDER)
+        };
+        let Ok(parent) = parent else { return Ok(()) };
+        let is_mark = fstatat(&parent, name.base(), AtFlags::AT_SYMLINK_NOFOLLOW)
+            .is_ok_and(|stat| is_whiteout(stat.st_mode, stat.st_rdev));
+        if is_mark {
+            unlinkat(&parent, name.base(), UnlinkatFlags::NoRemoveDir)
+                .map_err(|errno| Error::file("remove whiteout", name.path(), errno))?;
+        }
+        Ok(())
+    }
+
+    /// True when overlayfs would find the name in the layers below the tree at `root`: it follows a path folder by
+    /// folder through all layers at once, and down to the first that is opaque or has something else there.
+    fn exists_below(&self, root: &OwnedFd, name: &Name, prefix: &str) -> Result<bool, Error> {
+        let Whiteouts::Overlay { lowers, .. } = self else { return Ok(false) };
+        let error = |errno| Error::file("look below", name.path(), errno);
+        let copy = |folder: &OwnedFd| folder.try_clone().map_err(|_| error(Errno::EMFILE));
+        let mut layers = vec![copy(root)?];
+        for lower in lowers {
+            layers.push(copy(lower)?);
+        }
+        let parts: Vec<&[u8]> = name.path().split(|&byte| byte == b'/').collect();
+        let (base, folders) = parts.split_last().map_or((&b""[..], &[][..]), |(base, rest)| (*base, rest));
+        for part in folders {
+            let mut next = Vec::new();
+            for (index, layer) in layers.iter().enumerate() {
+                match openat(layer, *part, FOLDER, Mode::empty()) {
+                    Ok(folder) => {
+                        let opaque =
+                            get_xattr(folder.as_fd(), Whiteouts::opaque_attribute(prefix)).map_err(error)?;
+                        next.push(folder);
+                        if opaque.as_deref() == Some(b"y") {
+                            break;
+                        }
+                    }
+                    // Symlinks are entries like others to overlayfs. The entry may have come by one of this layer.
+                    Err(Errno::ENOTDIR | Errno::ELOOP) if index == 0 => return Ok(true),
+                    Err(Errno::ENOTDIR | Errno::ELOOP) => break,
+                    Err(Errno::ENOENT) if index == 0 => return Ok(true),
+                    Err(Errno::ENOENT) => {}
+                    Err(errno) => return Err(error(errno)),
+                }
+            }
+            layers = next;
+        }
+        for layer in layers.iter().skip(1) {
+            match fstatat(layer, base, AtFlags::AT_SYMLINK_NOFOLLOW) {
+                Ok(stat) => return Ok(!is_whiteout(stat.st_mode, stat.st_rdev)),
+                Err(Errno::ENOENT) => {}
+                Err(errno) => return Err(error(errno)),
+            }
+        }
+        Ok(false)
+    }
+
+    /// Makes a folder that an entry needs as its parent. In an upper folder it gets owner, mode and attributes of
+    /// the folder that it will lie over, and the answer has that one's modification time.
+    pub(super) fn make_parent(&self, missing: &Missing<'_>) -> Result<(OwnedFd, Option<Time>), Error> {
+        let error = |operation: &str, errno| Error::file(operation, missing.path, errno);
+        let Missing { parent, base, path, occupied } = missing;
+        if *occupied {
+            // In an upper folder this can be a whiteout of the same layer: then the folder is made anew.
+            let stat = fstatat(*parent, *base, AtFlags::AT_SYMLINK_NOFOLLOW);
+            let is_whiteout = stat.is_ok_and(|stat| is_whiteout(stat.st_mode, stat.st_rdev));
+            if !is_whiteout || matches!(self, Whiteouts::Remove) {
+                return Err(Error::entry(path, EntryFault::ParentNotFolder));
+            }
+            unlinkat(*parent, *base, UnlinkatFlags::NoRemoveDir)
+                .map_err(|errno| error("remove whiteout", errno))?;
+        }
+        mkdirat(*parent, *base, FOLDER_MODE).map_err(|errno| error("create folder", errno))?;
+        let folder =
+            openat(*parent, *base, FOLDER, Mode::empty()).map_err(|errno| error("open folder", errno))?;
+        // The process's umask had its say in mkdirat.
+        fchmod(&folder, FOLDER_MODE).map_err(|errno| error("set mode of", errno))?;
+        if *occupied {
+            self.mark_opaque(&folder, path)?;
+            return Ok((folder, None));
+        }
+        let Whiteouts::Overlay { lowers, .. } = self else { return Ok((folder, None)) };
+        for lower in lowers {
+            match open_in_root(lower.as_fd(), path, OFlag::O_RDONLY | OFlag::O_DIRECTORY) {
+                Ok(original) => {
+                    let modified = self.copy_attributes(&original, &folder, path)?;
+                    return Ok((folder, Some(modified)));
+                }
+                Err(Errno::ENOENT) => {}
+                // Something else replaces what deeper layers have there.
+                Err(Errno::ENOTDIR | Errno::ELOOP) => break,
+                Err(errno) => return Err(error("open lower folder", errno)),
+            }
+        }
+        Ok((folder, None))
+    }
+
+    fn copy_attributes(&self, from: &OwnedFd, to: &OwnedFd, path: &[u8]) -> Result<Time, Error> {
+        let error = |operation: &str, errno| Error::file(operation, path, errno);
+        let stat = fstat(from).map_err(|errno| error("stat lower folder", errno))?;
+        fchown(to, Some(Uid::from_raw(stat.st_uid)), Some(Gid::from_raw(stat.st_gid)))
+            .map_err(|errno| error("set owner of", errno))?;
+        for attribute in list_xattr(from.as_fd()).map_err(|errno| error("list xattrs of", errno))? {
+            let name = attribute.to_bytes();
+            if name.starts_with(b"trusted.") || self.owns_attribute(name) {
+                continue;
+            }
+            let value = get_xattr(from.as_fd(), &attribute).map_err(|errno| error("read xattr of", errno))?;
+            match value.map_or(Ok(()), |value| set_xattr(to.as_fd(), &attribute, &value)) {
+                Ok(()) | Err(Errno::ENOTSUP) => {}
+                Err(errno) => return Err(error("copy xattr to", errno)),
+            }
+        }
+        fchmod(to, Mode::from_bits_truncate(stat.st_mode & 0o7777))
+            .map_err(|errno| error("set mode of", errno))?;
+        Ok(Time { seconds: stat.st_mtime, nanoseconds: stat.st_mtime_nsec })
+    }
+}
+
+/// True for the character device by which overlayfs marks a removal.
+pub(super) fn is_whiteout(mode: libc::mode_t, device: libc::dev_t) -> bool {
+    mode & libc::S_IFMT == libc::S_IFCHR && device == makedev(0, 0)
+}
+
+/// The names in a folder, in no order. `path` is for messages.
+pub(super) fn names(folder: BorrowedFd<'_>, path: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
+    let error = |errno| Error::file("read folder", path, errno);
+    // A description of its own, whose position nobody else moves.
+    let folder = openat(folder, ".", FOLDER, Mode::empty()).map_err(error)?;
+    let mut folder = Dir::from_fd(folder).map_err(error)?;
+    let mut names = Vec::new();
+    for entry in folder.iter() {
+        let entry = entry.map_err(error)?;
+        let name = entry.file_name().to_bytes();
+        if name != b"." && name != b".." {
+            names.push(name.to_vec());
+        }
+    }
+    Ok(names)
+}
+
+/// Removes an entry of a folder with all that is below it. Answers what it was, `None` when nothing was there.
+pub(super) fn remove(parent: &OwnedFd, base: &[u8], path: &[u8]) -> Result<Option<SFlag>, Error> {
+    let error = |operation: &str, errno| Error::file(operation, path, errno);
+    let stat = match fstatat(parent, base, AtFlags::AT_SYMLINK_NOFOLLOW) {
+        Ok(stat) => stat,
+        Err(Errno::ENOENT) => return Ok(None),
+        Err(errno) => return Err(error("stat", errno)),
+    };
+    let flag = if is_folder(&stat) {
+        let folder =
+            openat(parent, base, FOLDER, Mode::empty()).map_err(|errno| error("open folder", errno))?;
+        remove_below(&folder, path, None)?;
+        UnlinkatFlags::RemoveDir
+    } else {
+        UnlinkatFlags::NoRemoveDir
+    };
+    unlinkat(parent, base, flag).map_err(|errno| error("remove", errno))?;
+    Ok(Some(SFlag::from_bits_truncate(stat.st_mode & libc::S_IFMT)))
+}
+
+/// Empties a folder, but for the inodes to `keep` and the folders that lead to them.
+///
+/// A layer can make a tree deeper than any path, stack or table of open files, by folders within symlinks to
+/// folders. So the way down is kept on the heap, and beyond [`DEPTH_LIMIT`] a folder is moved to the top first.
+/// That cannot be done where something is kept; then too deep a tree is an error.
+pub(super) fn remove_below(folder: &OwnedFd, path: &[u8], keep: Option<&Written>) -> Result<(), Error> {
+    struct Level {
+        folder: OwnedFd,
+        names: Vec<Vec<u8>>,
+        /// What to call it by in the level above, and whether it goes when it is empty.
+        base: Vec<u8>,
+        removable: bool,
+    }
+    let error = |operation: &str, errno| Error::file(operation, path, errno);
+    let folder = openat(folder, ".", FOLDER, Mode::empty()).map_err(|errno| error("open folder", errno))?;
+    let top = Level { names: names(folder.as_fd(), path)?, folder, base: Vec::new(), removable: false };
+    let mut levels = vec![top];
+    let mut moved = 0_u64;
+    loop {
+        let too_deep = levels.len() > DEPTH_LIMIT && keep.is_none();
+        let Some(level) = levels.last_mut() else { return Ok(()) };
+        let Some(base) = level.names.pop() else {
+            let Some(done) = levels.pop() else { return Ok(()) };
+            if let (true, Some(above)) = (done.removable, levels.last()) {
+                match unlinkat(&above.folder, done.base.as_slice(), UnlinkatFlags::RemoveDir) {
+                    Ok(()) | Err(Errno::ENOENT) => {}
+                    Err(Errno::ENOTEMPTY | Errno::EEXIST) if keep.is_some() => {}
+                    Err(errno) => return Err(error("remove folder below", errno)),
+                }
+            }
+            continue;
+        };
+        let stat = match fstatat(&level.folder, base.as_slice(), AtFlags::AT_SYMLINK_NOFOLLOW) {
+            Ok(stat) => stat,
+            Err(Errno::ENOENT) => continue,
+            Err(errno) => return Err(error("stat below", errno)),
+        };
+        let kept = keep.is_some_and(|keep| keep.contains(&(stat.st_dev, stat.st_ino)));
+        if is_folder(&stat) && too_deep {
+            moved += 1;
+            let name = format!(".davit-removing-{moved}").into_bytes();
+            let from = &levels[levels.len() - 1].folder;
+            let to = &levels[0].folder;
+            let flags = RenameFlags::RENAME_NOREPLACE;
+            match renameat2(from, base.as_slice(), to, name.as_slice(), flags) {
+                Ok(()) => levels[0].names.push(name),
+                // Something at the top has this name, and will go as well: with the next number then.
+                Err(Errno::EEXIST) => {
+                    let deepest = levels.len() - 1;
+                    levels[deepest].names.push(base);
+                }
+                Err(errno) => return Err(error("move folder below", errno)),
+            }
+        } else if is_folder(&stat) {
+            let folder = openat(&level.folder, base.as_slice(), FOLDER, Mode::empty())
+                .map_err(|errno| error("open folder below", errno))?;
+            let names = names(folder.as_fd(), path)?;
+            levels.push(Level { folder, names, base, removable: !kept });
+        } else if !kept {
+            unlinkat(&level.folder, base.as_slice(), UnlinkatFlags::NoRemoveDir)
+                .map_err(|errno| error("remove below", errno))?;
+        }
+    }
+}
