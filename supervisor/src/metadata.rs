@@ -1,0 +1,340 @@
+//! What the daemon knows: namespaces, containers, images, content, snapshots and leases, and the collection of what
+//! none of them needs any more.
+//!
+//! Everything is kept in one database ([`davit_metadata::Db`], layout in `schema.rs`), in front of one blob store
+//! that knows no namespaces and any number of snapshotters that know none either. The services here are views of
+//! one namespace each:
+//!
+//! ```text
+//! let metadata = Metadata::open(Parts { db, store, snapshotters, sharing, events })?;   // blocks: at startup
+//! tokio::spawn(metadata.clone().run_collector(gc::Config::default(), shutdown_token));
+//!
+//! let scope = Scope::new("k8s.io", Some("my-lease"))?;       // from the headers of a call
+//! metadata.namespaces().list()?;
+//! metadata.containers(&scope).create(container).await?;      // what changes something is `async` and durable
+//! metadata.images(&scope).list(&filters)?;                   // what only reads memory is not
+//! metadata.content(&scope).writer("ref", 0, None).await?;    // the writer itself blocks, see there
+//! metadata.snapshots(&scope, "overlayfs")?.prepare("key", "parent", labels).await?;
+//! metadata.leases(&scope).delete("id", true).await?;         // with `true`, waits for a whole collection
+//! ```
+//!
+//! An `async` call may be awaited anywhere; what blocks in it runs on a blocking thread. A change goes on when its
+//! caller goes away in the middle, and is on disk when the call returns. Events are sent after that.
+//!
+//! # Invariants
+//!
+//! * A blob or snapshot is durable in its backend before a record names it, and its record is durably gone before
+//!   the backend forgets it. So a crash leaves garbage in a backend, never a record of nothing; the collection
+//!   after the next start takes the garbage away.
+//! * No transaction calls a backend. What must not change between a transaction and a backend's answer is held by
+//!   a claim on its name (`claims.rs`).
+
+mod claims;
+mod containers;
+mod content;
+mod error;
+mod event;
+mod fields;
+pub mod gc;
+mod images;
+mod leases;
+mod namespaces;
+mod schema;
+mod snapshots;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use davit_content_store::Store;
+use davit_metadata::{Db, Txn, View};
+use davit_model::identifier;
+use davit_snapshotter::Snapshotter;
+
+pub use containers::{Container, Containers, Runtime};
+pub use content::{Content, ContentInfo, IngestStatus, NsWriter};
+pub use error::{Error, Object};
+pub use event::{Event, EventSink};
+pub use images::{Descriptor, Image, Images};
+pub use leases::{Lease, Leases, Resource};
+pub use namespaces::{Namespace, Namespaces};
+pub use snapshots::{SnapshotInfo, Snapshots};
+
+use claims::Claims;
+
+/// Whether a namespace may have a blob because another one has it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Sharing {
+    /// Whoever names the digest of a blob may have it, without sending it again.
+    #[default]
+    Shared,
+    /// Each namespace must send the blob, unless one that is labelled `containerd.io/namespace.shareable=true`
+    /// has it. It is stored once all the same.
+    Isolated,
+}
+
+/// What the services are built from.
+pub struct Parts {
+    /// The database.
+    pub db: Db,
+    /// The blobs.
+    pub store: Store,
+    /// The snapshotters by name. A name has no slash.
+    pub snapshotters: BTreeMap<String, Arc<dyn Snapshotter>>,
+    /// The content sharing policy.
+    pub sharing: Sharing,
+    /// Who hears of changes.
+    pub events: EventSink,
+}
+
+/// The namespace and the lease that a call works in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Scope {
+    namespace: Arc<str>,
+    lease: Option<Arc<str>>,
+}
+
+impl Scope {
+    /// The scope of a call. An unknown lease is found out when something is to be attached to it.
+    ///
+    /// # Errors
+    /// [`Error::Identifier`] when the namespace is malformed.
+    pub fn new(namespace: &str, lease: Option<&str>) -> Result<Scope, Error> {
+        identifier::validate(namespace)
+            .map_err(|source| Error::Identifier { field: "namespace validation", source })?;
+        Ok(Scope { namespace: Arc::from(namespace), lease: lease.map(Arc::from) })
+    }
+
+    /// The namespace.
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
+    /// The lease, if the call names one.
+    pub fn lease(&self) -> Option<&str> {
+        self.lease.as_deref()
+    }
+}
+
+/// The metadata of the daemon. Clones are handles of the same.
+#[derive(Clone)]
+pub struct Metadata {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    db: Db,
+    store: Store,
+    snapshotters: BTreeMap<String, Arc<dyn Snapshotter>>,
+    sharing: Sharing,
+    events: EventSink,
+    schedule: gc::Schedule,
+    /// Blobs of the store, by digest.
+    blob_claims: Claims,
+    /// Snapshots of the backends, by `SNAPSHOTTER/BACKEND_KEY`.
+    backend_claims: Claims,
+    /// Snapshots of the namespaces, by `NS/SNAPSHOTTER/KEY`.
+    snapshot_claims: Claims,
+    /// The backends that have something to take away.
+    dirty: Mutex<Dirty>,
+    /// Counts the transactions, so that the collector can tell whether there was one since it looked.
+    epoch: AtomicU64,
+}
+
+/// The backends that may hold what no record names.
+#[derive(Debug, Default)]
+pub(crate) struct Dirty {
+    content: bool,
+    snapshotters: BTreeSet<String>,
+}
+
+/// What a transaction has to be followed by.
+#[derive(Debug, Default)]
+pub(crate) struct Effects {
+    event: Option<Event>,
+    /// Something is gone that others may have been kept by.
+    removed: bool,
+    dirty: Dirty,
+}
+
+impl Effects {
+    fn none() -> Effects {
+        Effects::default()
+    }
+
+    fn event(event: Event) -> Effects {
+        Effects { event: Some(event), ..Effects::default() }
+    }
+
+    fn removed() -> Effects {
+        Effects { removed: true, ..Effects::default() }
+    }
+
+    fn with_event(mut self, event: Event) -> Effects {
+        self.event = Some(event);
+        self
+    }
+
+    fn with_content(mut self) -> Effects {
+        self.dirty.content = true;
+        self
+    }
+
+    fn with_snapshotter(mut self, name: &str) -> Effects {
+        self.dirty.snapshotters.insert(name.to_owned());
+        self
+    }
+}
+
+impl Metadata {
+    /// Checks the version of the records and takes charge of the parts. Blocks.
+    ///
+    /// # Errors
+    /// [`Error::Version`] for records of a newer daemon.
+    pub fn open(parts: Parts) -> Result<Metadata, Error> {
+        let Parts { db, store, snapshotters, sharing, events } = parts;
+        schema::check_version(&db)?;
+        // A crash may have come between the loss of a record and that of what it named: the first collection
+        // looks everywhere.
+        let dirty = Dirty { content: true, snapshotters: snapshotters.keys().cloned().collect() };
+        let inner = Inner {
+            db,
+            store,
+            snapshotters,
+            sharing,
+            events,
+            schedule: gc::Schedule::default(),
+            blob_claims: Claims::default(),
+            backend_claims: Claims::default(),
+            snapshot_claims: Claims::default(),
+            dirty: Mutex::new(dirty),
+            epoch: AtomicU64::new(0),
+        };
+        Ok(Metadata { inner: Arc::new(inner) })
+    }
+
+    /// The namespaces.
+    pub fn namespaces(&self) -> Namespaces {
+        Namespaces::new(self.clone())
+    }
+
+    /// The containers of a namespace.
+    pub fn containers(&self, scope: &Scope) -> Containers {
+        Containers::new(self.clone(), scope.clone())
+    }
+
+    /// The images of a namespace.
+    pub fn images(&self, scope: &Scope) -> Images {
+        Images::new(self.clone(), scope.clone())
+    }
+
+    /// The blobs and ingests of a namespace.
+    pub fn content(&self, scope: &Scope) -> Content {
+        Content::new(self.clone(), scope.clone())
+    }
+
+    /// The snapshots of a namespace in one snapshotter.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for an empty name, [`Error::SnapshotterUnknown`] for one that is not loaded.
+    pub fn snapshots(&self, scope: &Scope, snapshotter: &str) -> Result<Snapshots, Error> {
+        if snapshotter.is_empty() {
+            return Err(Error::Invalid { rule: "snapshotter argument missing" });
+        }
+        match self.inner.snapshotters.get(snapshotter) {
+            Some(backend) => Ok(Snapshots::new(self.clone(), scope.clone(), snapshotter, backend.clone())),
+            None => Err(Error::SnapshotterUnknown { name: snapshotter.to_owned() }),
+        }
+    }
+
+    /// The leases of a namespace.
+    pub fn leases(&self, scope: &Scope) -> Leases {
+        Leases::new(self.clone(), scope.clone())
+    }
+
+    /// The snapshotters by name, for introspection.
+    pub fn snapshotters(&self) -> &BTreeMap<String, Arc<dyn Snapshotter>> {
+        &self.inner.snapshotters
+    }
+
+    fn view(&self) -> View {
+        self.inner.db.view()
+    }
+
+    /// Changes the database, and does what must follow once that is durable, whether or not the caller waits.
+    async fn write<T: Send + 'static>(
+        &self,
+        scope: &Scope,
+        change: impl FnOnce(&mut Txn<'_>) -> Result<(T, Effects), Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let (metadata, namespace) = (self.clone(), scope.namespace.clone());
+        let task = tokio::spawn(async move {
+            let inner = &metadata.inner;
+            let (value, effects) = inner.db.update_async(|txn| inner.counted(txn, change)).await?;
+            inner.follow(&namespace, effects);
+            Ok(value)
+        });
+        task.await.map_err(|source| Error::Interrupted { source })?
+    }
+
+    /// As [`write`](Metadata::write), from a blocking thread.
+    fn write_blocking<T>(
+        &self,
+        scope: &Scope,
+        change: impl FnOnce(&mut Txn<'_>) -> Result<(T, Effects), Error>,
+    ) -> Result<T, Error> {
+        let inner = &self.inner;
+        let (value, effects) = inner.db.update(|txn| inner.counted(txn, change))?;
+        inner.follow(&scope.namespace, effects);
+        Ok(value)
+    }
+
+    /// A change that need not be durable by itself, because it is nothing without the one that follows.
+    fn write_ordered<T>(&self, change: impl FnOnce(&mut Txn<'_>) -> Result<T, Error>) -> Result<T, Error> {
+        let inner = &self.inner;
+        inner.db.update_ordered(|txn| inner.counted(txn, change))
+    }
+}
+
+impl Inner {
+    fn counted<T>(
+        &self,
+        txn: &mut Txn<'_>,
+        change: impl FnOnce(&mut Txn<'_>) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        self.epoch.fetch_add(1, Ordering::SeqCst);
+        change(txn)
+    }
+
+    /// How many transactions there were; all of them are in a view taken from now on.
+    fn epoch(&self) -> Result<u64, Error> {
+        self.db.update_ordered(|_| Ok(self.epoch.load(Ordering::SeqCst)))
+    }
+
+    fn follow(&self, namespace: &str, effects: Effects) {
+        let Effects { event, removed, dirty } = effects;
+        self.mark_dirty(dirty);
+        if let Some(event) = event {
+            (self.events)(namespace, event);
+        }
+        self.schedule.mutated(removed);
+    }
+
+    fn mark_dirty(&self, more: Dirty) {
+        if more.content || !more.snapshotters.is_empty() {
+            let mut dirty = self.dirty.lock().unwrap_or_else(PoisonError::into_inner);
+            dirty.content |= more.content;
+            dirty.snapshotters.extend(more.snapshotters);
+        }
+    }
+}
+
+/// Runs what blocks where that is allowed; it runs to its end even if the caller goes away.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work).await.map_err(|source| Error::Interrupted { source })?
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,129 @@
+//! The collector: takes away what nothing needs any more, by mark and sweep.
+//!
+//! ```text
+//!   mark (a view, no lock) ──▶ sweep the records (one transaction) ──▶ durable ──▶ events
+//!          ▲                        │                                    │
+//!          └── again, inside, if ───┘                                    ▼
+//!              anything changed                            sweep each dirty backend, beside each other
+//! ```
+//!
+//! What is needed is a matter of records and their labels alone (`mark.rs`), so that one transaction can decide it for
+//! good: nothing can be attached to what it deletes, because whoever attaches sees the record gone. The backends
+//! come after, without holding anybody up (`sweep.rs`). A crash in between leaves garbage in a backend, for the first
+//! collection of the next daemon.
+//!
+//! The rules are those of containerd 2.3 (`core/metadata/gc.go`). When to run is also nearly as there (`schedule.rs`).
+
+mod mark;
+mod schedule;
+mod sweep;
+
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant, SystemTime};
+
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::error::Error;
+use super::event::Event;
+use super::{Dirty, Metadata, blocking};
+
+pub use schedule::Config;
+pub(super) use schedule::Schedule;
+
+/// The label with the time (RFC 3339) from which on a lease or image protects nothing.
+pub(super) const LABEL_EXPIRE: &str = "containerd.io/gc.expire";
+
+/// What a collection did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// How long it took to mark, and to sweep the records; the backends come on top.
+    pub records: Duration,
+    /// How many records are gone.
+    pub removed: usize,
+    /// When the next lease, image or ingest expires.
+    pub next_expiry: Option<SystemTime>,
+}
+
+/// What the sweep of the records leaves to be done.
+#[derive(Debug, Default)]
+struct Swept {
+    removed: usize,
+    events: Vec<(String, Event)>,
+    dirty: Dirty,
+}
+
+impl Metadata {
+    /// Runs collections whenever they are due, until `shutdown` is cancelled; a collection under way is finished.
+    /// To be spawned once.
+    pub async fn run_collector(self, config: Config, shutdown: CancellationToken) {
+        schedule::run(&self, &config, &shutdown).await;
+    }
+
+    /// Waits for a whole collection that begins after this call, backends included. It needs the collector to run.
+    ///
+    /// # Errors
+    /// [`Error::CollectionFailed`].
+    pub async fn collected(&self) -> Result<(), Error> {
+        self.inner.schedule.request().await
+    }
+
+    /// Carries out one collection now. The collector calls this; two at a time do no harm, and little good.
+    ///
+    /// # Errors
+    /// Those of the database. A backend that fails is logged, and tried again the next time.
+    pub async fn collect(&self) -> Result<Stats, Error> {
+        let metadata = self.clone();
+        let (stats, dirty) = blocking(move || metadata.collect_records()).await?;
+        let mut backends = JoinSet::new();
+        if dirty.content {
+            let metadata = self.clone();
+            backends.spawn_blocking(move || {
+                if let Err(error) = sweep::content(&metadata) {
+                    tracing::warn!(%error, "cannot collect content");
+                    metadata.inner.mark_dirty(Dirty { content: true, ..Dirty::default() });
+                }
+            });
+        }
+        for name in dirty.snapshotters {
+            let metadata = self.clone();
+            backends.spawn_blocking(move || {
+                if let Err(error) = sweep::snapshots(&metadata, &name) {
+                    tracing::warn!(%error, snapshotter = name, "cannot collect snapshots");
+                    let dirty = Dirty { snapshotters: [name].into(), ..Dirty::default() };
+                    metadata.inner.mark_dirty(dirty);
+                }
+            });
+        }
+        while let Some(ended) = backends.join_next().await {
+            ended.map_err(|source| Error::Interrupted { source })?;
+        }
+        Ok(stats)
+    }
+
+    fn collect_records(&self) -> Result<(Stats, Dirty), Error> {
+        let inner = &self.inner;
+        let start = Instant::now();
+        let now = SystemTime::now();
+        // Read under the writers' lock: all changes that are counted are in the view.
+        let epoch = inner.epoch()?;
+        let view = inner.db.view();
+        let mut marked = mark::mark(&view, now)?;
+        let swept = inner.db.update::<_, Error>(|txn| {
+            if inner.epoch.load(Ordering::SeqCst) != epoch {
+                marked = mark::mark(txn, now)?;
+            }
+            sweep::records(txn, &marked)
+        })?;
+        let stats =
+            Stats { records: start.elapsed(), removed: swept.removed, next_expiry: marked.next_expiry() };
+        for (namespace, event) in swept.events {
+            (inner.events)(&namespace, event);
+        }
+        inner.mark_dirty(swept.dirty);
+        let dirty = std::mem::take(&mut *inner.dirty.lock().unwrap_or_else(PoisonError::into_inner));
+        tracing::debug!(removed = stats.removed, took = ?stats.records, "collected records");
+        Ok((stats, dirty))
+    }
+}

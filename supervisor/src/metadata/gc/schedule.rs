@@ -1,0 +1,231 @@
+//! When to collect.
+//!
+//! ```text
+//!   start ── startup delay ──▶ collect ──▶ rest ──▶ collect ──▶ …
+//!                                           │ so long that collecting takes no more than `pause_threshold` of the time;
+//!                                           │ it goes on until something was removed, or `mutation_threshold` changes
+//!                                           │ were made, or something expires
+//!                                           └─ cut short by a request, or by `deletion_threshold` removals
+//! ```
+//!
+//! containerd wakes several times a second to see whether there is something to do, and an expired lease is noticed with
+//! the next change only, or never. Here the task sleeps until there is something to do, and it knows when the next
+//! lease expires. So that it learns of new ones, it collects within [`LONGEST_REST`] of any change.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::metadata::Metadata;
+use crate::metadata::error::Error;
+
+/// A collection counts as no shorter than this, so that short ones do not follow each other without rest.
+const SHORTEST_RUN: Duration = Duration::from_millis(5);
+
+/// How long a change can go without a collection.
+const LONGEST_REST: Duration = Duration::from_secs(60 * 60);
+
+/// The rest before the next try when the first collection failed, and what is added to the usual one later.
+const REST_AFTER_FAILURE: Duration = Duration::from_secs(1);
+
+/// How eagerly to collect; the names and defaults are containerd's.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// The share of time that collecting may take, from 0 (no limit) to 0.5.
+    pub pause_threshold: f64,
+    /// Collect as soon as so much was removed; 0 for never by number.
+    pub deletion_threshold: u64,
+    /// Collect at the next occasion after so many changes, even if nothing was removed; 0 for never by number.
+    pub mutation_threshold: u64,
+    /// How long a collection that is asked for, or due by number, is put off.
+    pub schedule_delay: Duration,
+    /// When the first collection is, after the start.
+    pub startup_delay: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            pause_threshold: 0.02,
+            deletion_threshold: 0,
+            mutation_threshold: 100,
+            schedule_delay: Duration::ZERO,
+            startup_delay: Duration::from_millis(100),
+        }
+    }
+}
+
+/// What the collector is told.
+#[derive(Debug, Default)]
+pub(in crate::metadata) struct Schedule {
+    /// Changes since the last collection began.
+    mutations: AtomicU64,
+    /// Those of them that removed something.
+    deletions: AtomicU64,
+    runs: Mutex<Runs>,
+    wake: Notify,
+    finished: watch::Sender<Finished>,
+}
+
+#[derive(Debug, Default)]
+struct Runs {
+    started: u64,
+    /// A run of this number, or a later one, is asked for.
+    requested: u64,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Finished {
+    number: u64,
+    failed: bool,
+    /// The collector has ended.
+    stopped: bool,
+}
+
+impl Schedule {
+    /// Counts a change.
+    pub(in crate::metadata) fn mutated(&self, removed: bool) {
+        self.mutations.fetch_add(1, Ordering::Relaxed);
+        if removed {
+            self.deletions.fetch_add(1, Ordering::Relaxed);
+        }
+        self.wake.notify_one();
+    }
+
+    /// Waits for the end of a run that begins from now on.
+    pub(in crate::metadata) async fn request(&self) -> Result<(), Error> {
+        let number = {
+            let mut runs = self.runs();
+            runs.requested = runs.started + 1;
+            runs.requested
+        };
+        let mut finished = self.finished.subscribe();
+        self.wake.notify_one();
+        let finished = finished.wait_for(|run| run.number >= number || run.stopped).await;
+        match finished {
+            Ok(run) if run.number >= number && !run.failed => Ok(()),
+            Ok(_) | Err(_) => Err(Error::CollectionFailed),
+        }
+    }
+
+    fn runs(&self) -> std::sync::MutexGuard<'_, Runs> {
+        self.runs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn requested(&self) -> bool {
+        let runs = self.runs();
+        runs.requested > runs.started
+    }
+
+    fn start(&self) -> u64 {
+        self.mutations.store(0, Ordering::Relaxed);
+        self.deletions.store(0, Ordering::Relaxed);
+        let mut runs = self.runs();
+        runs.started += 1;
+        runs.started
+    }
+}
+
+/// What the runs so far say about the next.
+struct Pace {
+    /// When the last run ended, or the collector began.
+    since: Instant,
+    /// The rest after it.
+    rest: Duration,
+    first: bool,
+    total: Duration,
+    runs: u32,
+    next_expiry: Option<SystemTime>,
+    /// Since when a run is asked for.
+    asked: Option<Instant>,
+}
+
+impl Pace {
+    /// When the next run is due, as far as is known now.
+    fn due(&mut self, schedule: &Schedule, config: &Config) -> Option<Instant> {
+        let (mutations, deletions) =
+            (schedule.mutations.load(Ordering::Relaxed), schedule.deletions.load(Ordering::Relaxed));
+        let reached = |threshold: u64, count: u64| threshold > 0 && count >= threshold;
+        if schedule.requested() || reached(config.deletion_threshold, deletions) {
+            return Some(*self.asked.get_or_insert_with(Instant::now) + config.schedule_delay);
+        }
+        let usual = self.since + self.rest;
+        if self.first || deletions > 0 || reached(config.mutation_threshold, mutations) {
+            return Some(usual);
+        }
+        let late = (mutations > 0).then(|| self.since + LONGEST_REST.max(self.rest));
+        // Asked again after at most the longest rest: the clock may be set meanwhile.
+        let expiry = self.next_expiry.map(|expiry| {
+            let left = expiry.duration_since(SystemTime::now()).unwrap_or_default();
+            (Instant::now() + left.min(LONGEST_REST)).max(usual)
+        });
+        [late, expiry].into_iter().flatten().min()
+    }
+
+    fn ran(&mut self, outcome: Result<(Duration, Option<SystemTime>), ()>, config: &Config) {
+        self.since = Instant::now();
+        self.asked = None;
+        match outcome {
+            Ok((took, next_expiry)) => {
+                self.first = false;
+                self.total += took;
+                self.runs += 1;
+                self.next_expiry = next_expiry;
+                let average = (self.total / self.runs).max(SHORTEST_RUN);
+                let threshold = config.pause_threshold.min(0.5);
+                self.rest = if threshold > 0.0 {
+                    average.mul_f64(1.0 / threshold).saturating_sub(average)
+                } else {
+                    Duration::ZERO
+                };
+            }
+            Err(()) => {
+                // Whatever made this run due still does, but it may have been counted away.
+                self.first = true;
+                self.rest = self.rest.min(LONGEST_REST) + REST_AFTER_FAILURE;
+            }
+        }
+    }
+}
+
+/// Collects whenever it is due, until the token is cancelled.
+pub(super) async fn run(metadata: &Metadata, config: &Config, shutdown: &CancellationToken) {
+    let schedule = &metadata.inner.schedule;
+    let mut pace = Pace {
+        since: Instant::now(),
+        rest: config.startup_delay,
+        first: true,
+        total: Duration::ZERO,
+        runs: 0,
+        next_expiry: None,
+        asked: None,
+    };
+    loop {
+        let due = pace.due(schedule, config);
+        // All arms can be dropped at any time: a permit that `notified` has not handed out stays.
+        tokio::select! {
+            () = shutdown.cancelled() => break,
+            () = sleep_until(due), if due.is_some() => {}
+            () = schedule.wake.notified() => continue,
+        }
+        let number = schedule.start();
+        let outcome = metadata.collect().await;
+        if let Err(error) = &outcome {
+            tracing::error!(error = davit_model::error::chain(error), "garbage collection failed");
+        }
+        let failed = outcome.is_err();
+        pace.ran(outcome.map(|stats| (stats.records, stats.next_expiry)).map_err(|_| ()), config);
+        schedule.finished.send_replace(Finished { number, failed, stopped: false });
+    }
+    schedule.finished.send_modify(|finished| finished.stopped = true);
+}
+
+async fn sleep_until(due: Option<Instant>) {
+    if let Some(due) = due {
+        tokio::time::sleep_until(due).await;
+    }
+}

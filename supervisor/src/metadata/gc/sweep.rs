@@ -1,0 +1,197 @@
+//! Sweeping: first the records that are not marked, then what the backends have and no record names.
+//!
+//! What a backend has may be about to get its record: its maker shares a claim on it until then. So the sweep takes
+//! what nobody claims for itself, looks once more, waits until what it saw is durable, and only then destroys. While
+//! it has the claims, nobody can record what it destroys.
+
+use std::collections::{HashMap, HashSet};
+
+use bytes::Bytes;
+use davit_content_store::Error as StoreError;
+use davit_metadata::{Txn, View};
+use davit_model::Digest;
+use davit_snapshotter::Error as BackendError;
+
+use crate::metadata::error::Error;
+use crate::metadata::event::Event;
+use crate::metadata::schema::{self, BlobRecord, IngestRecord, SnapshotRecord, Table, child_key};
+use crate::metadata::snapshots::backend_claim;
+use crate::metadata::{Dirty, Metadata, leases};
+
+use super::Swept;
+use super::mark::Marked;
+
+/// How many blobs are claimed at once: their writers wait until all of them are destroyed.
+const BATCH: usize = 64;
+
+/// Deletes the records that are not marked.
+pub(super) fn records(txn: &mut Txn<'_>, marked: &Marked) -> Result<Swept, Error> {
+    let mut swept = Swept::default();
+    for (key, _) in unmarked(txn, Table::Lease, marked) {
+        let (namespace, id) = Table::Lease.split(&key)?;
+        leases::remove(txn, namespace, id);
+        swept.removed += 1;
+    }
+    for (key, value) in unmarked(txn, Table::Snapshot, marked) {
+        let (namespace, name) = Table::Snapshot.split(&key)?;
+        let record: SnapshotRecord = schema::decode(&key, &value)?;
+        let (snapshotter, name) = name.split_once('/').unwrap_or((name, ""));
+        txn.delete(&key);
+        if !record.parent.is_empty() {
+            txn.delete(&child_key(namespace, snapshotter, &record.parent, name));
+        }
+        swept.removed += 1;
+        swept.dirty.snapshotters.insert(snapshotter.to_owned());
+        let event = Event::SnapshotRemove { snapshotter: snapshotter.to_owned(), key: name.to_owned() };
+        swept.events.push((namespace.to_owned(), event));
+    }
+    for table in [Table::Ingest, Table::Blob] {
+        for (key, _) in unmarked(txn, table, marked) {
+            txn.delete(&key);
+            swept.removed += 1;
+            swept.dirty.content = true;
+        }
+    }
+    for (key, _) in unmarked(txn, Table::Image, marked) {
+        let (namespace, name) = Table::Image.split(&key)?;
+        txn.delete(&key);
+        swept.removed += 1;
+        swept.events.push((namespace.to_owned(), Event::ImageDelete { name: name.to_owned() }));
+    }
+    Ok(swept)
+}
+
+fn unmarked(txn: &Txn<'_>, table: Table, marked: &Marked) -> Vec<(Bytes, Bytes)> {
+    txn.scan(table.prefix().as_bytes()).filter(|(key, _)| !marked.contains(key)).collect()
+}
+
+/// Deletes the blobs and ingests of the store that no record names. What fails is tried again the next time.
+pub(super) fn content(metadata: &Metadata) -> Result<(), Error> {
+    let inner = &metadata.inner;
+    // The store first: what is in it has had its record made before, or is claimed.
+    let blobs: Vec<Digest> = inner.store.walk()?.into_iter().map(|info| info.digest).collect();
+    let ingests = inner.store.statuses()?;
+    let named = Named::read(&inner.db.view())?;
+    let mut failed = false;
+
+    let garbage: Vec<_> = blobs.iter().filter(|digest| !named.blobs.contains(digest.as_str())).collect();
+    for batch in garbage.chunks(BATCH) {
+        let claimed: Vec<_> = batch
+            .iter()
+            .filter_map(|digest| Some((digest, inner.blob_claims.try_take(digest.as_str())?)))
+            .collect();
+        failed |= claimed.len() < batch.len();
+        let named = Named::read(&inner.db.view())?;
+        inner.db.sync()?;
+        for (digest, _claim) in claimed {
+            if named.blobs.contains(digest.as_str()) {
+                continue;
+            }
+            match inner.store.delete(digest) {
+                Ok(()) => tracing::debug!(%digest, "removed content"),
+                Err(StoreError::NoBlob { .. }) => {}
+                Err(error) => {
+                    tracing::warn!(%error, %digest, "cannot remove content");
+                    failed = true;
+                }
+            }
+        }
+    }
+
+    inner.db.sync()?;
+    for ingest in ingests {
+        // The name in the store is new with each record, so that none can come to name it again.
+        if named.ingests.contains(&ingest.reference) {
+            continue;
+        }
+        match inner.store.abort(&ingest.reference) {
+            Ok(()) => tracing::debug!(reference = ingest.reference, "removed an ingest"),
+            Err(StoreError::NoIngest { .. }) => {}
+            Err(error) => {
+                tracing::warn!(%error, reference = ingest.reference, "cannot remove an ingest");
+                failed = true;
+            }
+        }
+    }
+    if failed {
+        inner.mark_dirty(Dirty { content: true, ..Dirty::default() });
+    }
+    Ok(())
+}
+
+/// What the records name in the store.
+struct Named {
+    blobs: HashSet<String>,
+    ingests: HashSet<String>,
+}
+
+impl Named {
+    fn read(view: &View) -> Result<Named, Error> {
+        let mut named = Named { blobs: HashSet::new(), ingests: HashSet::new() };
+        for (key, value) in view.scan(Table::Blob.prefix().as_bytes()) {
+            let (_, digest) = Table::Blob.split(&key)?;
+            // A record that cannot be read must not cost its blob, nor any other.
+            schema::decode::<BlobRecord>(&key, &value)?;
+            named.blobs.insert(digest.to_owned());
+        }
+        for (key, value) in view.scan(Table::Ingest.prefix().as_bytes()) {
+            let record: IngestRecord = schema::decode(&key, &value)?;
+            // It may be shared from a namespace that has given it up since.
+            named.blobs.insert(record.expected);
+            named.ingests.insert(record.backend);
+        }
+        Ok(named)
+    }
+}
+
+/// Removes the snapshots of a snapshotter that no record names, leaves first, and has it clean up.
+pub(super) fn snapshots(metadata: &Metadata, name: &str) -> Result<(), Error> {
+    let inner = &metadata.inner;
+    // Records of a snapshotter that is not loaded now have nothing behind them that could be removed.
+    let Some(backend) = inner.snapshotters.get(name) else { return Ok(()) };
+    let all = backend.list()?;
+    let named = named_snapshots(&inner.db.view(), name)?;
+    let parents: HashMap<&str, &str> =
+        all.iter().filter_map(|info| Some((info.name.as_str(), info.parent.as_deref()?))).collect();
+    let depth = |name: &str| std::iter::successors(parents.get(name), |parent| parents.get(**parent)).count();
+
+    let mut garbage: Vec<_> = all.iter().filter(|info| !named.contains(&info.name)).collect();
+    garbage.sort_by_cached_key(|info| std::cmp::Reverse(depth(&info.name)));
+    let claimed: Vec<_> = garbage
+        .iter()
+        .filter_map(|info| Some((info, inner.backend_claims.try_take(&backend_claim(name, &info.name))?)))
+        .collect();
+    let mut failed = claimed.len() < garbage.len();
+    let named = named_snapshots(&inner.db.view(), name)?;
+    inner.db.sync()?;
+    for (info, _claim) in claimed {
+        if named.contains(&info.name) {
+            continue;
+        }
+        match backend.remove(&info.name) {
+            Ok(()) => tracing::debug!(snapshotter = name, snapshot.key = info.name, "removed a snapshot"),
+            Err(BackendError::NotFound { .. }) => {}
+            // One failure must not keep all others from being removed.
+            Err(error) => {
+                tracing::warn!(%error, snapshotter = name, snapshot.key = info.name, "cannot remove a snapshot");
+                failed = true;
+            }
+        }
+    }
+    if failed {
+        inner.mark_dirty(Dirty { snapshotters: [name.to_owned()].into(), ..Dirty::default() });
+    }
+    Ok(backend.cleanup()?)
+}
+
+/// What the records name in a snapshotter.
+fn named_snapshots(view: &View, snapshotter: &str) -> Result<HashSet<String>, Error> {
+    let mut named = HashSet::new();
+    for (key, value) in view.scan(Table::Snapshot.prefix().as_bytes()) {
+        let (_, name) = Table::Snapshot.split(&key)?;
+        if name.split_once('/').is_some_and(|(name, _)| name == snapshotter) {
+            named.insert(schema::decode::<SnapshotRecord>(&key, &value)?.backend);
+        }
+    }
+    Ok(named)
+}
