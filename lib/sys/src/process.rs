@@ -359,6 +359,16 @@ pub fn find_program(name: &OsStr, path: &OsStr) -> Option<PathBuf> {
     std::env::split_paths(path).map(|folder| folder.join(name)).find(|candidate| executable(candidate))
 }
 
+/// Has this process ignore a signal. Children that [`Command`] spawns do not inherit that.
+///
+/// # Errors
+/// `EINVAL` for what is no signal, or cannot be ignored.
+pub fn ignore(signal: i32) -> io::Result<()> {
+    // SAFETY: SIG_IGN is a valid disposition for every signal, and replaces no handler of this project's programs.
+    let before = unsafe { libc::signal(signal, libc::SIG_IGN) };
+    if before == libc::SIG_ERR { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Opens a descriptor of a process (pidfd_open(2)). For a child that nobody has reaped, the descriptor is
 /// certain to name it, even when it is dead already.
 ///
@@ -542,8 +552,7 @@ mod tests {
 
     #[test]
     fn ignored_and_blocked_signals_do_not_reach_the_child() {
-        // SAFETY: SIG_IGN is a valid disposition; SIGUSR2 has no use in this test binary.
-        unsafe { libc::signal(libc::SIGUSR2, libc::SIG_IGN) };
+        ignore(libc::SIGUSR2).unwrap();
         let mut set = nix::sys::signal::SigSet::empty();
         set.add(nix::sys::signal::Signal::SIGUSR2);
         set.thread_block().unwrap();

@@ -1,0 +1,616 @@
+//! A container: what is done with it, and the order in which its processes' ends become known.
+//!
+//! The exit of a process passes these gates, each of which somebody relies on:
+//! 1. it is written to the journal when it is seen;
+//! 2. the start of the process has been published (its `announcing` lock);
+//! 3. for init: what still runs is killed if the pid namespace is shared, and the exits of all execs are published; new
+//!    ones are refused from the moment that init is dead;
+//! 4. it is published, and whoever waits for the process is told.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::SystemTime;
+
+use davit_model::Mount;
+use davit_model::error::chain;
+use davit_proto::containerd::events;
+use davit_proto::containerd::task::v3::{CheckpointTaskRequest, CreateTaskRequest};
+use davit_shim_protocol::journal::{self, ExitRecord};
+
+use crate::cgroup::{Cgroup, oom};
+use crate::console::ConsoleSocket;
+use crate::error::TaskError;
+use crate::executor::{Either, race, spawn};
+use crate::log;
+use crate::options;
+use crate::outbox::ContainerJournal;
+use crate::process::{Ended, Process, State};
+use crate::reaper::{Awaited, Starting};
+use crate::rootfs;
+use crate::runtime::{ChildStdio, Runtime, read_pid_file};
+use crate::shim::Shim;
+use crate::spec::Specification;
+use crate::stdio::{Owner, Request, Streams};
+use crate::sync::{Condition, Lock};
+
+/// The status of a process whose end could not be observed (containerd `UnknownExitStatus`).
+const UNKNOWN_STATUS: u32 = 255;
+
+/// A container and its processes.
+pub(crate) struct Container {
+    /// Its id.
+    pub(crate) id: String,
+    /// Its bundle.
+    pub(crate) bundle: PathBuf,
+    /// Its init process.
+    pub(crate) init: Rc<Process>,
+    shim: Rc<Shim>,
+    runtime: Runtime,
+    /// Its journal of exits and events.
+    pub(crate) journal: Rc<ContainerJournal>,
+    rootfs: Option<PathBuf>,
+    cgroup: RefCell<Option<Cgroup>>,
+    oom: RefCell<Option<Rc<oom::Watch>>>,
+    execs: RefCell<BTreeMap<String, Rc<Process>>>,
+    /// Execs that are running or being started.
+    running_execs: Cell<usize>,
+    init_dead: Cell<bool>,
+    pausing: Cell<bool>,
+    changed: Condition,
+    /// Held by what must not overlap: start, delete, pause, resume, update, checkpoint.
+    lifecycle: Lock,
+    io_owner: (u32, u32),
+}
+
+impl Container {
+    /// Creates a container as the request says. Its init process waits for [`Container::start`].
+    pub(crate) async fn create(
+        shim: &Rc<Shim>,
+        request: &CreateTaskRequest,
+    ) -> Result<Rc<Container>, TaskError> {
+        if !request.checkpoint.is_empty() {
+            return Err(TaskError::Unsupported { what: "restore of a checkpoint" });
+        }
+        let options = options::from_request(request.options.as_ref())?;
+        let bundle = PathBuf::from(&request.bundle);
+        options::write(&bundle, &options).map_err(|source| TaskError::Io {
+            step: "write options of",
+            path: bundle.clone(),
+            source,
+        })?;
+        let stdio = Request {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+        };
+        let rootfs = (!request.rootfs.is_empty()).then(|| bundle.join("rootfs"));
+        let container = Rc::new(Container {
+            id: request.id.clone(),
+            init: Rc::new(Process::new(request.id.clone(), stdio, Vec::new())),
+            shim: shim.clone(),
+            runtime: options::runtime(&options, &bundle, &shim.namespace, shim.oom_score_adj),
+            journal: Rc::new(ContainerJournal::open(&bundle.join(journal::FILE_NAME))?),
+            bundle,
+            rootfs,
+            cgroup: RefCell::default(),
+            oom: RefCell::default(),
+            execs: RefCell::default(),
+            running_execs: Cell::new(0),
+            init_dead: Cell::new(false),
+            pausing: Cell::new(false),
+            changed: Condition::default(),
+            lifecycle: Lock::default(),
+            io_owner: (options.io_uid, options.io_gid),
+        });
+        if let Some(rootfs) = &container.rootfs {
+            rootfs::mount(mounts(request), rootfs).await?;
+        }
+        let mut flags = Vec::new();
+        if options.no_pivot_root {
+            flags.push("--no-pivot");
+        }
+        if options.no_new_keyring {
+            flags.push("--no-new-keyring");
+        }
+        if let Err(error) = container.create_init(&flags).await {
+            if let Some(rootfs) = &container.rootfs
+                && let Err(error) = rootfs::unmount(rootfs).await
+            {
+                log::warn(format_args!("failed to cleanup rootfs mount: {}", chain(&error)));
+            }
+            return Err(error);
+        }
+        Ok(container)
+    }
+
+    async fn create_init(self: &Rc<Container>, flags: &[&str]) -> Result<(), TaskError> {
+        let pid_file = self.bundle.join("init.pid");
+        let starting = Starting::begin();
+        let (console, streams, ends) = self.open_streams(&self.init).await?;
+        let socket = console.as_ref().map(ConsoleSocket::path);
+        let created = self.runtime.create(&self.id, &pid_file, socket, flags, ends).await;
+        if let Err(error) = created {
+            if let Some(streams) = streams {
+                streams.close();
+            }
+            return Err(error.into());
+        }
+        let rest = async {
+            let pid = read_pid(&pid_file)?;
+            let awaited = adopt(pid)?;
+            self.init.adopt(Rc::new(awaited));
+            self.take_streams(&self.init, console, streams).await
+        };
+        if let Err(error) = rest.await {
+            let force = ["delete", "--force", &self.id].map(OsStr::new);
+            if let Err(error) = self.runtime.simple("failed to delete task", &force).await {
+                log::warn(chain(&error));
+            }
+            return Err(error);
+        }
+        drop(starting);
+        self.watch_cgroup();
+        Ok(())
+    }
+
+    fn watch_cgroup(self: &Rc<Container>) {
+        let cgroup = match Cgroup::of_process(self.init.pid()) {
+            Ok(cgroup) => cgroup,
+            Err(error) => return log::error(format_args!("load cgroup of {}: {error}", self.id)),
+        };
+        match oom::Watch::new(&cgroup) {
+            Ok(Some(watch)) => {
+                let watch = Rc::new(watch);
+                *self.oom.borrow_mut() = Some(watch.clone());
+                let container = self.clone();
+                spawn(async move {
+                    while let Either::First(()) = race(watch.changed(), container.init.wait()).await {
+                        container.report_oom();
+                    }
+                });
+            }
+            Ok(None) => {}
+            Err(error) => log::error(format_args!("failed to watch oom events of {}: {error}", self.id)),
+        }
+        *self.cgroup.borrow_mut() = Some(cgroup);
+    }
+
+    fn report_oom(&self) {
+        if self.oom.borrow().as_ref().is_some_and(|watch| watch.happened()) {
+            self.publish("/tasks/oom", &events::TaskOom { container_id: self.id.clone() });
+        }
+    }
+
+    /// Publishes an event of this container.
+    pub(crate) fn publish<M: prost::Name>(&self, topic: &str, event: &M) {
+        self.shim.outbox.publish(&self.journal, topic, event);
+    }
+
+    /// Begins to wait for the end of init. To be called when its creation has been published.
+    pub(crate) fn watch_init(self: &Rc<Container>, awaited: Rc<Awaited>) {
+        let container = self.clone();
+        spawn(async move {
+            let ended = observe(&awaited).await;
+            drop(awaited);
+            container.record(&container.init, ended);
+            container.init_dead.set(true);
+            container.report_oom();
+            if container.init.state() == State::Paused {
+                // What is frozen can neither be killed nor removed.
+                let resume = ["resume", &container.id].map(OsStr::new);
+                if let Err(error) = container.runtime.simple("OCI runtime resume failed", &resume).await {
+                    log::warn(chain(&error));
+                }
+            }
+            container.kill_rest().await;
+            container.changed.until(|| container.running_execs.get() == 0).await;
+            let _announced = container.init.announcing.lock().await;
+            container.finish(&container.init, ended);
+        });
+    }
+
+    /// Kills what init has left behind, if its end did not do that.
+    async fn kill_rest(&self) {
+        let shared = match Specification::read(&self.bundle) {
+            Ok(specification) => specification.shares_pid_namespace(),
+            Err(error) => {
+                log::error(format_args!("read config.json of {}: {error}", self.id));
+                true
+            }
+        };
+        if !shared || self.processes().is_empty() {
+            return;
+        }
+        let kill = ["kill", "--all", &self.id, "9"].map(OsStr::new);
+        if let Err(error) = self.runtime.simple("OCI runtime killall failed", &kill).await {
+            log::warn(chain(&error));
+        }
+        // Runtimes differ in what `kill --all` does when init is gone.
+        for pid in self.processes() {
+            if let Ok(pid) = i32::try_from(pid) {
+                let _ = nix::sys::signal::kill(
+                    nix::unistd::Pid::from_raw(pid),
+                    nix::sys::signal::Signal::SIGKILL,
+                );
+            }
+        }
+    }
+
+    fn record(&self, process: &Process, ended: Ended) {
+        let at = ended.timestamp();
+        self.journal.exit(ExitRecord {
+            id: process.id.clone(),
+            pid: process.pid().unsigned_abs(),
+            status: ended.status,
+            seconds: at.seconds,
+            nanos: at.nanos,
+        });
+    }
+
+    fn finish(&self, process: &Process, ended: Ended) {
+        let exit = events::TaskExit {
+            container_id: self.id.clone(),
+            id: process.id.clone(),
+            pid: process.pid().unsigned_abs(),
+            exit_status: ended.status,
+            exited_at: Some(ended.timestamp()),
+        };
+        self.publish("/tasks/exit", &exit);
+        process.set_ended(ended);
+    }
+
+    /// Starts init. Its start is published before its end can be.
+    pub(crate) async fn start(&self) -> Result<u32, TaskError> {
+        let _alone = self.lifecycle.lock().await;
+        let _announcing = self.init.announcing.lock().await;
+        self.expect(&[State::Created], "start", "process")?;
+        let start = ["start", &self.id].map(OsStr::new);
+        self.runtime.simple("OCI runtime start failed", &start).await?;
+        self.init.set_state(State::Running);
+        let pid = self.init.pid().unsigned_abs();
+        self.publish("/tasks/start", &events::TaskStart { container_id: self.id.clone(), pid });
+        Ok(pid)
+    }
+
+    /// Registers an exec.
+    pub(crate) fn add_exec(&self, exec: Process) -> Result<(), TaskError> {
+        match self.init.state() {
+            State::Created | State::Running => {}
+            state => return Err(TaskError::State { operation: "exec in", state, what: "state" }),
+        }
+        let mut execs = self.execs.borrow_mut();
+        if execs.contains_key(&exec.id) {
+            return Err(TaskError::ExecExists { id: exec.id });
+        }
+        let added = events::TaskExecAdded { container_id: self.id.clone(), exec_id: exec.id.clone() };
+        execs.insert(exec.id.clone(), Rc::new(exec));
+        drop(execs);
+        self.publish("/tasks/exec-added", &added);
+        Ok(())
+    }
+
+    /// Starts an exec. Several can be started at once.
+    pub(crate) async fn start_exec(self: &Rc<Container>, exec: &Rc<Process>) -> Result<u32, TaskError> {
+        if self.init_dead.get() {
+            return Err(TaskError::InitNotRunning { id: self.id.clone() });
+        }
+        self.running_execs.set(self.running_execs.get() + 1);
+        let result = self.start_exec_process(exec).await;
+        if result.is_err() {
+            self.exec_gone();
+        }
+        result
+    }
+
+    fn exec_gone(&self) {
+        self.running_execs.set(self.running_execs.get() - 1);
+        self.changed.changed();
+    }
+
+    async fn start_exec_process(self: &Rc<Container>, exec: &Rc<Process>) -> Result<u32, TaskError> {
+        let _announcing = exec.announcing.lock().await;
+        if exec.state() != State::Created {
+            return Err(TaskError::State { operation: "start", state: exec.state(), what: "process" });
+        }
+        let pid_file = self.bundle.join(format!("{}.pid", exec.id));
+        let starting = Starting::begin();
+        let (console, streams, ends) = self.open_streams(exec).await?;
+        let socket = console.as_ref().map(ConsoleSocket::path);
+        let started = self.runtime.exec(&self.id, &exec.id, &exec.document, &pid_file, socket, ends).await;
+        if let Err(error) = started {
+            if let Some(streams) = streams {
+                streams.close();
+            }
+            exec.set_failed();
+            return Err(error.into());
+        }
+        let awaited = Rc::new(adopt(read_pid(&pid_file)?)?);
+        drop(starting);
+        exec.adopt(awaited.clone());
+        let streams = self.take_streams(exec, console, streams).await;
+        if streams.is_err() {
+            let _ = awaited.signal(nix::libc::SIGKILL);
+        }
+        exec.set_state(State::Running);
+        let pid = exec.pid().unsigned_abs();
+        if streams.is_ok() {
+            let started =
+                events::TaskExecStarted { container_id: self.id.clone(), exec_id: exec.id.clone(), pid };
+            self.publish("/tasks/exec-started", &started);
+            self.watch_exec(exec.clone(), awaited);
+        } else {
+            exec.set_ended(observe(&awaited).await);
+        }
+        streams.map(|()| pid)
+    }
+
+    fn watch_exec(self: &Rc<Container>, exec: Rc<Process>, awaited: Rc<Awaited>) {
+        let container = self.clone();
+        spawn(async move {
+            let ended = observe(&awaited).await;
+            drop(awaited);
+            container.record(&exec, ended);
+            let _announced = exec.announcing.lock().await;
+            container.finish(&exec, ended);
+            container.exec_gone();
+        });
+    }
+
+    async fn open_streams(
+        &self,
+        process: &Process,
+    ) -> Result<(Option<ConsoleSocket>, Option<Streams>, ChildStdio), TaskError> {
+        if process.stdio.terminal {
+            let socket = ConsoleSocket::listen(&self.shim.socket_dir);
+            let socket = socket.map_err(|source| TaskError::Console { source })?;
+            return Ok((Some(socket), None, ChildStdio::default()));
+        }
+        let opened = Streams::pipes(&process.stdio, &self.owner(process)).await;
+        let (streams, ends) = opened.map_err(TaskError::Stdio)?;
+        Ok((None, Some(streams), ends))
+    }
+
+    async fn take_streams(
+        &self,
+        process: &Process,
+        console: Option<ConsoleSocket>,
+        streams: Option<Streams>,
+    ) -> Result<(), TaskError> {
+        if let Some(console) = console {
+            let master = console.receive().await.map_err(|source| TaskError::Console { source })?;
+            let streams = Streams::terminal(&process.stdio, &self.owner(process), master).await;
+            process.set_streams(streams.map_err(TaskError::Stdio)?);
+        }
+        if let Some(streams) = streams {
+            process.set_streams(streams);
+        }
+        Ok(())
+    }
+
+    fn owner<'a>(&'a self, process: &'a Process) -> Owner<'a> {
+        let (uid, gid) = self.io_owner;
+        Owner { id: &process.id, namespace: &self.shim.namespace, uid, gid }
+    }
+
+    /// The process of this exec id; init for the empty one.
+    pub(crate) fn process(&self, exec_id: &str) -> Result<Rc<Process>, TaskError> {
+        if exec_id.is_empty() {
+            return Ok(self.init.clone());
+        }
+        let found = self.execs.borrow().get(exec_id).cloned();
+        found.ok_or_else(|| TaskError::NoProcess { id: exec_id.to_owned() })
+    }
+
+    /// What a process is at, as clients are told. A paused container's execs are paused too.
+    pub(crate) fn status(&self, process: &Process) -> Status {
+        match process.state() {
+            State::Created | State::Running if self.pausing.get() => Status::Pausing,
+            State::Running if self.init.state() == State::Paused => Status::State(State::Paused),
+            state => Status::State(state),
+        }
+    }
+
+    /// Signals init, or with `all` every process.
+    pub(crate) async fn kill(&self, signal: u32, all: bool) -> Result<(), TaskError> {
+        if self.init.state() == State::Deleted {
+            return Err(TaskError::State { operation: "kill", state: State::Deleted, what: "process" });
+        }
+        if self.init_dead.get() && !all {
+            return Err(TaskError::Finished);
+        }
+        let signal = signal.to_string();
+        let mut arguments = vec!["kill"];
+        if all {
+            arguments.push("--all");
+        }
+        arguments.extend([self.id.as_str(), &signal]);
+        let arguments: Vec<&OsStr> = arguments.into_iter().map(OsStr::new).collect();
+        self.runtime.simple("unknown error after kill", &arguments).await.map_err(|error| {
+            let text = error.to_string().to_lowercase();
+            let gone = ["process already finished", "container not running", "no such process"];
+            if gone.iter().any(|words| text.contains(words)) {
+                TaskError::Finished
+            } else if text.contains("does not exist") {
+                TaskError::NoContainer
+            } else {
+                error.into()
+            }
+        })
+    }
+
+    /// Freezes the container.
+    pub(crate) async fn pause(&self) -> Result<(), TaskError> {
+        let _alone = self.lifecycle.lock().await;
+        self.expect(&[State::Running], "pause", "container")?;
+        self.pausing.set(true);
+        let pause = ["pause", &self.id].map(OsStr::new);
+        let result = self.runtime.simple("OCI runtime pause failed", &pause).await;
+        self.pausing.set(false);
+        result?;
+        self.move_init(State::Running, State::Paused);
+        self.publish("/tasks/paused", &events::TaskPaused { container_id: self.id.clone() });
+        Ok(())
+    }
+
+    /// Thaws the container.
+    pub(crate) async fn resume(&self) -> Result<(), TaskError> {
+        let _alone = self.lifecycle.lock().await;
+        self.expect(&[State::Paused], "resume", "container")?;
+        let resume = ["resume", &self.id].map(OsStr::new);
+        self.runtime.simple("OCI runtime resume failed", &resume).await?;
+        self.move_init(State::Paused, State::Running);
+        self.publish("/tasks/resumed", &events::TaskResumed { container_id: self.id.clone() });
+        Ok(())
+    }
+
+    /// Changes the state of init, unless it has died meanwhile.
+    fn move_init(&self, from: State, to: State) {
+        if self.init.state() == from {
+            self.init.set_state(to);
+        }
+    }
+
+    /// Changes limits.
+    pub(crate) async fn update(&self, resources: &[u8]) -> Result<(), TaskError> {
+        let _alone = self.lifecycle.lock().await;
+        self.expect(&[State::Created, State::Running, State::Paused], "update", "container")?;
+        Ok(self.runtime.update(&self.id, resources).await?)
+    }
+
+    /// Writes a checkpoint to `request.path`.
+    pub(crate) async fn checkpoint(&self, request: &CheckpointTaskRequest) -> Result<(), TaskError> {
+        let _alone = self.lifecycle.lock().await;
+        self.expect(&[State::Running, State::Paused], "checkpoint", "container")?;
+        crate::checkpoint::run(&self.runtime, &self.id, request).await?;
+        let done =
+            events::TaskCheckpointed { container_id: self.id.clone(), checkpoint: request.path.clone() };
+        self.publish("/tasks/checkpointed", &done);
+        Ok(())
+    }
+
+    /// Deletes an exec that does not run.
+    pub(crate) async fn delete_exec(&self, exec: &Process) -> Result<(), TaskError> {
+        match exec.state() {
+            State::Created | State::Stopped => {}
+            state => return Err(TaskError::State { operation: "delete", state, what: "process" }),
+        }
+        exec.close_streams().await;
+        let _ = std::fs::remove_file(self.bundle.join(format!("{}.pid", exec.id)));
+        exec.set_state(State::Deleted);
+        self.execs.borrow_mut().remove(&exec.id);
+        self.journal.forget(&exec.id);
+        Ok(())
+    }
+
+    /// Deletes the container, which must not run.
+    pub(crate) async fn delete(&self) -> Result<Ended, TaskError> {
+        let _alone = self.lifecycle.lock().await;
+        self.expect(&[State::Created, State::Stopped], "delete", "process")?;
+        if let (State::Stopped, Some(streams)) = (self.init.state(), self.init.streams())
+            && !streams.drained().await
+        {
+            log::warn(format_args!("output of {} did not end in time", self.id));
+        }
+        let delete = ["delete", &self.id].map(OsStr::new);
+        match self.runtime.simple("failed to delete task", &delete).await {
+            // A runtime may have deleted the container by itself, after a checkpoint for example.
+            Err(error) if error.to_string().contains("does not exist") => {}
+            result => result?,
+        }
+        // The runtime kills what was created and never started: that end is seen and published as any other.
+        let ended =
+            match race(self.init.wait(), crate::reactor::sleep(std::time::Duration::from_secs(10))).await {
+                Either::First(Some(ended)) => ended,
+                Either::First(None) | Either::Second(()) => {
+                    Ended { status: UNKNOWN_STATUS, at: SystemTime::now() }
+                }
+            };
+        if let Some(streams) = self.init.streams() {
+            streams.close();
+        }
+        if let Some(rootfs) = &self.rootfs {
+            rootfs::unmount(rootfs).await?;
+        }
+        self.init.set_state(State::Deleted);
+        self.shim.remove(&self.id);
+        let deleted = events::TaskDelete {
+            container_id: self.id.clone(),
+            pid: self.init.pid().unsigned_abs(),
+            exit_status: ended.status,
+            exited_at: Some(ended.timestamp()),
+            id: String::new(),
+        };
+        self.publish("/tasks/delete", &deleted);
+        Ok(ended)
+    }
+
+    /// All processes of the container, as the host numbers them.
+    pub(crate) fn processes(&self) -> Vec<u32> {
+        self.cgroup.borrow().as_ref().map(Cgroup::processes).unwrap_or_default()
+    }
+
+    /// The id of the exec with this pid.
+    pub(crate) fn exec_of_pid(&self, pid: u32) -> Option<String> {
+        let execs = self.execs.borrow();
+        execs.values().find(|exec| exec.pid().unsigned_abs() == pid && pid != 0).map(|exec| exec.id.clone())
+    }
+
+    /// The statistics of the container.
+    pub(crate) fn metrics(&self) -> Result<prost_types::Any, TaskError> {
+        self.cgroup.borrow().as_ref().map(Cgroup::metrics).ok_or(TaskError::NoCgroup)
+    }
+
+    fn expect(&self, states: &[State], operation: &'static str, what: &'static str) -> Result<(), TaskError> {
+        let state = self.init.state();
+        if states.contains(&state) { Ok(()) } else { Err(TaskError::State { operation, state, what }) }
+    }
+}
+
+/// A state, or the passage to being paused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Status {
+    /// Settled.
+    State(State),
+    /// The runtime is freezing the container.
+    Pausing,
+}
+
+async fn observe(awaited: &Awaited) -> Ended {
+    match awaited.exit().await {
+        Ok((exit, at)) => Ended { status: exit.status(), at },
+        Err(error) => {
+            log::error(format_args!("wait for process {}: {error}", awaited.pid));
+            Ended { status: UNKNOWN_STATUS, at: SystemTime::now() }
+        }
+    }
+}
+
+fn adopt(pid: i32) -> Result<Awaited, TaskError> {
+    Awaited::adopted(pid).map_err(|source| TaskError::Io {
+        step: "watch process of",
+        path: PathBuf::from(format!("/proc/{pid}")),
+        source,
+    })
+}
+
+fn read_pid(path: &Path) -> Result<i32, TaskError> {
+    read_pid_file(path).map_err(|source| TaskError::Io {
+        step: "failed to retrieve OCI runtime container pid from",
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn mounts(request: &CreateTaskRequest) -> Vec<Mount> {
+    let convert = |mount: &davit_proto::containerd::types::Mount| Mount {
+        kind: mount.r#type.clone(),
+        source: mount.source.clone(),
+        target: mount.target.clone(),
+        options: mount.options.clone(),
+    };
+    request.rootfs.iter().map(convert).collect()
+}

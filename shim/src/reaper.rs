@@ -1,0 +1,158 @@
+//! Waits for children, and buries the orphans that come to us as their subreaper.
+//!
+//! A process that somebody waits for is reaped through its own pidfd, by that waiter alone. All others are
+//! orphans: processes of containers whose parents have died. They are reaped when `SIGCHLD` says that there may be
+//! one, but not while a runtime is starting a process: the new process is an orphan too until its pid file
+//! has been read, and it must stay a zombie until then, so that its pid is not given to another one.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::SystemTime;
+
+use davit_sys::process::{self, Child, Exit};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use crate::reactor::Async;
+use crate::sync::Condition;
+
+#[derive(Default)]
+struct Reaper {
+    awaited: RefCell<BTreeSet<i32>>,
+    starting: Cell<usize>,
+    /// True when there may be an orphan that could not be reaped when it died.
+    pending: Cell<bool>,
+    changed: Condition,
+}
+
+thread_local! {
+    static REAPER: Reaper = Reaper::default();
+}
+
+/// While one of these lives, orphans stay zombies.
+pub(crate) struct Starting;
+
+impl Starting {
+    /// To be taken before a runtime is spawned that will leave us a process.
+    pub(crate) fn begin() -> Starting {
+        REAPER.with(|reaper| reaper.starting.set(reaper.starting.get() + 1));
+        Starting
+    }
+}
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        let _ = REAPER.try_with(|reaper| {
+            reaper.starting.set(reaper.starting.get() - 1);
+            reaper.look();
+        });
+    }
+}
+
+impl Reaper {
+    fn look(&self) {
+        self.pending.set(true);
+        self.changed.changed();
+    }
+}
+
+/// A child or adopted process that will be waited for.
+pub(crate) struct Awaited {
+    /// Its pid.
+    pub(crate) pid: i32,
+    pidfd: Async<OwnedFd>,
+}
+
+impl Awaited {
+    /// Claims a child. From now on only [`Awaited::exit`] reaps it.
+    pub(crate) fn child(child: Child) -> io::Result<Awaited> {
+        let pidfd = Async::new(child.pidfd)?;
+        REAPER.with(|reaper| reaper.awaited.borrow_mut().insert(child.pid));
+        Ok(Awaited { pid: child.pid, pidfd })
+    }
+
+    /// Claims a process that a runtime has left to us. To be called under [`Starting`].
+    pub(crate) fn adopted(pid: i32) -> io::Result<Awaited> {
+        Awaited::child(Child { pid, pidfd: process::pidfd_open(pid)? })
+    }
+
+    /// Sends a signal to exactly this process.
+    pub(crate) fn signal(&self, signal: i32) -> io::Result<()> {
+        process::pidfd_send_signal(self.pidfd.get().as_fd(), signal)
+    }
+
+    /// Waits for the end of the process. Also tells when that was.
+    ///
+    /// # Errors
+    /// That of the kernel: the process is no child of ours.
+    pub(crate) async fn exit(&self) -> io::Result<(Exit, SystemTime)> {
+        self.pidfd
+            .read_with(|pidfd| match process::wait(pidfd.as_fd())? {
+                Some(exit) => Ok((exit, SystemTime::now())),
+                None => Err(io::ErrorKind::WouldBlock.into()),
+            })
+            .await
+    }
+}
+
+impl Drop for Awaited {
+    fn drop(&mut self) {
+        let _ = REAPER.try_with(|reaper| {
+            reaper.awaited.borrow_mut().remove(&self.pid);
+            reaper.look();
+        });
+    }
+}
+
+/// Reaps orphans for ever. `SIGCHLD` must be blocked already.
+pub(crate) async fn bury_orphans() -> io::Result<()> {
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGCHLD);
+    let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+    let signals = Async::new(signals)?;
+    crate::executor::spawn(async {
+        loop {
+            until_pending().await;
+            bury();
+        }
+    });
+    loop {
+        signals
+            .read_with(|signals| match signals.read_signal()? {
+                Some(_) => Ok(()),
+                None => Err(io::ErrorKind::WouldBlock.into()),
+            })
+            .await?;
+        REAPER.with(Reaper::look);
+    }
+}
+
+async fn until_pending() {
+    std::future::poll_fn(|context| {
+        REAPER.with(|reaper| {
+            if reaper.pending.get() && reaper.starting.get() == 0 {
+                return std::task::Poll::Ready(());
+            }
+            reaper.changed.register(context);
+            std::task::Poll::Pending
+        })
+    })
+    .await;
+}
+
+fn bury() {
+    REAPER.with(|reaper| {
+        reaper.pending.set(false);
+        while let Ok(Some(pid)) = process::peek_dead_child() {
+            if reaper.awaited.borrow().contains(&pid) {
+                // Whoever waits for it reaps it, and that makes us look again for what it hides.
+                return;
+            }
+            if process::reap(pid).is_err() {
+                return;
+            }
+        }
+    });
+}

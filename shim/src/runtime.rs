@@ -1,0 +1,367 @@
+//! The OCI runtime (`runc`, `crun`, or another with the same command line), called as a child for each
+//! operation.
+//!
+//! The texts of its errors go to clients unmodified: Docker Engine reads exit codes out of them.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::{self, Read, Seek, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use davit_model::{Coded, ErrorCode};
+use davit_sys::process::{Command, Exit, SpawnError, find_program};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use serde::Deserialize;
+
+use crate::reaper::Awaited;
+
+/// Where runtimes keep their state unless the options name another folder (containerd `process.RuncRoot`).
+pub(crate) const DEFAULT_ROOT: &str = "/run/containerd/runc";
+/// The runtime unless the options name one.
+pub(crate) const DEFAULT_BINARY: &str = "runc";
+
+/// The most of a runtime's output and log that is read.
+const MAX_TEXT: u64 = 256 * 1024;
+
+/// Why a call of the runtime failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RuntimeError {
+    /// There is no such program.
+    #[error("{action}: exec: {binary:?}: executable file not found in $PATH")]
+    Missing {
+        /// What was to be done, in containerd's words.
+        action: &'static str,
+        /// The name or path.
+        binary: String,
+    },
+    /// It could not be executed.
+    #[error("{action}")]
+    Spawn {
+        /// What was to be done.
+        action: &'static str,
+        /// The step that failed.
+        source: SpawnError,
+    },
+    /// What it needs could not be set up, or its end not be seen.
+    #[error("{action}: {step}")]
+    Io {
+        /// What was to be done.
+        action: &'static str,
+        /// What failed.
+        step: &'static str,
+        /// The answer of the kernel.
+        source: io::Error,
+    },
+    /// It said no.
+    #[error("{action}: {message}")]
+    Failed {
+        /// What was to be done.
+        action: &'static str,
+        /// The last error of its log, or else its exit and output.
+        message: String,
+    },
+}
+
+impl Coded for RuntimeError {
+    fn code(&self) -> ErrorCode {
+        match self {
+            // containerd gives these no class, and clients know them as Unknown.
+            RuntimeError::Missing { .. } | RuntimeError::Failed { .. } => ErrorCode::Unknown,
+            RuntimeError::Spawn { .. } | RuntimeError::Io { .. } => ErrorCode::Internal,
+        }
+    }
+}
+
+/// How runtimes of one container are called.
+#[derive(Debug, Clone)]
+pub(crate) struct Runtime {
+    /// The name or path of the program.
+    pub(crate) binary: String,
+    /// `--root`: its state of this namespace.
+    pub(crate) root: PathBuf,
+    /// The bundle, where its log goes.
+    pub(crate) bundle: PathBuf,
+    /// `--systemd-cgroup`.
+    pub(crate) systemd_cgroup: bool,
+    /// The `oom_score_adj` that the shim had before it changed its own.
+    pub(crate) oom_score_adj: Option<i32>,
+}
+
+/// The descriptors that the runtime hands on to the container's process; `None` is `/dev/null`.
+#[derive(Debug, Default)]
+pub(crate) struct ChildStdio {
+    /// Standard input.
+    pub(crate) stdin: Option<OwnedFd>,
+    /// Standard output.
+    pub(crate) stdout: Option<OwnedFd>,
+    /// Standard error.
+    pub(crate) stderr: Option<OwnedFd>,
+}
+
+/// What standard input and output of the runtime itself are.
+enum Io {
+    /// Those of the container's process, which inherits them. They are closed on our side by the call.
+    Container(ChildStdio),
+    /// Its output is ours to read.
+    Captured {
+        /// What it reads.
+        input: Option<File>,
+    },
+}
+
+impl Runtime {
+    /// `create`: leaves the init process behind, waiting for `start`; its pid is in the pid file.
+    pub(crate) async fn create(
+        &self,
+        id: &str,
+        pid_file: &Path,
+        console_socket: Option<&Path>,
+        flags: &[&str],
+        stdio: ChildStdio,
+    ) -> Result<(), RuntimeError> {
+        let mut arguments: Vec<OsString> = vec!["create".into(), "--bundle".into(), (&self.bundle).into()];
+        arguments.extend(["--pid-file".into(), pid_file.into()]);
+        if let Some(socket) = console_socket {
+            arguments.extend(["--console-socket".into(), socket.into()]);
+        }
+        arguments.extend(flags.iter().map(OsString::from));
+        arguments.push(id.into());
+        let io = if console_socket.is_some() { Io::Captured { input: None } } else { Io::Container(stdio) };
+        self.call("OCI runtime create failed", &self.bundle.join("log.json"), &arguments, io).await?;
+        Ok(())
+    }
+
+    /// `exec --detach`: leaves a further process behind; its pid is in the pid file.
+    pub(crate) async fn exec(
+        &self,
+        id: &str,
+        exec_id: &str,
+        process: &[u8],
+        pid_file: &Path,
+        console_socket: Option<&Path>,
+        stdio: ChildStdio,
+    ) -> Result<(), RuntimeError> {
+        const ACTION: &str = "OCI runtime exec failed";
+        let specification = self.bundle.join(format!("{exec_id}.process.json"));
+        let io = |step| move |source| RuntimeError::Io { action: ACTION, step, source };
+        write_private(&specification, process).map_err(io("write process specification"))?;
+        let mut arguments: Vec<OsString> = vec!["exec".into(), "--process".into(), (&specification).into()];
+        if let Some(socket) = console_socket {
+            arguments.extend(["--console-socket".into(), socket.into()]);
+        }
+        arguments.extend(["--detach".into(), "--pid-file".into(), pid_file.into(), id.into()]);
+        let io = if console_socket.is_some() { Io::Captured { input: None } } else { Io::Container(stdio) };
+        // Execs run in parallel, so each has a log of its own: in a shared one the last error may be another's.
+        let log = self.bundle.join(format!("{exec_id}.log.json"));
+        let result = self.call(ACTION, &log, &arguments, io).await;
+        let _ = std::fs::remove_file(&specification);
+        let _ = std::fs::remove_file(&log);
+        result.map(drop)
+    }
+
+    /// `start`, `pause`, `resume`, `kill`, `delete`, … : an operation of which only success matters.
+    pub(crate) async fn simple(
+        &self,
+        action: &'static str,
+        arguments: &[&OsStr],
+    ) -> Result<(), RuntimeError> {
+        self.with_input(action, arguments, None).await
+    }
+
+    /// `update`: new limits, as a JSON document of `LinuxResources`.
+    pub(crate) async fn update(&self, id: &str, resources: &[u8]) -> Result<(), RuntimeError> {
+        const ACTION: &str = "OCI runtime update failed";
+        let input = memory_file()
+            .and_then(|mut file| {
+                file.write_all(resources)?;
+                file.rewind()?;
+                Ok(file)
+            })
+            .map_err(|source| RuntimeError::Io { action: ACTION, step: "prepare resources", source })?;
+        let arguments = ["update", "--resources=-", id].map(OsStr::new);
+        self.with_input(ACTION, &arguments, Some(input)).await
+    }
+
+    async fn with_input(
+        &self,
+        action: &'static str,
+        arguments: &[&OsStr],
+        input: Option<File>,
+    ) -> Result<(), RuntimeError> {
+        static CALLS: AtomicU64 = AtomicU64::new(0);
+        let log = self.bundle.join(format!("call-{}.log.json", CALLS.fetch_add(1, Ordering::Relaxed)));
+        let arguments: Vec<OsString> = arguments.iter().map(OsString::from).collect();
+        let result = self.call(action, &log, &arguments, Io::Captured { input }).await;
+        let _ = std::fs::remove_file(&log);
+        result.map(drop)
+    }
+
+    /// Runs the runtime to its end.
+    async fn call(
+        &self,
+        action: &'static str,
+        log: &Path,
+        arguments: &[OsString],
+        io: Io,
+    ) -> Result<(), RuntimeError> {
+        let failed = |step| move |source| RuntimeError::Io { action, step, source };
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let program = find_program(OsStr::new(&self.binary), &path)
+            .ok_or_else(|| RuntimeError::Missing { action, binary: self.binary.clone() })?;
+        let output = memory_file().map_err(failed("prepare output"))?;
+        let child = {
+            let mut command = self
+                .command(&program, log, arguments)
+                .map_err(|nul| RuntimeError::Failed { action, message: nul.to_string() })?;
+            match &io {
+                Io::Container(stdio) => {
+                    let streams = [&stdio.stdin, &stdio.stdout, &stdio.stderr];
+                    for (number, stream) in (0..).zip(streams) {
+                        if let Some(stream) = stream {
+                            command.descriptor(number, stream.as_fd());
+                        }
+                    }
+                }
+                Io::Captured { input } => {
+                    if let Some(input) = input {
+                        command.descriptor(0, input.as_fd());
+                    }
+                    command.descriptor(1, output.as_fd()).descriptor(2, output.as_fd());
+                }
+            }
+            command.spawn().map_err(|source| RuntimeError::Spawn { action, source })?
+        };
+        // The ends of the container must not stay open here, or nobody ever sees them closed.
+        drop(io);
+        let child = Awaited::child(child).map_err(failed("watch the runtime"))?;
+        let (exit, _) = child.exit().await.map_err(failed("wait for the runtime"))?;
+        if exit.success() {
+            return Ok(());
+        }
+        Err(RuntimeError::Failed { action, message: self.explain(exit, log, output.as_fd()) })
+    }
+
+    fn command(
+        &self,
+        program: &Path,
+        log: &Path,
+        arguments: &[OsString],
+    ) -> Result<Command<'_>, std::ffi::NulError> {
+        let mut command = Command::new(program)?;
+        command.inherit_environment();
+        command.argument("--root")?.argument(&self.root)?;
+        command.argument("--log")?.argument(log)?.argument("--log-format")?.argument("json")?;
+        if self.systemd_cgroup {
+            command.argument("--systemd-cgroup")?;
+        }
+        for argument in arguments {
+            command.argument(argument)?;
+        }
+        // The runtime must not outlive a shim that would have to learn its result.
+        command.death_signal(nix::libc::SIGKILL).restore_huge_pages();
+        if let Some(score) = self.oom_score_adj {
+            command.oom_score_adj(score);
+        }
+        Ok(command)
+    }
+
+    /// The text of a failure as containerd words it: the last error in the log, or if there is none, how the
+    /// program ended and what it printed.
+    fn explain(&self, exit: Exit, log: &Path, output: BorrowedFd<'_>) -> String {
+        let how = match exit {
+            Exit::Code(code) => format!("exit status {code}"),
+            Exit::Signal(signal) => format!("signal: {signal}"),
+        };
+        let mut ended = format!("{} did not terminate successfully: {how}", self.binary);
+        let printed = read_output(output);
+        if !printed.trim().is_empty() {
+            ended = format!("{ended}: {}", printed.trim_end());
+        }
+        match last_error(log) {
+            Ok(Some(message)) => message,
+            Ok(None) => ended,
+            Err(error) => format!("unable to retrieve OCI runtime error ({error}): {ended}"),
+        }
+    }
+}
+
+/// The pid in a pid file.
+pub(crate) fn read_pid_file(path: &Path) -> io::Result<i32> {
+    let text = std::fs::read_to_string(path)?;
+    text.trim().parse().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+}
+
+/// A file without a name: what a runtime prints into it never blocks it.
+fn memory_file() -> io::Result<File> {
+    Ok(File::from(memfd_create(c"runtime", MFdFlags::MFD_CLOEXEC)?))
+}
+
+fn read_output(output: BorrowedFd<'_>) -> String {
+    let read = || -> io::Result<Vec<u8>> {
+        let mut file = File::from(output.try_clone_to_owned()?);
+        file.rewind()?;
+        let mut bytes = Vec::new();
+        file.take(MAX_TEXT).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    String::from_utf8_lossy(&read().unwrap_or_default()).into_owned()
+}
+
+fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    use std::os::unix::fs::OpenOptionsExt;
+    File::options().write(true).create(true).truncate(true).mode(0o600).open(path)?.write_all(bytes)
+}
+
+/// A line of a runtime's JSON log.
+#[derive(Deserialize)]
+struct LogLine {
+    #[serde(default)]
+    level: String,
+    #[serde(default)]
+    msg: String,
+}
+
+/// The last error of a runtime's log.
+fn last_error(log: &Path) -> Result<Option<String>, String> {
+    let open = |error: io::Error| format!("open {}: {}", log.display(), go_words(&error));
+    let mut bytes = Vec::new();
+    File::open(log).map_err(open)?.take(MAX_TEXT).read_to_end(&mut bytes).map_err(open)?;
+    let mut last = None;
+    for line in serde_json::Deserializer::from_slice(&bytes).into_iter::<LogLine>() {
+        let line = line.map_err(|error| error.to_string())?;
+        if line.level == "error" {
+            last = Some(line.msg.trim().to_owned()).filter(|message| !message.is_empty());
+        }
+    }
+    Ok(last)
+}
+
+/// The text that Go has for an error of the kernel: clients look for some of them.
+fn go_words(error: &io::Error) -> String {
+    let number = error.raw_os_error().map(nix::errno::Errno::from_raw);
+    number.map_or_else(|| error.to_string(), |number| number.desc().to_lowercase())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_error_of_a_log_counts() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("log.json");
+        assert!(last_error(&log).unwrap_err().ends_with("log.json: no such file or directory"));
+        std::fs::write(&log, "").unwrap();
+        assert_eq!(last_error(&log), Ok(None));
+        std::fs::write(
+            &log,
+            "{\"level\":\"error\",\"msg\":\"first\",\"time\":\"x\"}\n{\"msg\": \" the second one\\n\", \"level\": \"error\"}\n{\"level\":\"warning\",\"msg\":\"w\"}\n",
+        )
+        .unwrap();
+        assert_eq!(last_error(&log), Ok(Some("the second one".to_owned())));
+        std::fs::write(&log, "no json").unwrap();
+        assert!(last_error(&log).is_err());
+    }
+}

@@ -1,0 +1,119 @@
+//! The serving process: sets itself up while nothing else runs, then serves until it is told to end.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+use nix::sys::prctl;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockname, listen, socket,
+};
+
+use crate::arguments::Arguments;
+use crate::executor::{race, run as run_tasks, spawn};
+use crate::log;
+use crate::publisher::Publisher;
+use crate::reactor::sleep;
+use crate::shim::Shim;
+use crate::start::{LISTENER, OOM_SCORE_VARIABLE};
+use crate::{reaper, rpc};
+
+/// The time that clients have to take their last replies.
+const LAST_REPLIES: Duration = Duration::from_millis(100);
+/// The time that the daemon has to take the last events after it has asked the shim to end. What it does not take
+/// stays in the journal.
+const LAST_EVENTS: Duration = Duration::from_secs(30);
+
+/// Serves until a client asks for the end and no container is left.
+pub(crate) fn run(arguments: Arguments) -> io::Result<()> {
+    let listener = match &arguments.socket {
+        Some(path) => listen_at(path)?,
+        None => davit_sys::io::inherited(LISTENER)?,
+    };
+    log::set_debug(arguments.debug);
+    prepare_process()?;
+    let socket = SocketFile::of(&listener);
+    let folder = socket.as_ref().and_then(|socket| socket.path.parent()).map(Path::to_owned);
+    let oom_score_adj = std::env::var(OOM_SCORE_VARIABLE).ok().and_then(|score| score.parse().ok());
+    let daemon = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
+    run_tasks(async move {
+        let folder = folder.unwrap_or_else(std::env::temp_dir);
+        let shim = Rc::new(Shim::new(arguments.namespace.clone(), folder, oom_score_adj));
+        spawn(async {
+            if let Err(error) = reaper::bury_orphans().await {
+                log::error(format_args!("orphans are not reaped any more: {error}"));
+            }
+        });
+        let publisher = Publisher::new(&daemon, arguments.namespace);
+        spawn(shim.outbox.clone().run(publisher));
+        let serving = shim.clone();
+        spawn(async move {
+            if let Err(error) = rpc::serve(serving, listener).await {
+                log::error(format_args!("socket is not served any more: {error}"));
+            }
+        });
+        shim.stopped().await;
+        // A name that leads nowhere would only keep the next shim of the group waiting.
+        if let Some(socket) = socket {
+            socket.remove();
+        }
+        race(shim.without_clients(), sleep(LAST_REPLIES)).await;
+        race(shim.outbox.empty(), sleep(LAST_EVENTS)).await;
+    });
+    Ok(())
+}
+
+/// Makes the process what it has to be as long as it serves. What it changes here is undone for each program that it
+/// executes, see [`davit_sys::process::Command`].
+fn prepare_process() -> io::Result<()> {
+    prctl::set_child_subreaper(true)?;
+    // Some of the smallest processes grow by half where huge pages are given out always.
+    let _ = prctl::set_thp_disable(true);
+    let mut children = SigSet::empty();
+    children.add(Signal::SIGCHLD);
+    children.thread_block()?;
+    // Only a client that has no containers left ends the shim, no signal that a terminal or an init system sends.
+    for ignored in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGPIPE] {
+        davit_sys::process::ignore(ignored as i32)?;
+    }
+    Ok(())
+}
+
+fn listen_at(path: &Path) -> io::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let listener = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    bind(listener.as_raw_fd(), &UnixAddr::new(path)?)?;
+    listen(&listener, Backlog::new(128)?)?;
+    Ok(listener)
+}
+
+/// The name of our socket, and which file it was when we began to listen.
+struct SocketFile {
+    path: PathBuf,
+    inode: (u64, u64),
+}
+
+impl SocketFile {
+    fn of(listener: &OwnedFd) -> Option<SocketFile> {
+        let address: UnixAddr = getsockname(listener.as_raw_fd()).ok()?;
+        let path = address.path()?.to_owned();
+        let inode = inode(&path)?;
+        Some(SocketFile { path, inode })
+    }
+
+    /// Removes the name, unless another shim has it by now.
+    fn remove(&self) {
+        if inode(&self.path) == Some(self.inode) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn inode(path: &Path) -> Option<(u64, u64)> {
+    let metadata = std::fs::symlink_metadata(path).ok()?;
+    Some((metadata.dev(), metadata.ino()))
+}

@@ -1,0 +1,197 @@
+//! The `start` action: finds or makes the shim of a container's group, and prints where it listens.
+//!
+//! It binds the socket, and executes itself again with it: the daemon can connect as soon as it knows the address,
+//! and need not wait until the new process is ready. Nothing of this process stays behind, above all no descriptor
+//! of its output, whose end the daemon waits for.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use davit_proto::any;
+use davit_proto::containerd::runc::v1::Options;
+use davit_shim_protocol::address::{self, DEFAULT_SOCKET_DIR};
+use davit_shim_protocol::bootstrap::{StartEnvironment, StartInput, StartResult};
+use davit_sys::process::{Command, SpawnError};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg, OFlag};
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
+use nix::sys::stat::{Mode, umask};
+
+use crate::arguments::Arguments;
+use crate::spec::Specification;
+
+/// The descriptor at which the serving process finds its socket (containerd `serveListener`).
+pub(crate) const LISTENER: i32 = 3;
+/// Tells the serving process the `oom_score_adj` that it had before.
+pub(crate) const OOM_SCORE_VARIABLE: &str = "DAVIT_SHIM_OOM_SCORE_ADJ";
+/// The file in the bundle that tells containerd 1.6 and 1.7 the address.
+const ADDRESS_FILE: &str = "address";
+/// The link in the bundle to the folder of the socket, if it is not the default one (containerd 2.3).
+const SOCKET_DIR_LINK: &str = "s";
+/// The most of standard input that is read, as in containerd.
+const MAX_INPUT: u64 = 10 << 20;
+/// Connections that can wait while the shim is busy.
+const BACKLOG: i32 = 128;
+
+/// Why no shim could be started.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StartError {
+    /// A file or socket cannot be used.
+    #[error("{step} {path}", path = path.display())]
+    Io {
+        /// What was done with it.
+        step: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The answer of the kernel.
+        source: io::Error,
+    },
+    /// The serving process cannot be executed.
+    #[error("start serving process")]
+    Spawn(#[from] SpawnError),
+    /// An argument has a NUL byte, which no daemon's has.
+    #[error("invalid argument")]
+    Argument(#[from] std::ffi::NulError),
+}
+
+fn io_error(step: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> StartError {
+    let path = path.into();
+    move |source| StartError::Io { step, path, source }
+}
+
+/// Carries out `start` in the bundle that is the working directory.
+pub(crate) fn run(arguments: &Arguments) -> Result<(), StartError> {
+    let mut stdin = Vec::new();
+    io::stdin().take(MAX_INPUT).read_to_end(&mut stdin).map_err(io_error("read", "/dev/stdin"))?;
+    let variable = |name: &str| std::env::var(name).ok();
+    let environment = StartEnvironment {
+        id: arguments.id.clone(),
+        grpc_address: arguments.address.clone(),
+        debug: arguments.debug,
+        ttrpc_address: variable("TTRPC_ADDRESS"),
+        knows_json: variable("GRPC_ADDRESS").is_some() || variable("NAMESPACE").is_some(),
+    };
+    let input = StartInput::parse(&stdin, &environment);
+    let specification = Specification::read(Path::new(".")).map_err(io_error("read", "config.json"))?;
+    let group = specification.group().unwrap_or(&arguments.id);
+
+    let socket_dir = input.socket_dir.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_SOCKET_DIR));
+    if input.socket_dir.is_some() {
+        let _ = std::fs::remove_file(SOCKET_DIR_LINK);
+        std::os::unix::fs::symlink(&socket_dir, SOCKET_DIR_LINK)
+            .map_err(io_error("link", SOCKET_DIR_LINK))?;
+    }
+    let path = address::socket_path(&socket_dir, &input.grpc_address, &arguments.namespace, group);
+    if let Some(listener) = bind_or_join(&socket_dir, &path)? {
+        spawn_server(arguments, &input, &listener).inspect_err(|_| {
+            let _ = std::fs::remove_file(&path);
+        })?;
+    }
+    let address = address::unix_address(&path);
+    std::fs::write(ADDRESS_FILE, &address).map_err(io_error("write", ADDRESS_FILE))?;
+    let result = StartResult::for_generation(input.generation, address);
+    io::stdout().write_all(&result.print(input.generation)).map_err(io_error("write", "/dev/stdout"))
+}
+
+/// Listens at `path`, or finds out that a shim does that already (`None`). A socket that nobody answers at is
+/// replaced.
+fn bind_or_join(folder: &Path, path: &Path) -> Result<Option<OwnedFd>, StartError> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(folder)
+        .map_err(io_error("create", folder))?;
+    // Two starts for one pod must not both find a socket stale and take it from each other.
+    let lock = File::open(folder).map_err(io_error("open", folder))?;
+    let _alone = Flock::lock(lock, FlockArg::LockExclusive)
+        .map_err(|(_, error)| io_error("lock", folder)(error.into()))?;
+    let address = UnixAddr::new(path).map_err(|error| io_error("name socket", path)(error.into()))?;
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let new_socket = || {
+        socket(AddressFamily::Unix, SockType::Stream, flags, None)
+            .map_err(|error| io_error("make socket", path)(error.into()))
+    };
+    let listener = new_socket()?;
+    // The mode is right from the beginning: 0600.
+    let before = umask(Mode::from_bits_truncate(0o177));
+    let mut bound = bind(listener.as_raw_fd(), &address);
+    if bound == Err(Errno::EADDRINUSE) {
+        match connect(new_socket()?.as_raw_fd(), &address) {
+            // EAGAIN: it lives, and its queue is full.
+            Ok(()) | Err(Errno::EAGAIN | Errno::EINPROGRESS) => {
+                umask(before);
+                return Ok(None);
+            }
+            Err(_) => {
+                let _ = std::fs::remove_file(path);
+                bound = bind(listener.as_raw_fd(), &address);
+            }
+        }
+    }
+    umask(before);
+    bound
+        .and_then(|()| listen(&listener, Backlog::new(BACKLOG)?))
+        .map_err(|error| io_error("listen at", path)(error.into()))?;
+    Ok(Some(listener))
+}
+
+fn spawn_server(arguments: &Arguments, input: &StartInput, listener: &OwnedFd) -> Result<(), StartError> {
+    let log = open_log();
+    let own_score = raise_oom_score();
+    let mut command = Command::new(Path::new("/proc/self/exe"))?;
+    command.argument("-namespace")?.argument(&arguments.namespace)?;
+    command.argument("-id")?.argument(&arguments.id)?;
+    command.argument("-address")?.argument(&arguments.address)?;
+    if input.debug {
+        command.argument("-debug")?;
+    }
+    command.inherit_environment().variable("TTRPC_ADDRESS", &input.ttrpc_address)?;
+    if let Some(score) = own_score {
+        command.variable(OOM_SCORE_VARIABLE, score.to_string())?;
+    }
+    command.new_session().descriptor(LISTENER, listener.as_fd());
+    if let Some(log) = &log {
+        command.descriptor(2, log.as_fd());
+    }
+    let child = command.spawn()?;
+    let joined = join_cgroup(input, child.pid);
+    if joined.is_err() {
+        let _ = davit_sys::process::pidfd_send_signal(child.pidfd.as_fd(), nix::libc::SIGKILL);
+    }
+    joined
+}
+
+/// The log FIFO of the bundle. Opened for both directions it opens at once whether the daemon reads or not.
+fn open_log() -> Option<File> {
+    File::options().read(true).write(true).custom_flags(OFlag::O_NONBLOCK.bits()).open("log").ok()
+}
+
+/// Makes this process, and so the serving one, a likelier victim of the kernel than the daemon by one point. Returns
+/// the score from before, if it was changed. What is not permitted is left.
+fn raise_oom_score() -> Option<i32> {
+    let read = |path: String| std::fs::read_to_string(path).ok()?.trim().parse::<i32>().ok();
+    let daemon = read(format!("/proc/{}/oom_score_adj", nix::unistd::getppid()))?;
+    let own = read("/proc/self/oom_score_adj".to_owned())?;
+    let wanted = (daemon + 1).min(1000);
+    std::fs::write("/proc/self/oom_score_adj", wanted.to_string()).ok()?;
+    Some(own)
+}
+
+/// Moves the serving process into the cgroup that the options name.
+fn join_cgroup(input: &StartInput, pid: i32) -> Result<(), StartError> {
+    let options = input.options.as_ref().and_then(|options| {
+        let options = prost_types::Any { type_url: options.type_url.clone(), value: options.value.clone() };
+        any::unpack::<Options>(&options).ok().flatten()
+    });
+    let Some(group) = options.map(|options| options.shim_cgroup).filter(|group| !group.is_empty()) else {
+        return Ok(());
+    };
+    for folder in crate::cgroup::folders_of(&group) {
+        let file = folder.join("cgroup.procs");
+        std::fs::write(&file, pid.to_string()).map_err(io_error("join cgroup", file))?;
+    }
+    Ok(())
+}
