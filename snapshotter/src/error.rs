@@ -146,6 +146,14 @@ pub enum Error {
         /// What the kernel said.
         source: davit_sys::mount::Error,
     },
+    /// A snapshotter in another process answered with an error.
+    #[error("{message}")]
+    Remote {
+        /// Its class.
+        code: ErrorCode,
+        /// Its text.
+        message: String,
+    },
     /// A file operation failed.
     #[error(transparent)]
     File(#[from] FileError),
@@ -205,6 +213,7 @@ impl Coded for Error {
             | Error::Overlay { .. } => ErrorCode::FailedPrecondition,
             Error::RebaseUnsupported { .. } => ErrorCode::Unimplemented,
             Error::Corrupt { .. } | Error::FilesMissing { .. } => ErrorCode::DataLoss,
+            Error::Remote { code, .. } => *code,
             Error::File(error) => error.code(),
             Error::Record { source } => source.code(),
         }

@@ -57,15 +57,10 @@ impl Native {
         let draft = self.records.draft(kind, key, parent)?;
         let making = if owns_folder(kind, &draft.parents) {
             let making = self.folders.begin(draft.id)?;
-            let path = making.path();
-            match draft.parents.first() {
-                Some(parent) => {
-                    let parent = self.folders.of(*parent);
-                    folders::metadata(key, &parent)?;
-                    copy::copy_tree(&parent, &path)?;
-                }
-                None => fs::set_permissions(&path, fs::Permissions::from_mode(0o755))
-                    .map_err(FileError::at("chmod", &path))?,
+            if let Err(error) = self.fill(key, &making.path(), &draft.parents) {
+                // Most likely the parent was removed meanwhile, which is the better error then.
+                self.records.confirm(&draft, key, parent)?;
+                return Err(error);
             }
             // The copy is what the snapshot promises to begin with, so it is on disk before the record.
             self.sync()?;
@@ -78,6 +73,19 @@ impl Native {
             making.keep();
         }
         Ok(self.mounts_of(&record))
+    }
+
+    fn fill(&self, key: &str, path: &Path, parents: &[u64]) -> Result<(), Error> {
+        match parents.first() {
+            Some(parent) => {
+                let parent = self.folders.of(*parent);
+                folders::metadata(key, &parent)?;
+                copy::copy_tree(&parent, path)?;
+            }
+            None => fs::set_permissions(path, fs::Permissions::from_mode(0o755))
+                .map_err(FileError::at("chmod", path))?,
+        }
+        Ok(())
     }
 
     fn mounts_of(&self, record: &Record) -> Vec<Mount> {

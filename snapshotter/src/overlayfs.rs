@@ -162,7 +162,11 @@ impl Overlayfs {
             None
         } else {
             let making = self.folders.begin(draft.id)?;
-            self.fill(key, draft.id, kind, &draft.parents, labels)?;
+            if let Err(error) = self.fill(key, draft.id, kind, &draft.parents, labels) {
+                // Most likely the parent was removed meanwhile, which is the better error then.
+                self.records.confirm(&draft, key, parent)?;
+                return Err(error);
+            }
             Some(making)
         };
         let record = self.records.create(draft, key, parent, labels)?;
@@ -174,10 +178,6 @@ impl Overlayfs {
 
     /// Makes what belongs into the folder of a snapshot and is not there.
     fn fill(&self, key: &str, id: u64, kind: Kind, parents: &[u64], labels: &Labels) -> Result<(), Error> {
-        let folder = self.folders.of(id);
-        // Users of a user namespace pass through here to the folders of overlayfs.
-        fs::set_permissions(&folder, fs::Permissions::from_mode(0o711))
-            .map_err(FileError::at("chmod", &folder))?;
         let mut top = match parents.first() {
             Some(parent) => Top::of(&folders::metadata(key, &self.upper(*parent))?),
             None => Top::NEW,

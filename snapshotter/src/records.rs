@@ -160,6 +160,12 @@ impl Records {
         Ok(Draft { id: self.next.fetch_add(1, Ordering::Relaxed), kind, parents })
     }
 
+    /// Checks that a draft can still become a snapshot.
+    pub(crate) fn confirm(&self, draft: &Draft, key: &str, parent: Option<&str>) -> Result<(), Error> {
+        let view = self.db.view();
+        self.check_draft(|path| view.get(path), draft, key, parent)
+    }
+
     /// Writes the record of a snapshot whose folder is there now.
     pub(crate) fn create(
         &self,
@@ -169,20 +175,13 @@ impl Records {
         labels: &Labels,
     ) -> Result<Record, Error> {
         self.db.update_ordered(|txn| {
-            let parents = self.check_create(|path| txn.get(path), key, parent)?;
-            if parents != draft.parents {
-                // The parent was removed while the folder was being filled, and another took its name.
-                return Err(Error::ParentNotFound {
-                    key: key.to_owned(),
-                    parent: parent.unwrap_or_default().to_owned(),
-                });
-            }
+            self.check_draft(|path| txn.get(path), &draft, key, parent)?;
             let now = Time::now();
             let record = Record {
                 id: draft.id,
                 kind: draft.kind,
                 parent: parent.map(str::to_owned),
-                parents,
+                parents: draft.parents,
                 labels: without_empty(labels),
                 created: now,
                 updated: now,
@@ -309,6 +308,21 @@ impl Records {
             Some(_) => Err(Error::AlreadyExists { key: key.to_owned() }),
             None => Ok(parents),
         }
+    }
+
+    fn check_draft<B: AsRef<[u8]>>(
+        &self,
+        get: impl Fn(&[u8]) -> Option<B>,
+        draft: &Draft,
+        key: &str,
+        parent: Option<&str>,
+    ) -> Result<(), Error> {
+        if self.check_create(get, key, parent)? == draft.parents {
+            return Ok(());
+        }
+        // The parent was removed while the folder was being filled, and another took its name.
+        let parent = parent.unwrap_or_default().to_owned();
+        Err(Error::ParentNotFound { key: key.to_owned(), parent })
     }
 
     /// The rules for a commit, in the order in which containerd checks them; answers the active record, and the

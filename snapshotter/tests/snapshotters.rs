@@ -7,14 +7,16 @@ mod conformance;
 mod crash;
 #[path = "snapshotters/model.rs"]
 mod model;
+#[path = "snapshotters/overlayfs.rs"]
+mod overlayfs;
 
 use std::path::Path;
 use std::sync::Arc;
 
 use davit_metadata::{Db, EngineKind};
-use davit_snapshotter::Snapshotter;
 use davit_snapshotter::native::Native;
 use davit_snapshotter::overlayfs::{Config, Overlayfs};
+use davit_snapshotter::{Error, Snapshotter};
 
 /// Which snapshotter.
 #[derive(Debug, Clone, Copy)]
@@ -26,11 +28,15 @@ enum Which {
 impl Which {
     const ALL: [Which; 2] = [Which::Overlayfs, Which::Native];
 
+    fn try_open(self, root: &Path, db: Db) -> Result<Arc<dyn Snapshotter>, Error> {
+        Ok(match self {
+            Which::Overlayfs => Arc::new(Overlayfs::open(root, db, Config::default())?),
+            Which::Native => Arc::new(Native::open(root, db)?),
+        })
+    }
+
     fn open(self, root: &Path, db: Db) -> Arc<dyn Snapshotter> {
-        match self {
-            Which::Overlayfs => Arc::new(Overlayfs::open(root, db, Config::default()).unwrap()),
-            Which::Native => Arc::new(Native::open(root, db).unwrap()),
-        }
+        self.try_open(root, db).unwrap()
     }
 }
 

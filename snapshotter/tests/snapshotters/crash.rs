@@ -234,6 +234,45 @@ fn cleanup_beside_other_calls_deletes_nothing_of_theirs() {
     });
 }
 
+/// Whoever prepares on a parent that is being removed gets the whole parent or none.
+#[test]
+fn a_parent_removed_meanwhile_is_not_found() {
+    each(|place| {
+        let snapshotter = place.open();
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let remover = scope.spawn(|| {
+                for round in 0..40 {
+                    let mounts = snapshotter.prepare("temporary", None, &Labels::new()).unwrap();
+                    for name in 0..10 {
+                        fs::write(folder_of(&mounts).join(name.to_string()), round.to_string()).unwrap();
+                    }
+                    snapshotter.commit("parent", "temporary", &Labels::new(), None).unwrap();
+                    while let Err(error) = snapshotter.remove("parent") {
+                        assert_eq!(error.code(), ErrorCode::FailedPrecondition, "{error}");
+                    }
+                    snapshotter.cleanup().unwrap();
+                }
+                done.store(true, std::sync::atomic::Ordering::Relaxed);
+            });
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                match snapshotter.prepare("child", Some("parent"), &Labels::new()) {
+                    Ok(mounts) => {
+                        if matches!(place.which, Which::Native) {
+                            assert_eq!(fs::read_dir(folder_of(&mounts)).unwrap().count(), 10);
+                        }
+                        snapshotter.remove("child").unwrap();
+                    }
+                    Err(error) => assert_eq!(error.code(), ErrorCode::NotFound, "{error}"),
+                }
+            }
+            remover.join().unwrap();
+        });
+        snapshotter.cleanup().unwrap();
+        assert_eq!(place.folders().len(), 0);
+    });
+}
+
 #[test]
 fn a_root_that_mount_options_cannot_hold_is_refused() {
     let folder = tempfile::tempdir().unwrap();
@@ -265,4 +304,39 @@ fn a_bad_mount_option_is_an_error_at_open() {
         davit_snapshotter::overlayfs::Overlayfs::open(&root, database(folder.path()), config).err().unwrap();
     assert!(davit_model::error::chain(&error).contains("nonsense"), "{}", davit_model::error::chain(&error));
     assert!(!root.join("trial").exists());
+}
+
+#[test]
+fn records_of_a_newer_version_are_refused() {
+    each(|place| {
+        drop(place.open());
+        let db = database(place.folder.path());
+        for name in ["overlayfs", "native"] {
+            db.update(|txn| {
+                txn.put(format!("snapshotter/{name}/version").as_bytes(), b"2");
+                Ok::<(), davit_metadata::CommitError>(())
+            })
+            .unwrap();
+        }
+        let error = place.which.try_open(&place.folder.path().join("root"), db).err().unwrap();
+        assert!(matches!(error, davit_snapshotter::Error::Version { .. }), "{error}");
+    });
+}
+
+#[test]
+fn a_record_that_cannot_be_read_is_reported() {
+    each(|place| {
+        drop(place.open());
+        let db = database(place.folder.path());
+        for name in ["overlayfs", "native"] {
+            db.update(|txn| {
+                txn.put(format!("snapshotter/{name}/snapshot/bad").as_bytes(), b"{\"id\":1");
+                Ok::<(), davit_metadata::CommitError>(())
+            })
+            .unwrap();
+        }
+        let error = place.which.try_open(&place.folder.path().join("root"), db).err().unwrap();
+        assert_eq!(error.code(), ErrorCode::DataLoss);
+        assert!(error.to_string().contains("snapshot/bad"), "{error}");
+    });
 }
