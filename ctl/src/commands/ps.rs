@@ -1,0 +1,123 @@
+//! `davit ps`: the containers and how they are.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::time::{Duration, SystemTime};
+
+use davit_proto::containerd::v1::types::Process;
+
+use crate::client::Client;
+use crate::container::{self, State};
+use crate::error::{Error, Result};
+use crate::format;
+use crate::image;
+use crate::table::Table;
+
+/// The characters of a command that are shown.
+const COMMAND_LENGTH: usize = 20;
+
+/// Options of `davit ps`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Show those that do not run too
+    #[arg(short, long)]
+    all: bool,
+    /// Print ids only
+    #[arg(short, long)]
+    quiet: bool,
+    /// Do not shorten anything
+    #[arg(long)]
+    no_trunc: bool,
+}
+
+/// `davit ps`.
+pub(crate) async fn run(client: &Client, options: Options, out: &mut dyn Write) -> Result<()> {
+    let (containers, tasks) =
+        tokio::try_join!(container::list(client, Vec::new()), container::tasks(client))?;
+    // Both containerd and davitd leave the container's id empty here, and tell the process' own.
+    let tasks: BTreeMap<&str, &Process> = tasks.iter().map(|task| (task.id.as_str(), task)).collect();
+    let now = SystemTime::now();
+    let mut table = Table::new(&["CONTAINER ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "NAMES"]);
+    // The newest first.
+    for container in containers.iter().rev() {
+        let state = container::state_of(container, tasks.get(container.id.as_str()).copied());
+        if !options.all && !state.is_live() {
+            continue;
+        }
+        let id = if options.no_trunc { &container.id } else { format::short_id(&container.id) };
+        if options.quiet {
+            format::line(out, id)?;
+            continue;
+        }
+        // A spec that cannot be read must not hide the container.
+        let args = container::spec(container).map(|spec| container::strings(&spec["process"]["args"]));
+        let command = args.unwrap_or_default().join(" ");
+        let length = if options.no_trunc { usize::MAX } else { COMMAND_LENGTH };
+        let created = container.created_at.as_ref().and_then(format::system_time);
+        table.row(vec![
+            id.to_owned(),
+            image::familiar(&container.image),
+            format!("\"{}\"", format::ellipsis(&command, length)),
+            created.map(|time| format::ago(time, now)).unwrap_or_default(),
+            status_text(&state, now, started_at),
+            container::name(container),
+        ]);
+    }
+    if options.quiet { Ok(()) } else { table.write(out).map_err(Error::Output) }
+}
+
+/// Docker's text for a state: `Up 8 seconds`, `Exited (137) 3 minutes ago`.
+fn status_text(state: &State, now: SystemTime, started_at: impl Fn(u32) -> Option<SystemTime>) -> String {
+    let up = |pid: u32| match started_at(pid) {
+        Some(time) => format!("Up {}", format::duration(now.duration_since(time).unwrap_or_default())),
+        None => "Up".to_owned(),
+    };
+    match state {
+        State::Created => "Created".to_owned(),
+        State::Running { pid } => up(*pid),
+        State::Paused { pid } => format!("{} (Paused)", up(*pid)),
+        State::Exited { code, at: Some(at) } => format!("Exited ({code}) {}", format::ago(*at, now)),
+        State::Exited { code, at: None } => format!("Exited ({code})"),
+    }
+}
+
+/// When a process of this machine started: field 22 of proc_pid_stat(5), in ticks since boot.
+pub(crate) fn started_at(pid: u32) -> Option<SystemTime> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field is the program's name in parentheses, which may hold anything.
+    let (_, rest) = stat.rsplit_once(')')?;
+    let ticks: u64 = rest.split_ascii_whitespace().nth(19)?.parse().ok()?;
+    let per_second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok()??;
+    let since_boot = Duration::from_millis(ticks * 1000 / u64::try_from(per_second).ok()?);
+    let uptime = std::fs::read_to_string("/proc/uptime").ok()?;
+    let uptime: f64 = uptime.split_ascii_whitespace().next()?.parse().ok()?;
+    let age = Duration::try_from_secs_f64(uptime).ok()?.saturating_sub(since_boot);
+    SystemTime::now().checked_sub(age)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::UNIX_EPOCH;
+
+    use super::*;
+
+    #[test]
+    fn status_texts_are_dockers() {
+        let now = UNIX_EPOCH + Duration::from_secs(10_000);
+        let before = |seconds| now - Duration::from_secs(seconds);
+        let text = |state| status_text(&state, now, |pid| (pid == 7).then(|| before(8)));
+        assert_eq!(text(State::Created), "Created");
+        assert_eq!(text(State::Running { pid: 7 }), "Up 8 seconds");
+        assert_eq!(text(State::Running { pid: 8 }), "Up");
+        assert_eq!(text(State::Paused { pid: 7 }), "Up 8 seconds (Paused)");
+        assert_eq!(text(State::Exited { code: 137, at: Some(before(180)) }), "Exited (137) 3 minutes ago");
+        assert_eq!(text(State::Exited { code: 0, at: Some(before(61)) }), "Exited (0) About a minute ago");
+        assert_eq!(text(State::Exited { code: 1, at: None }), "Exited (1)");
+    }
+
+    #[test]
+    fn our_own_start_is_in_the_past() {
+        let started = started_at(std::process::id()).unwrap();
+        assert!(SystemTime::now().duration_since(started).unwrap_or_default() < Duration::from_secs(3600));
+    }
+}

@@ -1,0 +1,90 @@
+//! `davit start`: run containers that were created or have exited.
+
+use std::io::Write;
+
+use davit_proto::containerd::services::containers::v1::Container;
+
+use crate::client::Client;
+use crate::commands::{for_each, run};
+use crate::container::{self, State};
+use crate::error::{Error, Result};
+use crate::labels;
+use crate::process::Streams;
+use crate::task::{self, TaskIo};
+
+/// Options of `davit start`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Stay with the container: show its output and pass its exit code on
+    #[arg(short, long)]
+    attach: bool,
+    /// Pass standard input on (with --attach)
+    #[arg(short, long)]
+    interactive: bool,
+    /// Containers, by name or id
+    #[arg(required = true, value_name = "CONTAINER")]
+    containers: Vec<String>,
+}
+
+/// `davit start`.
+pub(crate) async fn run(client: &Client, options: Options, out: &mut dyn Write) -> Result<u8> {
+    if options.attach || options.interactive {
+        let [given] = options.containers.as_slice() else {
+            return Err(Error::usage("--attach is for one container", "name one only"));
+        };
+        return attach(client, given, options.interactive).await;
+    }
+    let start = async |given: &str| start(client, given).await.map(|()| Some(given.to_owned()));
+    for_each(&options.containers, out, start).await.map(|()| 0)
+}
+
+/// Starts one container in the background. One that runs is started.
+pub(crate) async fn start(client: &Client, given: &str) -> Result<()> {
+    let mut container = container::find(client, given).await?;
+    if !prepare(client, given, &container).await? {
+        return Ok(());
+    }
+    let log = match container.labels.get(labels::LOG) {
+        Some(log) => log.into(),
+        None => task::log_path(client, &container.id).await?,
+    };
+    let text = log.display().to_string();
+    let changes =
+        vec![(labels::LOG, text), (labels::EXIT_CODE, String::new()), (labels::EXITED_AT, String::new())];
+    container::set_labels(client, &container.id, changes).await?;
+    container.labels.insert(labels::LOG.to_owned(), log.display().to_string());
+    let rootfs = task::rootfs(client, &container).await?;
+    let io = TaskIo::detached(&container, &log)?;
+    task::create_and_start(client, &container, rootfs, io).await
+}
+
+async fn attach(client: &Client, given: &str, interactive: bool) -> Result<u8> {
+    let container = container::find(client, given).await?;
+    if !prepare(client, given, &container).await? {
+        return Err(Error::usage(
+            format!("container {given} runs already"),
+            "`davit logs -f` shows its output",
+        ));
+    }
+    let terminal = container::spec(&container)?["process"]["terminal"].as_bool().unwrap_or(false);
+    let streams = Streams::open(interactive, terminal)?;
+    let rootfs = task::rootfs(client, &container).await?;
+    run::foreground(client, &container, rootfs, streams, false, false).await
+}
+
+/// Makes way for a new task. False when the container runs.
+async fn prepare(client: &Client, given: &str, container: &Container) -> Result<bool> {
+    match container::task(client, &container.id).await? {
+        None => {}
+        Some(task) => match container::state_of(container, Some(&task)) {
+            State::Running { .. } => return Ok(false),
+            State::Paused { .. } => return Err(Error::Paused { given: given.to_owned() }),
+            State::Exited { .. } => task::delete(client, &container.id).await?,
+            State::Created => {
+                task::kill_and_wait(client, &container.id).await?;
+                task::delete(client, &container.id).await?;
+            }
+        },
+    }
+    Ok(true)
+}

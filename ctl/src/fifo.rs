@@ -1,0 +1,213 @@
+//! FIFOs between `davit` and a shim: made here, opened by both, gone when the client is.
+//!
+//! The folder is the client's own (0700, a random name), so that nobody else can put anything in their place. Our ends
+//! are opened before the shim is told of them: the output's for reading, without waiting for a writer, and the input's
+//! for reading and writing, so that neither end ever fails for want of the other.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::stat::Mode;
+use tokio::sync::oneshot;
+
+use crate::container;
+use crate::error::{Error, Result};
+
+/// Where the folders of FIFOs are.
+const BASE: &str = "/run/davit/fifo";
+/// As much as a pipe holds.
+const BUFFER_SIZE: usize = 64 << 10;
+
+/// A folder of FIFOs, removed when it is dropped.
+#[derive(Debug)]
+pub(crate) struct FifoDir {
+    path: PathBuf,
+}
+
+impl FifoDir {
+    /// Makes an empty folder.
+    ///
+    /// # Errors
+    /// [`Error::File`].
+    pub(crate) fn create() -> Result<FifoDir> {
+        let path = Path::new(BASE).join(&container::new_id()?[..16]);
+        make_folder(Path::new(BASE), true)?;
+        make_folder(&path, false)?;
+        Ok(FifoDir { path })
+    }
+
+    /// Makes a FIFO and returns its path.
+    ///
+    /// # Errors
+    /// [`Error::File`].
+    pub(crate) fn make(&self, name: &str) -> Result<PathBuf> {
+        let path = self.path.join(name);
+        make_fifo(&path)?;
+        Ok(path)
+    }
+}
+
+impl Drop for FifoDir {
+    fn drop(&mut self) {
+        // The shim holds what it has open; a name left behind is only untidy.
+        let _ = fs::remove_dir_all(&self.path);
+    }
+}
+
+/// The FIFO that stays open as a container's standard input without a client, and its folder.
+pub(crate) fn detached_stdin(id: &str) -> (PathBuf, PathBuf) {
+    let folder = Path::new(BASE).join(id);
+    let fifo = folder.join("stdin");
+    (folder, fifo)
+}
+
+/// Makes the FIFO of [`detached_stdin`], unless it is there.
+///
+/// # Errors
+/// [`Error::File`].
+pub(crate) fn make_detached_stdin(id: &str) -> Result<PathBuf> {
+    let (folder, fifo) = detached_stdin(id);
+    make_folder(&folder, true)?;
+    if fs::symlink_metadata(&fifo).is_err() {
+        make_fifo(&fifo)?;
+    }
+    Ok(fifo)
+}
+
+fn make_folder(path: &Path, parents: bool) -> Result<()> {
+    let made = DirBuilder::new().mode(0o700).recursive(parents).create(path);
+    made.map_err(|source| Error::File { action: "cannot make the folder", path: path.to_owned(), source })
+}
+
+fn make_fifo(path: &Path) -> Result<()> {
+    nix::unistd::mkfifo(path, Mode::S_IRUSR | Mode::S_IWUSR).map_err(|errno| Error::File {
+        action: "cannot make the FIFO",
+        path: path.to_owned(),
+        source: errno.into(),
+    })
+}
+
+/// Opens the reading end, whether or not there is a writer.
+///
+/// # Errors
+/// [`Error::File`].
+pub(crate) fn open_reader(path: &Path) -> Result<File> {
+    let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path);
+    opened.map_err(|source| Error::File { action: "cannot open", path: path.to_owned(), source })
+}
+
+/// Opens the writing end, whether or not there is a reader.
+///
+/// # Errors
+/// [`Error::File`].
+pub(crate) fn open_writer(path: &Path) -> Result<File> {
+    let opened = OpenOptions::new().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(path);
+    opened.map_err(|source| Error::File { action: "cannot open", path: path.to_owned(), source })
+}
+
+/// Copies what comes out of a FIFO to `output` on a thread of its own, until the last writer is gone; the receiver
+/// then resolves. When the output fails, what comes is read and dropped, so that the container never waits for it.
+pub(crate) fn copy_out(mut fifo: File, mut output: impl Write + Send + 'static) -> oneshot::Receiver<()> {
+    let (done, finished) = oneshot::channel();
+    std::thread::spawn(move || {
+        let mut buffer = vec![0; BUFFER_SIZE];
+        let mut writable = true;
+        loop {
+            // Before the first writer, a read would look like the end; poll(2) reports that only after a writer left.
+            let mut ready = [PollFd::new(fifo.as_fd(), PollFlags::POLLIN)];
+            if poll(&mut ready, PollTimeout::NONE).is_err_and(|errno| errno != nix::errno::Errno::EINTR) {
+                break;
+            }
+            match fifo.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(count) => {
+                    writable =
+                        writable && output.write_all(&buffer[..count]).and_then(|()| output.flush()).is_ok();
+                }
+                Err(error)
+                    if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(_) => break,
+            }
+        }
+        // Nobody may be waiting any more.
+        let _ = done.send(());
+    });
+    finished
+}
+
+/// Copies standard input into a FIFO on a thread of its own; the receiver gets the FIFO back at the end of the input.
+/// It must stay open until the shim was told, or what is in it may be lost.
+pub(crate) fn copy_in(mut fifo: File) -> oneshot::Receiver<File> {
+    let (done, finished) = oneshot::channel();
+    std::thread::spawn(move || {
+        let mut input = io::stdin().lock();
+        let mut buffer = vec![0; BUFFER_SIZE];
+        loop {
+            match input.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(count) if fifo.write_all(&buffer[..count]).is_err() => break,
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => break,
+            }
+        }
+        let _ = done.send(fifo);
+    });
+    finished
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use super::*;
+
+    struct Collect(mpsc::Sender<Vec<u8>>);
+
+    impl Write for Collect {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.send(bytes.to_vec()).map_err(|_| io::ErrorKind::BrokenPipe)?;
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_reader_waits_for_the_first_writer_and_ends_with_the_last() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out");
+        make_fifo(&path).unwrap();
+        let reader = open_reader(&path).unwrap();
+        let (sender, receiver) = mpsc::channel();
+        let mut finished = copy_out(reader, Collect(sender));
+        assert!(receiver.recv_timeout(Duration::from_millis(50)).is_err(), "ended before a writer came");
+        assert!(finished.try_recv().is_err());
+        let mut writer = OpenOptions::new().write(true).open(&path).unwrap();
+        writer.write_all(b"hello").unwrap();
+        drop(writer);
+        assert_eq!(receiver.recv_timeout(Duration::from_secs(10)).unwrap(), b"hello");
+        finished.blocking_recv().unwrap();
+    }
+
+    #[test]
+    fn a_writer_needs_no_reader() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("in");
+        make_fifo(&path).unwrap();
+        let mut writer = open_writer(&path).unwrap();
+        writer.write_all(b"kept").unwrap();
+        let mut reader = open_reader(&path).unwrap();
+        let mut buffer = [0; 4];
+        reader.read_exact(&mut buffer).unwrap();
+        assert_eq!(&buffer, b"kept");
+    }
+}

@@ -1,0 +1,33 @@
+//! `davit`: containers from the command line.
+//!
+//! A client of containerd's gRPC API and of nothing else: it works on `davitd`'s socket and on containerd's. Each
+//! command is a struct of options, parsed by [`cli`], and a function in [`commands`] of those options, the client and
+//! the output; [`error`] turns what went wrong into message, hint and exit code.
+
+#![forbid(unsafe_code)]
+
+mod archive;
+mod cli;
+mod client;
+mod commands;
+mod container;
+mod error;
+mod fifo;
+mod format;
+mod image;
+mod labels;
+mod lease;
+mod process;
+mod progress;
+mod signal;
+mod table;
+mod task;
+mod terminal;
+mod unpack;
+mod upload;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    ExitCode::from(cli::run())
+}

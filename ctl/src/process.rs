@@ -1,0 +1,272 @@
+//! A process in the foreground: its streams joined to ours, its exit awaited, signals and the window's size passed on.
+//!
+//! ```text
+//! Streams::open ──► (the task or exec is created and started) ──► Attached::supervise ──► exit
+//!                                                                   │  stdin at its end → CloseIO
+//!                                                                   │  SIGWINCH → ResizePty
+//!                                                                   │  signals → Kill, or the end of the client
+//!                                                                   └► Streams::drain: until the last byte
+//! ```
+
+use std::io::IsTerminal;
+use std::time::{Duration, SystemTime};
+
+use davit_proto::containerd::services::tasks::v1::{
+    CloseIoRequest, KillRequest, ResizePtyRequest, WaitRequest,
+};
+use nix::libc;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
+use tonic::Code;
+
+use crate::client::Client;
+use crate::error::{CallContext, Error, Result};
+use crate::fifo::{self, FifoDir};
+use crate::terminal::{self, RawMode};
+
+/// How long the output may take after the process is gone and the shim has closed its ends. Only a process that was
+/// handed one of the FIFOs and outlives the container can make it as long.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long to wait before asking a daemon again that went away.
+const RECONNECT_DELAY: Duration = Duration::from_millis(200);
+/// How many interrupts end the client when the process does not react to them.
+const MAX_INTERRUPTS: u32 = 3;
+
+/// The streams of a process in the foreground, our ends open.
+pub(crate) struct Streams {
+    /// The FIFO of the standard input, empty for none.
+    pub(crate) stdin: String,
+    /// That of the standard output.
+    pub(crate) stdout: String,
+    /// That of the standard error, empty with a terminal, which has but one stream.
+    pub(crate) stderr: String,
+    /// Whether the process has a terminal.
+    pub(crate) terminal: bool,
+    input: Option<std::fs::File>,
+    outputs: Vec<oneshot::Receiver<()>>,
+    _folder: FifoDir,
+}
+
+/// Which process: a container's first one, or an exec in it.
+#[derive(Debug, Clone)]
+pub(crate) struct ProcessId {
+    /// The container.
+    pub(crate) container: String,
+    /// The exec, empty for the container's first process.
+    pub(crate) exec: String,
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Exit {
+    /// The exit code; 128 and the number of the signal that killed it.
+    pub(crate) code: u32,
+    /// When.
+    pub(crate) at: SystemTime,
+}
+
+/// Why supervision ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// The process did.
+    Exited(Exit),
+    /// The client is to end, by the signal of this number; the process runs on.
+    Interrupted(i32),
+}
+
+impl Streams {
+    /// Makes the FIFOs and begins to copy the output.
+    ///
+    /// # Errors
+    /// Those of making and opening them, and [`Error::Usage`] for a terminal on an input that is none.
+    pub(crate) fn open(interactive: bool, terminal: bool) -> Result<Streams> {
+        if interactive && terminal && !std::io::stdin().is_terminal() {
+            let hint = "leave out -t: -i alone passes standard input on";
+            return Err(Error::usage("the input is not a terminal", hint));
+        }
+        let folder = FifoDir::create()?;
+        let text = |path: &std::path::Path| path.display().to_string();
+        let mut outputs = Vec::new();
+        let stdout = folder.make("stdout")?;
+        outputs.push(fifo::copy_out(fifo::open_reader(&stdout)?, std::io::stdout()));
+        let mut stderr = String::new();
+        if !terminal {
+            let path = folder.make("stderr")?;
+            outputs.push(fifo::copy_out(fifo::open_reader(&path)?, std::io::stderr()));
+            stderr = text(&path);
+        }
+        let mut stdin = String::new();
+        let mut input = None;
+        if interactive {
+            let path = folder.make("stdin")?;
+            input = Some(fifo::open_writer(&path)?);
+            stdin = text(&path);
+        }
+        Ok(Streams { stdin, stdout: text(&stdout), stderr, terminal, input, outputs, _folder: folder })
+    }
+
+    /// Waits until all output is written.
+    pub(crate) async fn drain(&mut self) {
+        let all = async {
+            for output in &mut self.outputs {
+                // A thread that ended otherwise has nothing more to write either.
+                let _ = output.await;
+            }
+        };
+        let _ = tokio::time::timeout(DRAIN_TIMEOUT, all).await;
+    }
+
+    /// Joins the user's terminal or streams to the started process until it exits.
+    ///
+    /// # Errors
+    /// When the terminal cannot be set up, or the daemon does not know the process.
+    pub(crate) async fn supervise(&mut self, client: &Client, process: &ProcessId) -> Result<Ended> {
+        let raw = if self.terminal && self.input.is_some() { RawMode::enter()? } else { None };
+        if self.terminal {
+            resize(client, process).await;
+        }
+        let mut input_end = self.input.take().map(fifo::copy_in);
+        let mut signals = Signals::listen(self.terminal)?;
+        let mut interrupts = 0;
+        let exit = wait(client, process);
+        tokio::pin!(exit);
+        loop {
+            // Cancel safety: `exit` is pinned outside of the loop; a receiver of signals and the end of the input keep
+            // what they have when they are dropped.
+            tokio::select! {
+                exit = &mut exit => return exit.map(Ended::Exited),
+                end = at_end(&mut input_end) => {
+                    close_stdin(client, process).await;
+                    // Only now may our end go: the shim has been told, and reads what is left.
+                    drop(end);
+                }
+                number = signals.receiver.recv() => {
+                    let Some(number) = number else { continue };
+                    if number == libc::SIGWINCH {
+                        resize(client, process).await;
+                        continue;
+                    }
+                    let ends_client = raw.is_some() || self.terminal && number != libc::SIGINT;
+                    if number == libc::SIGINT {
+                        interrupts += 1;
+                    }
+                    if ends_client || interrupts >= MAX_INTERRUPTS {
+                        return Ok(Ended::Interrupted(number));
+                    }
+                    let _ = kill(client, process, number.unsigned_abs(), false).await;
+                }
+            }
+        }
+    }
+}
+
+/// The end of the input, once; never when there is none.
+async fn at_end(input: &mut Option<oneshot::Receiver<std::fs::File>>) -> Option<std::fs::File> {
+    let Some(receiver) = input else { return std::future::pending().await };
+    let end = receiver.await.ok();
+    *input = None;
+    end
+}
+
+/// Waits for the exit of a process, through restarts of the daemon.
+///
+/// # Errors
+/// When the daemon does not know the process.
+pub(crate) async fn wait(client: &Client, process: &ProcessId) -> Result<Exit> {
+    let mut told = false;
+    loop {
+        let request = WaitRequest { container_id: process.container.clone(), exec_id: process.exec.clone() };
+        match client.tasks().wait(request).await.call("wait for the container") {
+            Ok(response) => {
+                let at = response.exited_at.as_ref().and_then(crate::format::system_time);
+                return Ok(Exit { code: response.exit_status, at: at.unwrap_or_else(SystemTime::now) });
+            }
+            Err(Error::Call { status, .. }) if is_lost_connection(&status) => {
+                if !told {
+                    told = true;
+                    eprint_line(
+                        "davit: lost the daemon; the container runs on, waiting for the daemon to come back",
+                    );
+                }
+                tokio::time::sleep(RECONNECT_DELAY).await;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Whether the status was made here, for want of a connection, and not sent by the daemon.
+fn is_lost_connection(status: &tonic::Status) -> bool {
+    let from_transport = std::error::Error::source(status).is_some();
+    status.code() == Code::Unavailable || from_transport && status.code() == Code::Unknown
+}
+
+/// Writes to standard error even while the terminal is raw.
+fn eprint_line(text: &str) {
+    use std::io::Write;
+    // That nobody can read it changes nothing.
+    let _ = write!(std::io::stderr(), "{text}\r\n");
+}
+
+/// Sends a signal.
+///
+/// # Errors
+/// Those of the call; a process that is gone is "not found".
+pub(crate) async fn kill(client: &Client, process: &ProcessId, signal: u32, all: bool) -> Result<()> {
+    let request =
+        KillRequest { container_id: process.container.clone(), exec_id: process.exec.clone(), signal, all };
+    client.tasks().kill(request).await.call("signal the container")
+}
+
+/// Tells the terminal of the process the size of ours. A process that is already gone needs none.
+async fn resize(client: &Client, process: &ProcessId) {
+    let Some((height, width)) = terminal::size() else { return };
+    let request = ResizePtyRequest {
+        container_id: process.container.clone(),
+        exec_id: process.exec.clone(),
+        width: width.into(),
+        height: height.into(),
+    };
+    let _ = client.tasks().resize_pty(request).await;
+}
+
+/// Tells the shim that no more input comes. A process that is already gone needs none.
+async fn close_stdin(client: &Client, process: &ProcessId) {
+    let request = CloseIoRequest {
+        container_id: process.container.clone(),
+        exec_id: process.exec.clone(),
+        stdin: true,
+    };
+    let _ = client.tasks().close_io(request).await;
+}
+
+/// The signals that concern the process.
+struct Signals {
+    receiver: mpsc::Receiver<i32>,
+}
+
+impl Signals {
+    fn listen(terminal: bool) -> Result<Signals> {
+        let mut kinds = vec![
+            SignalKind::hangup(),
+            SignalKind::interrupt(),
+            SignalKind::quit(),
+            SignalKind::terminate(),
+            SignalKind::user_defined1(),
+            SignalKind::user_defined2(),
+        ];
+        if terminal {
+            kinds.push(SignalKind::window_change());
+        }
+        let (sender, receiver) = mpsc::channel(16);
+        for kind in kinds {
+            let error = |source| Error::System { action: "listen for signals", source };
+            let mut stream = signal(kind).map_err(error)?;
+            let sender = sender.clone();
+            tokio::spawn(async move {
+                while stream.recv().await.is_some() && sender.send(kind.as_raw_value()).await.is_ok() {}
+            });
+        }
+        Ok(Signals { receiver })
+    }
+}

@@ -1,0 +1,137 @@
+//! Uploading blobs to the daemon's content store, as they are read and in bounded memory.
+
+use std::collections::VecDeque;
+use std::io::Read;
+
+use bytes::Bytes;
+use davit_model::Digest;
+use davit_proto::containerd::services::content::v1::{
+    WriteAction, WriteContentRequest, WriteContentResponse,
+};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Status, Streaming};
+
+use crate::client::Client;
+use crate::error::{Error, Result};
+
+/// The bytes of one message, as containerd's own reads have.
+const CHUNK_SIZE: usize = 1 << 20;
+/// How many messages may be under way before an answer is waited for.
+const IN_FLIGHT: usize = 4;
+
+/// One blob on its way.
+struct Upload {
+    requests: mpsc::Sender<WriteContentRequest>,
+    responses: Streaming<WriteContentResponse>,
+    /// The offsets that answers are still to confirm.
+    pending: VecDeque<i64>,
+    reference: String,
+}
+
+/// Uploads what `reader` yields and returns its digest, which must be `expected` if that is given. A blob that is
+/// there already is not sent again; the reader is then left where it was.
+///
+/// # Errors
+/// Those of the reader, wrapped by `read_error`, and those of the call, which include a digest or a size that differs.
+pub(crate) async fn upload(
+    client: &Client,
+    reference: &str,
+    size: u64,
+    expected: Option<&Digest>,
+    mut reader: &mut dyn Read,
+    read_error: impl Fn(std::io::Error) -> Error,
+) -> Result<Option<String>> {
+    let total = i64::try_from(size).unwrap_or(i64::MAX);
+    let expected = expected.map(ToString::to_string).unwrap_or_default();
+    let first = WriteContentRequest {
+        action: WriteAction::Stat.into(),
+        r#ref: reference.to_owned(),
+        total,
+        expected: expected.clone(),
+        ..WriteContentRequest::default()
+    };
+    let error = |status| Error::Call { action: format!("upload {reference}"), status };
+    let mut upload = match open(client, reference, first).await {
+        Ok(upload) => upload,
+        Err(status) if status.code() == Code::AlreadyExists => return Ok(None),
+        Err(status) => return Err(error(status)),
+    };
+    let mut offset: i64 = 0;
+    loop {
+        let mut chunk = Vec::with_capacity(CHUNK_SIZE);
+        let count = (&mut reader).take(CHUNK_SIZE as u64).read_to_end(&mut chunk).map_err(&read_error)?;
+        if count == 0 {
+            break;
+        }
+        let request = WriteContentRequest {
+            action: WriteAction::Write.into(),
+            offset,
+            data: Bytes::from(chunk),
+            ..WriteContentRequest::default()
+        };
+        offset += i64::try_from(count).expect("a chunk is small");
+        upload.send(request, offset).await.map_err(error)?;
+    }
+    let commit = WriteContentRequest {
+        action: WriteAction::Commit.into(),
+        total: offset,
+        offset,
+        expected,
+        ..WriteContentRequest::default()
+    };
+    match upload.finish(commit).await {
+        Ok(digest) => Ok(Some(digest)),
+        Err(status) if status.code() == Code::AlreadyExists => Ok(None),
+        Err(status) => Err(error(status)),
+    }
+}
+
+async fn open(
+    client: &Client,
+    reference: &str,
+    first: WriteContentRequest,
+) -> std::result::Result<Upload, Status> {
+    let (requests, receiver) = mpsc::channel(IN_FLIGHT);
+    let lost = || Status::unavailable("the connection was lost");
+    requests.send(first).await.map_err(|_| lost())?;
+    let mut responses = client.content().write(ReceiverStream::new(receiver)).await?.into_inner();
+    responses.message().await?.ok_or_else(lost)?;
+    Ok(Upload { requests, responses, pending: VecDeque::new(), reference: reference.to_owned() })
+}
+
+impl Upload {
+    async fn send(&mut self, request: WriteContentRequest, end: i64) -> std::result::Result<(), Status> {
+        while self.pending.len() >= IN_FLIGHT {
+            self.confirm().await?;
+        }
+        if self.requests.send(request).await.is_err() {
+            // The server has ended the stream: its answer says why.
+            loop {
+                self.confirm().await?;
+            }
+        }
+        self.pending.push_back(end);
+        Ok(())
+    }
+
+    /// Takes one answer.
+    async fn confirm(&mut self) -> std::result::Result<(), Status> {
+        let response = self.responses.message().await?;
+        let response = response.ok_or_else(|| Status::unavailable("the daemon ended the upload"))?;
+        match self.pending.pop_front() {
+            Some(end) if response.offset == end => Ok(()),
+            _ => Err(Status::data_loss(format!("upload {} is at {}", self.reference, response.offset))),
+        }
+    }
+
+    async fn finish(mut self, commit: WriteContentRequest) -> std::result::Result<String, Status> {
+        while !self.pending.is_empty() {
+            self.confirm().await?;
+        }
+        let lost = || Status::unavailable("the connection was lost");
+        self.requests.send(commit).await.map_err(|_| lost())?;
+        let response = self.responses.message().await?.ok_or_else(lost)?;
+        Ok(response.digest)
+    }
+}
