@@ -25,12 +25,15 @@ impl Census {
         for mount in mounts(folder) {
             lines.insert(format!("mount {}", mount.display()));
         }
-        for cgroup in cgroups() {
+        for cgroup in cgroups(folder) {
             lines.insert(format!("cgroup {}", cgroup.display()));
         }
-        for part in ["state", "s", "root/io.containerd.runtime.v2.task", "fifo"] {
+        for part in ["state", "root/io.containerd.runtime.v2.task"] {
             files(&folder.join(part), &mut lines);
         }
+        // The folder of a namespace stays, as in containerd.
+        let own = folder.file_name().unwrap_or_default();
+        lines.retain(|line| !Path::new(line).ends_with(own));
         Census(lines)
     }
 
@@ -70,16 +73,16 @@ fn mounts(folder: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// Every cgroup of every hierarchy, two levels deep: `/<namespace>/<container>` is where clients put containers.
-fn cgroups() -> Vec<PathBuf> {
+/// The cgroups of the daemon's containers in every hierarchy: clients put them at `/<namespace>/<container>`, and each
+/// daemon under test has a namespace of its own, named like its folder.
+fn cgroups(folder: &Path) -> Vec<PathBuf> {
+    let namespace = folder.file_name().unwrap_or_default();
     let mut found = Vec::new();
     let root = Path::new("/sys/fs/cgroup");
     let hierarchies: Vec<PathBuf> =
         if root.join("cgroup.controllers").exists() { vec![root.to_owned()] } else { folders(root) };
     for hierarchy in hierarchies {
-        for first in folders(&hierarchy) {
-            found.extend(folders(&first));
-        }
+        found.extend(folders(&hierarchy.join(namespace)));
     }
     found
 }

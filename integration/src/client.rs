@@ -16,6 +16,7 @@ use davit_proto::containerd::services::tasks::v1::{
     CreateTaskRequest, DeleteTaskRequest, KillRequest, StartRequest, WaitRequest,
 };
 use serde_json::json;
+use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
@@ -23,12 +24,11 @@ use tonic::{Request, Status};
 
 /// Puts the namespace into every call.
 #[derive(Clone)]
-pub struct InNamespace(&'static str);
+pub struct InNamespace(MetadataValue<Ascii>);
 
 impl Interceptor for InNamespace {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        let namespace = self.0.parse().map_err(|_| Status::invalid_argument("namespace"))?;
-        request.metadata_mut().insert("containerd-namespace", namespace);
+        request.metadata_mut().insert("containerd-namespace", self.0.clone());
         Ok(request)
     }
 }
@@ -44,6 +44,7 @@ pub struct Client {
     pub snapshots: SnapshotsClient<Conn>,
     /// The Tasks service.
     pub tasks: TasksClient<Conn>,
+    namespace: String,
 }
 
 /// A channel to the daemon on a unix socket.
@@ -68,12 +69,13 @@ impl Client {
     ///
     /// # Errors
     /// Nobody answers.
-    pub async fn new(socket: &Path, namespace: &'static str) -> Result<Client> {
-        let conn = InterceptedService::new(connect(socket).await?, InNamespace(namespace));
+    pub async fn new(socket: &Path, namespace: &str) -> Result<Client> {
+        let conn = InterceptedService::new(connect(socket).await?, InNamespace(namespace.parse()?));
         Ok(Client {
             containers: ContainersClient::new(conn.clone()),
             snapshots: SnapshotsClient::new(conn.clone()),
             tasks: TasksClient::new(conn),
+            namespace: namespace.to_owned(),
         })
     }
 
@@ -106,7 +108,7 @@ impl Client {
             })
             .await?
             .into_inner();
-        let spec = serde_json::to_vec(&spec(id, args))?;
+        let spec = serde_json::to_vec(&spec(&format!("/{}/{id}", self.namespace), args))?;
         let container = Container {
             id: id.into(),
             runtime: Some(Runtime { name: "io.containerd.runc.v2".into(), options: None }),
@@ -168,7 +170,7 @@ impl Client {
 }
 
 /// A small runtime spec: own namespaces, the usual mounts, a terminal-less process.
-pub fn spec(id: &str, args: &[&str]) -> serde_json::Value {
+pub fn spec(cgroup: &str, args: &[&str]) -> serde_json::Value {
     let mount = |kind: &str, destination: &str, options: &[&str]| json!({ "type": kind, "source": kind, "destination": destination, "options": options });
     let namespaces: Vec<_> =
         ["pid", "ipc", "uts", "mount", "network"].map(|kind| json!({ "type": kind })).into_iter().collect();
@@ -187,6 +189,6 @@ pub fn spec(id: &str, args: &[&str]) -> serde_json::Value {
             mount("tmpfs", "/dev", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
             mount("sysfs", "/sys", &["nosuid", "noexec", "nodev", "ro"]),
         ],
-        "linux": { "cgroupsPath": format!("/bench/{id}"), "namespaces": namespaces },
+        "linux": { "cgroupsPath": cgroup, "namespaces": namespaces },
     })
 }

@@ -11,12 +11,13 @@ use crate::daemon::ok;
 #[derive(Debug, Clone)]
 pub struct Ctr {
     address: PathBuf,
+    namespace: String,
 }
 
 impl Ctr {
-    /// A client of the daemon on this socket.
-    pub fn new(address: &Path) -> Ctr {
-        Ctr { address: address.to_owned() }
+    /// A client of the daemon on this socket, in this namespace.
+    pub fn new(address: &Path, namespace: &str) -> Ctr {
+        Ctr { address: address.to_owned(), namespace: namespace.to_owned() }
     }
 
     /// A command with these arguments, separated by blanks; for arguments with blanks there is [`Ctr::command`].
@@ -27,7 +28,8 @@ impl Ctr {
     /// A command with these arguments.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new("ctr");
-        command.arg("--address").arg(&self.address).args(args).stdin(Stdio::null());
+        command.arg("--address").arg(&self.address).arg("--namespace").arg(&self.namespace);
+        command.args(args).stdin(Stdio::null());
         command
     }
 
@@ -64,7 +66,7 @@ impl Ctr {
     /// # Errors
     /// It failed.
     pub fn on_terminal(&self, line: &str) -> Result<String> {
-        let line = format!("ctr --address {} {line}", self.address.display());
+        let line = format!("ctr --address {} --namespace {} {line}", self.address.display(), self.namespace);
         let output = Command::new("script")
             .args(["--quiet", "--return", "--echo", "never", "--command", &line, "/dev/null"])
             .stdin(Stdio::null())

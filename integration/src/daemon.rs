@@ -2,16 +2,18 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
+use crate::ctr::Ctr;
 use crate::{bins, image, wait};
 
 /// A daemon under test and the folder of all that it owns.
@@ -28,19 +30,28 @@ impl Daemon {
     /// # Errors
     /// It does not start; its log is part of the error.
     pub fn start() -> Result<Daemon> {
-        Daemon::start_with(&[])
+        Daemon::start_with(&[], "")
     }
 
-    /// The same with more flags.
+    /// The same, with another shim than ours for `io.containerd.runc.v2`.
     ///
     /// # Errors
     /// It does not start.
-    pub fn start_with(flags: &[&str]) -> Result<Daemon> {
-        // Below /run or /tmp: the path of a unix socket is short (unix(7)), and the folder must allow devices.
+    pub fn start_with_shim(shim: &Path) -> Result<Daemon> {
+        Daemon::start_with(&[], &format!("[runtime]\nshim = \"{}\"\n", shim.display()))
+    }
+
+    /// The same, with flags and a configuration.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn start_with(flags: &[&str], config: &str) -> Result<Daemon> {
+        // The path of a unix socket is short (unix(7)), and the folder must allow devices.
         let dir = tempfile::Builder::new().prefix("davit-").tempdir_in("/tmp")?;
         let extra = flags.iter().map(|flag| (*flag).to_owned()).collect();
         let mut daemon = Daemon { dir, bins: bins::folder()?, extra, child: None };
-        fs::write(daemon.config(), format!("[runtime]\nsocket_dir = \"{}\"\n", daemon.path("s").display()))?;
+        let verbose = if config.contains("[log]") { "" } else { "[log]\nlevel = \"debug\"\n" };
+        fs::write(daemon.config(), format!("{config}{verbose}"))?;
         daemon.restart()?;
         Ok(daemon)
     }
@@ -52,6 +63,11 @@ impl Daemon {
 
     fn config(&self) -> PathBuf {
         self.path("config.toml")
+    }
+
+    /// The namespace of the daemon's own: cgroups are named by it, so that daemons beside each other do not mix theirs.
+    pub fn namespace(&self) -> String {
+        self.dir.path().file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
     /// The socket.
@@ -77,6 +93,9 @@ impl Daemon {
         if self.child.is_some() {
             bail!("the daemon runs already");
         }
+        let _ = fs::remove_file(self.path("notify"));
+        let notify = UnixDatagram::bind(self.path("notify"))?;
+        notify.set_read_timeout(Some(Duration::from_millis(100)))?;
         let log = File::options().create(true).append(true).open(self.path("log"))?;
         let mut command = Command::new(self.bins.join("davitd"));
         command
@@ -88,30 +107,27 @@ impl Daemon {
             .arg(self.path("state"))
             .arg("--address")
             .arg(self.address())
-            .args(["--log-level", "debug"])
             .args(&self.extra)
+            .env("NOTIFY_SOCKET", self.path("notify"))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
             // A group of its own: a Ctrl-C at the terminal is for the test, not for the daemon.
             .process_group(0);
         self.child = Some(command.spawn().context("cannot start davitd")?);
-        let ready = wait::until("davitd answers", || {
+        // It tells as it tells systemd (sd_notify(3)), when the API is served.
+        let mut message = [0; 4096];
+        wait::until("davitd is ready", || {
             if let Some(child) = &mut self.child
                 && let Ok(Some(status)) = child.try_wait()
             {
                 return Some(Err(status));
             }
-            // The socket is bound before the daemon serves; a `version` tells that it does.
-            UnixStream::connect(self.dir.path().join("d.sock")).ok()?;
-            let output = self.davit(["version"]).ok()?;
-            output.status.success().then_some(Ok(()))
-        });
-        match ready {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(status)) => bail!("davitd ended at once ({status}):\n{}", self.log()),
-            Err(error) => Err(error.context(self.log())),
-        }
+            let length = notify.recv(&mut message).ok()?;
+            message[..length].starts_with(b"READY=1").then_some(Ok(()))
+        })
+        .with_context(|| self.log())?
+        .map_err(|status| anyhow!("davitd ended at once ({status}):\n{}", self.log()))
     }
 
     /// Ends the daemon with a signal and waits for its end.
@@ -137,22 +153,13 @@ impl Daemon {
     pub fn davit_command<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
         let mut command = Command::new(self.bins.join("davit"));
         command.arg("--address").arg(self.address()).args(args).stdin(Stdio::null());
+        command.env("DAVIT_NAMESPACE", self.namespace());
         command
     }
 
-    /// Debian's `ctr` against this daemon.
-    ///
-    /// # Errors
-    /// It cannot be started.
-    pub fn ctr<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Result<Output> {
-        Ok(self.ctr_command(args).output()?)
-    }
-
-    /// Debian's `ctr` against this daemon, not yet started.
-    pub fn ctr_command<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
-        let mut command = Command::new("ctr");
-        command.arg("--address").arg(self.address()).args(args).stdin(Stdio::null());
-        command
+    /// Debian's `ctr` against this daemon, in its namespace.
+    pub fn ctr(&self) -> Ctr {
+        Ctr::new(&self.address(), &self.namespace())
     }
 
     /// Puts the busybox image into the daemon through `ctr images import`.
@@ -162,7 +169,7 @@ impl Daemon {
     pub fn import_busybox(&self) -> Result<()> {
         let archive = self.path("busybox.tar");
         image::busybox(&archive)?;
-        ok(self.ctr([OsStr::new("images"), OsStr::new("import"), archive.as_os_str()])?)?;
+        self.ctr().run(&format!("images import {}", archive.display()))?;
         Ok(())
     }
 }

@@ -8,7 +8,8 @@ use std::process::{Child, Command, Stdio};
 use anyhow::{Context, Result};
 use tempfile::TempDir;
 
-use crate::{census, daemon::ok, image, wait};
+use crate::ctr::Ctr;
+use crate::{census, image, wait};
 
 /// A running containerd and its folder.
 pub struct Containerd {
@@ -53,6 +54,11 @@ impl Containerd {
         self.dir.path().join("c.sock")
     }
 
+    /// A namespace of its own.
+    pub fn namespace(&self) -> String {
+        self.dir.path().file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
     /// Its folder.
     pub fn folder(&self) -> &Path {
         self.dir.path()
@@ -70,12 +76,7 @@ impl Containerd {
     pub fn import_busybox(&self) -> Result<()> {
         let archive = self.dir.path().join("busybox.tar");
         image::busybox(&archive)?;
-        ok(Command::new("ctr")
-            .arg("-a")
-            .arg(self.address())
-            .args(["images", "import"])
-            .arg(archive)
-            .output()?)?;
+        Ctr::new(&self.address(), &self.namespace()).run(&format!("images import {}", archive.display()))?;
         Ok(())
     }
 }

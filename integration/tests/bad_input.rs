@@ -45,7 +45,7 @@ impl Scene {
     fn new() -> Result<Scene> {
         let daemon = Daemon::start()?;
         daemon.import_busybox()?;
-        let ctr = Ctr::new(&daemon.address());
+        let ctr = daemon.ctr();
         let census = Census::take(&daemon.path(""));
         let records = records(&ctr)?;
         Ok(Scene { daemon, ctr, census, records })
@@ -101,7 +101,7 @@ fn calls_with_malformed_names() -> Result<()> {
         read.metadata_mut().insert("containerd-namespace", "default".parse()?);
         ensure!(content.read(read).await.expect_err("no such blob").code() == Code::NotFound);
 
-        let mut client = Client::new(&scene.daemon.address(), "default").await?;
+        let mut client = Client::new(&scene.daemon.address(), &scene.daemon.namespace()).await?;
         for id in ["", "../up", "a/b", "-a", "a b", &"x".repeat(77)] {
             let container = Container {
                 id: id.into(),
@@ -144,7 +144,7 @@ fn runtimes_and_specs_that_do_not_work() -> Result<()> {
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
         Ok(path.display().to_string())
     };
-    let good = serde_json::to_vec(&spec("bad", &["/bin/true"]))?;
+    let good = serde_json::to_vec(&spec("/bad/bad", &["/bin/true"]))?;
     let cases = [
         ("io.containerd.no-such.v9".to_owned(), good.clone(), "no-such"),
         ("relative/path".to_owned(), good.clone(), "runtime"),
@@ -154,7 +154,7 @@ fn runtimes_and_specs_that_do_not_work() -> Result<()> {
         ("io.containerd.runc.v2".to_owned(), b"this is no JSON".to_vec(), ""),
     ];
     runtime()?.block_on(async {
-        let mut client = Client::new(&scene.daemon.address(), "default").await?;
+        let mut client = Client::new(&scene.daemon.address(), &scene.daemon.namespace()).await?;
         for (name, spec, words) in cases {
             let container = Container {
                 id: "bad".into(),

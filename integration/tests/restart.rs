@@ -48,7 +48,7 @@ fn survive(signal: Signal) -> Result<()> {
 
 async fn scenario(daemon: &mut Daemon, signal: Signal) -> Result<()> {
     let parent = image::digest(&image::busybox_layer()?);
-    let mut client = Client::new(&daemon.address(), "default").await?;
+    let mut client = Client::new(&daemon.address(), &daemon.namespace()).await?;
     let stdout = daemon.path("stdout");
     mkfifo(&stdout, Mode::from_bits_truncate(0o600))?;
     let reader = Reader::start(&stdout);
@@ -87,7 +87,7 @@ async fn scenario(daemon: &mut Daemon, signal: Signal) -> Result<()> {
     }
     ensure!(seen == BTreeMap::from([("c-1".into(), 7), ("c-2".into(), 137)]), "{seen:?}");
 
-    let mut client = Client::new(&daemon.address(), "default").await?;
+    let mut client = Client::new(&daemon.address(), &daemon.namespace()).await?;
     ensure!(pids(&mut client).await? == before, "the pids have changed");
     for (id, status) in [("c-1", 7), ("c-2", 137)] {
         let request = GetRequest { container_id: id.into(), ..Default::default() };

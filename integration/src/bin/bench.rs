@@ -39,13 +39,13 @@ async fn bench() -> Result<()> {
         }
     }
 
-    let ours = Daemon::start_with(&["--log-level", "warn"])?;
+    let ours = Daemon::start_with(&[], "[log]\nlevel = \"warn\"\n")?;
     ours.import_busybox()?;
     let peer = Containerd::start()?;
     peer.import_busybox()?;
     let parent = image::digest(&image::busybox_layer()?);
-    let mut davit = Client::new(&ours.address(), "default").await?;
-    let mut containerd = Client::new(&peer.address(), "default").await?;
+    let mut davit = Client::new(&ours.address(), &ours.namespace()).await?;
+    let mut containerd = Client::new(&peer.address(), &peer.namespace()).await?;
 
     println!("{runs} containers that end at once, in turns");
     let (mut bare, mut fast, mut slow) = (Vec::new(), Vec::new(), Vec::new());
@@ -112,7 +112,10 @@ fn runtime_alone(bundle: &Path, turn: u32) -> Result<Duration> {
         archive.unpack(&rootfs)?;
     }
     let id = format!("bare-{turn}");
-    std::fs::write(bundle.join("config.json"), serde_json::to_vec(&spec(&id, &["/bin/true"]))?)?;
+    std::fs::write(
+        bundle.join("config.json"),
+        serde_json::to_vec(&spec(&format!("/bench/{id}"), &["/bin/true"]))?,
+    )?;
     let root = bundle.join("runc");
     let runc = |args: &[&str]| -> Result<Duration> {
         let start = Instant::now();
