@@ -3,7 +3,7 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
@@ -62,6 +62,12 @@ impl Folder {
     /// Opens a regular file to read and write, creating it if there is none.
     pub(crate) fn open_or_create(&self, name: &str) -> Result<(File, FileStat), Error> {
         self.open_with(name, OFlag::O_RDWR | OFlag::O_CREAT)
+    }
+
+    /// Writes a small text file, over what may be there.
+    pub(crate) fn write_text(&self, name: &str, text: &str) -> Result<(), Error> {
+        let (mut file, _) = self.open_with(name, OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC)?;
+        file.write_all(text.as_bytes()).map_err(Error::io("write", &self.path.join(name)))
     }
 
     fn open_with(&self, name: &str, flags: OFlag) -> Result<(File, FileStat), Error> {

@@ -1,7 +1,6 @@
 //! The folder of one ingest: its files, and what they tell.
 
 use std::fs::File;
-use std::io::Write as _;
 use std::time::{Duration, SystemTime};
 
 use davit_model::{Algorithm, Digest};
@@ -43,7 +42,7 @@ pub(crate) fn folder_name(reference: &str) -> String {
 pub(crate) fn create(folder: &Folder, reference: &str, total: u64, now: SystemTime) -> Result<File, Error> {
     let now = timestamp(now);
     for (name, text) in [("ref", reference), ("startedat", &now), ("updatedat", &now)] {
-        write_text(folder, name, text)?;
+        folder.write_text(name, text)?;
     }
     if total > 0 {
         write_total(folder, total)?;
@@ -54,12 +53,17 @@ pub(crate) fn create(folder: &Folder, reference: &str, total: u64, now: SystemTi
 
 /// Records the announced size.
 pub(crate) fn write_total(folder: &Folder, total: u64) -> Result<(), Error> {
-    write_text(folder, "total", &total.to_string())
+    folder.write_text("total", &total.to_string())
 }
 
-/// The reference of an ingest.
-pub(crate) fn read_reference(folder: &Folder) -> Result<String, Error> {
-    folder.read_text("ref", MAX_REFERENCE_SIZE)
+/// The reference of an ingest. It must be the one that the folder is named after: after a power cut the file may be
+/// there, but empty.
+fn read_reference(folder: &Folder) -> Result<String, Error> {
+    let reference = folder.read_text("ref", MAX_REFERENCE_SIZE)?;
+    if folder.path().ends_with(folder_name(&reference)) {
+        return Ok(reference);
+    }
+    Err(Error::Foreign { path: folder.path().join("ref"), expected: "reference of this ingest" })
 }
 
 /// What is known of an ingest. It has none without a reference or without data; other files that are missing or
@@ -94,10 +98,4 @@ pub(crate) fn modified(stat: &FileStat) -> SystemTime {
 fn read_time(folder: &Folder, name: &str) -> Option<SystemTime> {
     let text = folder.read_text(name, SHORT_TEXT).ok()?;
     OffsetDateTime::parse(&text, &Rfc3339).ok().map(SystemTime::from)
-}
-
-fn write_text(folder: &Folder, name: &str, text: &str) -> Result<(), Error> {
-    let (mut file, _) = folder.open_or_create(name)?;
-    let path = folder.path().join(name);
-    file.set_len(0).and_then(|()| file.write_all(text.as_bytes())).map_err(Error::io("write", &path))
 }

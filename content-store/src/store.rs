@@ -130,9 +130,8 @@ impl Store {
         let folder = self.inner.ingests.folder(&ingest::folder_name(reference));
         let status = folder.and_then(|folder| ingest::read_status(&folder));
         match status {
-            Ok(status) if status.reference == reference => Ok(status),
-            Err(error) if !error.is_missing() => Err(error),
-            _ => Err(Error::NoIngest { reference: reference.to_owned() }),
+            Err(error) if error.is_missing() => Err(Error::NoIngest { reference: reference.to_owned() }),
+            result => result,
         }
     }
 
@@ -249,13 +248,15 @@ impl Inner {
         locked(&self.publishing)
     }
 
-    /// Removes ingests without reference or data: no status shows them, so nobody would ever abort them.
+    /// Removes ingests without their reference or data: no status shows them, so nobody would ever abort them.
     fn remove_leftovers(&self) -> Result<(), Error> {
         for name in self.ingests.names()? {
             let status = self.ingests.folder(&name).and_then(|folder| ingest::read_status(&folder));
-            if status.is_err_and(|error| error.is_missing()) {
+            if status.is_err_and(|error| error.is_damage()) {
                 info!(ingest = name, "removing what is left of an ingest");
-                self.ingests.remove_folder(&name)?;
+                if let Err(error) = self.ingests.remove_folder(&name) {
+                    warn!(ingest = name, %error, "cannot remove what is left of an ingest");
+                }
             }
         }
         Ok(())
@@ -445,6 +446,9 @@ mod tests {
             fs::write(ingest_path(&root, &reference).join(torn), "2024-01").unwrap();
         }
         fs::create_dir(ingest_path(&root, "empty")).unwrap();
+        drop(store.writer("emptied", 9, None).unwrap());
+        fs::write(ingest_path(&root, "emptied").join("ref"), "").unwrap();
+        fs::write(root.path().join("ingest/file"), "").unwrap();
         assert_eq!(store.statuses().unwrap().len(), 6);
         assert_eq!(store.status("startedat").unwrap().offset, 3);
         assert_eq!(store.status("ref").unwrap_err().code(), ErrorCode::NotFound);
@@ -456,7 +460,7 @@ mod tests {
         drop(store);
         // What no status shows is removed when the store is opened.
         let store = Store::open(root.path()).unwrap();
-        assert_eq!(fs::read_dir(root.path().join("ingest")).unwrap().count(), 7);
+        assert_eq!(fs::read_dir(root.path().join("ingest")).unwrap().count(), 7 + 1);
         assert_eq!(store.statuses().unwrap().len(), 7);
     }
 

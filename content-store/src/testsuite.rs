@@ -1,6 +1,6 @@
 //! The conformance suite of content stores: what clients of containerd rely on, for the local store and for any
 //! service in front of one. The behaviour is that of containerd's own suite (`core/content/testsuite`); labels are
-//! left out, because the store has none.
+//! left out, because the store has none; what it says of damaged ingests (`resume_damaged`) is our own.
 //!
 //! An implementation is wrapped in [`ContentStore`], which is object-safe and has errors of codes only, so that
 //! the same cases run on this crate's store and through a socket.
@@ -155,6 +155,7 @@ pub const CASES: &[(&str, Case)] = &[
     ("resume_discard", resume_discard),
     ("resume_copy", resume_copy),
     ("resume_other_total", resume_other_total),
+    ("resume_damaged", resume_damaged),
     ("references", references),
     ("statuses", statuses),
     ("abort", abort),
@@ -460,6 +461,21 @@ fn resume_other_total(store: &dyn ContentStore) {
     progress(&mut *writer, "total", b"foo", 6);
     ok(writer.write(b"bar"));
     assert_eq!(ok(writer.commit(0, None)), sha256(b"foobar"));
+}
+
+/// What an earlier writer wrote turns out to be wrong: the client gets an error once, and starts anew.
+fn resume_damaged(store: &dyn ContentStore) {
+    let (bytes, digest) = content(1, 256);
+    let mut writer = ok(store.writer("damaged", 256, Some(&digest)));
+    ok(writer.write(&[0; 128]));
+    drop(writer);
+    let mut writer = ok(store.writer("damaged", 256, Some(&digest)));
+    ok(writer.write(&bytes[128..]));
+    refused(writer.commit(256, Some(&digest)), ErrorCode::FailedPrecondition);
+    let mut writer = ok(store.writer("damaged", 256, Some(&digest)));
+    progress(&mut *writer, "damaged", b"", 256);
+    ok(writer.write(&bytes));
+    assert_eq!(ok(writer.commit(256, Some(&digest))), digest);
 }
 
 /// References are texts, not paths.

@@ -32,6 +32,8 @@ pub struct Writer {
     updated_at: SystemTime,
     /// Something was written or truncated, and the ingest still exists.
     dirty: bool,
+    /// Part of the data was written by an earlier writer, maybe before a power cut.
+    resumed: bool,
 }
 
 impl Writer {
@@ -42,7 +44,7 @@ impl Writer {
         let ingests = &lock.inner.ingests;
         let mut new = ingests.make_folder(&name)?;
         if !new {
-            match resume(ingests, &name, &lock.reference, total, algorithm) {
+            match resume(ingests, &name, total, algorithm) {
                 Ok((folder, status, data, hasher)) => {
                     let Status { offset, total, started_at, updated_at, .. } = status;
                     return Ok(Writer {
@@ -56,6 +58,7 @@ impl Writer {
                         started_at,
                         updated_at,
                         dirty: false,
+                        resumed: offset > 0,
                     });
                 }
                 Err(reason) => {
@@ -94,6 +97,7 @@ impl Writer {
             started_at,
             updated_at,
             dirty: false,
+            resumed: false,
         })
     }
 
@@ -130,6 +134,7 @@ impl Writer {
         self.data.set_len(0).map_err(self.failed("truncate"))?;
         self.hasher = Hasher::new(self.hasher.algorithm());
         self.offset = 0;
+        self.resumed = false;
         self.touch();
         Ok(())
     }
@@ -160,8 +165,8 @@ impl Writer {
     /// digest when the blob is durable. The ingest is gone then, and the reference is free in any case.
     ///
     /// # Errors
-    /// [`Error::WrongSize`] and [`Error::WrongDigest`] leave the ingest as it is. [`Error::BlobExists`] removes
-    /// it. [`Error::NoIngest`] if it was aborted.
+    /// [`Error::WrongSize`] leaves the ingest as it is, and so does [`Error::WrongDigest`], unless part of it was
+    /// written by an earlier writer. [`Error::BlobExists`] removes it. [`Error::NoIngest`] if it was aborted.
     pub fn commit(mut self, size: u64, expected: Option<&Digest>) -> Result<Digest, Error> {
         if size > 0 && size != self.offset {
             return Err(Error::WrongSize { actual: self.offset, expected: size });
@@ -178,6 +183,11 @@ impl Writer {
         if let Some(expected) = expected
             && *expected != digest
         {
+            if self.resumed {
+                // Data that was not synced when the power failed may be damaged. Kept, it would spoil every attempt.
+                warn!(reference = self.lock.reference, %expected, "removing a resumed ingest of another digest");
+                self.remove_ingest();
+            }
             return Err(Error::WrongDigest { actual: digest, expected: expected.clone() });
         }
         let inner = self.lock.inner.clone();
@@ -255,17 +265,11 @@ impl From<Error> for Unusable {
 fn resume(
     ingests: &Folder,
     name: &str,
-    reference: &str,
     total: u64,
     algorithm: Algorithm,
 ) -> Result<(Folder, Status, File, Hasher), Unusable> {
     let folder = ingests.folder(name)?;
     let mut status = ingest::read_status(&folder)?;
-    if status.reference != reference {
-        return Err(
-            Error::Foreign { path: folder.path().join("ref"), expected: "file of this ingest" }.into()
-        );
-    }
     if total > 0 && status.total > 0 && status.total != total {
         return Err(Unusable::OtherTotal);
     }

@@ -205,12 +205,15 @@ impl Turn<'_> {
             return true;
         }
         *lock(&self.shared.visible) = after.clone();
+        // The committer is woken to commit, or to start waiting for the delay to pass.
+        if reply.is_some() || queue.oldest.is_none() {
+            self.shared.changed.notify_one();
+        }
         queue.awaited |= reply.is_some();
         queue.oldest.get_or_insert_with(Instant::now);
         queue.bytes += writes.iter().map(Write::size).sum::<usize>();
         let accepted = queue.bytes <= ORDERED_LIMIT;
         queue.jobs.push_back(Job::Change { writes, after, reply });
-        self.shared.changed.notify_one();
         accepted
     }
 }

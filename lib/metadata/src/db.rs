@@ -77,7 +77,7 @@ impl Db {
     /// Runs `change` and, if it returns `Ok`, makes its writes one atomic change; returns when that is durable,
     /// together with everything that the closure saw. Blocks: not to be called from an asynchronous context.
     ///
-    /// The closure must not call an update of the same database; it would wait for itself.
+    /// The closure must not update or close the same database; it would wait for itself.
     ///
     /// # Errors
     /// The closure's own, in which case nothing is changed. [`CommitError::TooLarge`], likewise.
@@ -121,7 +121,7 @@ impl Db {
 
     /// As [`update`](Db::update), but returns at once. The change is visible immediately, and durable no later
     /// than any change after it, or half a second if none follows. For records that a later one, which is waited
-    /// for, completes.
+    /// for, completes. Blocks only when megabytes of such changes have queued up for a slow disk.
     ///
     /// # Errors
     /// The closure's own, and those of [`CommitError`] that are known at once: a later failure is reported to

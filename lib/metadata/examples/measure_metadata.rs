@@ -1,4 +1,4 @@
-//! Measures an engine: `measure FOLDER redb|sled`. Prints the time of a durable change by one caller and by eight,
+//! Measures an engine: `measure_metadata FOLDER redb|sled`. Prints the time of a durable change by one caller and by eight,
 //! and what 20,000 records of 3 kB cost in memory, on disk, and to open and verify.
 
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use davit_metadata::{CommitError, Db, EngineKind};
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [folder, engine] = &arguments[..] else {
-        eprintln!("usage: measure FOLDER redb|sled");
+        eprintln!("usage: measure_metadata FOLDER redb|sled");
         return;
     };
     let engine: EngineKind = engine.parse().expect("an engine");
