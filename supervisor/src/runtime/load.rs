@@ -13,8 +13,8 @@ use davit_model::{Coded, ErrorCode, identifier};
 use davit_shim_protocol::address::{self, DEFAULT_SOCKET_DIR};
 use davit_shim_protocol::bootstrap::{PROTOCOL_TTRPC, StartResult, VERSION_2};
 use davit_shim_protocol::bundle::{self, Bundle};
-use tokio::sync::Semaphore;
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::sync::{Semaphore, oneshot};
+use tokio::task::JoinSet;
 use tracing::{Instrument, Span, debug, info, warn};
 
 use super::create::blocking;
@@ -35,7 +35,7 @@ const GROUPS: [&str; 2] = ["io.containerd.runc.v2.group", "io.kubernetes.cri.san
 const PARALLEL: usize = 128;
 
 /// The pauses between tries with a shim that does not answer.
-const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(15));
+const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(15));
 
 /// The search for shims, in the background.
 pub struct Loading {
@@ -151,6 +151,8 @@ impl Job {
     /// Looks, and reports what is found. A shim that does not answer is looked at again in the background.
     pub(super) async fn run(self, context: Context) {
         let Ok(place) = self.places.clone().acquire_owned().await else { return };
+        // A shim that was just starting when the daemon died waits for a reader of its log before it serves anyone.
+        let log = follow_log(&context);
         let mut connection = None;
         let limit = context.shared.config.timeouts.load;
         let probe =
@@ -160,13 +162,13 @@ impl Job {
             let pid = init_pid(&context).await;
             warn!(pid, "the shim does not answer; trying again in the background");
             context.report(Message::Silent { pid }).await;
-            tokio::spawn(self.retry(context, connection).instrument(Span::current()));
+            tokio::spawn(self.retry(context, connection, log).instrument(Span::current()));
         } else {
-            self.report(&context, probe).await;
+            self.report(&context, probe, log).await;
         }
     }
 
-    async fn retry(self, context: Context, mut connection: Option<Shim>) {
+    async fn retry(self, context: Context, mut connection: Option<Shim>, log: Option<Following>) {
         let (mut pause, longest) = RETRY;
         loop {
             tokio::time::sleep(pause).await;
@@ -174,23 +176,25 @@ impl Job {
             let probe = look(&context, &mut connection).await;
             if !matches!(probe, Probe::Silent) {
                 info!("the shim answers, or is gone");
-                return self.report(&context, probe).await;
+                return self.report(&context, probe, log).await;
             }
         }
     }
 
-    async fn report(&self, context: &Context, probe: Probe) {
+    async fn report(&self, context: &Context, probe: Probe, log: Option<Following>) {
         let recorded = (self.records)(context.namespace(), context.id());
         match probe {
             Probe::Task { shim, pid, status } => {
                 debug!(pid, ?status, "found");
-                follow_log(context, &shim);
+                if let Some(log) = log {
+                    log.until(shim.closed());
+                }
                 context.report(Message::Found { shim, pid }).await;
                 match status {
                     _ if recorded => {}
                     Status::Created | Status::Stopped => {
                         info!("task without a container is deleted");
-                        let (reply, _) = tokio::sync::oneshot::channel();
+                        let (reply, _) = oneshot::channel();
                         context.report(Message::Delete { reply }).await;
                     }
                     // It runs: whatever became of the record, this is no leak.
@@ -274,7 +278,16 @@ async fn reach(context: &Context, limit: Duration) -> Result<Shim, Probe> {
     let bundle = context.bundle.clone();
     let told = match blocking(move || bundle.read_bootstrap()).await {
         Ok(Some(told)) => told,
-        Ok(None) => return find_unannounced(context, limit).await.ok_or(Probe::Gone),
+        Ok(None) => {
+            // A daemon died while it created the task. Its `shim start` may go on: what starts is not gone. It is looked
+            // for first, for it may be over, and the shim be there, when it is looked for second.
+            let starting = is_starting(context).await;
+            return match find_unannounced(context, limit).await {
+                Some(shim) => Ok(shim),
+                None if starting => Err(Probe::Silent),
+                None => Err(Probe::Gone),
+            };
+        }
         Err(error) => {
             warn!(error = chain(&error), "the bundle does not say where its shim is");
             return find_unannounced(context, limit).await.ok_or(Probe::Silent);
@@ -323,6 +336,16 @@ pub(super) async fn find_unannounced(context: &Context, limit: Duration) -> Opti
     None
 }
 
+/// Whether a shim for the container is just being started, or runs.
+async fn is_starting(context: &Context) -> bool {
+    let bundle = context.bundle.clone();
+    let looked = tokio::task::spawn_blocking(move || {
+        let binary = bundle.read_binary().ok().flatten();
+        !teardown::shim_processes(bundle.namespace(), bundle.id(), binary.as_deref()).is_empty()
+    });
+    looked.await.unwrap_or(true)
+}
+
 /// Whether any process listens on a socket of this name, its file or no file. True when that cannot be told.
 async fn listens(path: &Path) -> bool {
     let path = path.to_owned();
@@ -346,12 +369,35 @@ async fn init_pid(context: &Context) -> u32 {
     tokio::task::spawn_blocking(move || bundle.init_pid()).await.unwrap_or(0)
 }
 
+/// A log that is being read until this is dropped.
+pub(super) struct Following {
+    _end: oneshot::Sender<()>,
+}
+
+impl Following {
+    /// Goes on until `end`.
+    pub(super) fn until(self, end: impl Future<Output = ()> + Send + 'static) {
+        tokio::spawn(async move {
+            end.await;
+            drop(self);
+        });
+    }
+}
+
 /// Reads the shim's log again.
-fn follow_log(context: &Context, shim: &Shim) -> Option<JoinHandle<()>> {
+pub(super) fn follow_log(context: &Context) -> Option<Following> {
     match Log::open(&context.bundle) {
-        Ok(log) => Some(tokio::spawn(log.follow(shim.closed()).instrument(Span::current()))),
+        Ok(log) => {
+            let (_end, ended) = oneshot::channel();
+            let follow = log.follow(async {
+                // The sender is dropped, never used.
+                let _ = ended.await;
+            });
+            tokio::spawn(follow.instrument(Span::current()));
+            Some(Following { _end })
+        }
         Err(error) => {
-            warn!(error = chain(&error), "cannot read the shim's log");
+            debug!(error = chain(&error), "cannot read the shim's log");
             None
         }
     }

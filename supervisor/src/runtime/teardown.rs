@@ -1,10 +1,13 @@
 //! The two jobs that take a task down: the deletion that someone asked for, and the cleaning after the death of a shim.
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use davit_model::{Any, Coded, ErrorCode, error::chain};
 use davit_shim_protocol::journal::{self, Contents, EventRecord, ExitRecord};
+use davit_sys::process::{pidfd_open, pidfd_send_signal};
+use nix::sys::signal::Signal;
 use tracing::{debug, info, warn};
 
 use super::create::blocking;
@@ -72,31 +75,36 @@ pub(super) async fn kill_shim(context: &Context, binary: &Path, shim: &Shim) {
 
 /// Kills the processes that run `binary` for the container; gives their number.
 fn kill_shims(namespace: &str, id: &str, binary: &Path) -> usize {
-    let Ok(processes) = std::fs::read_dir("/proc") else { return 0 };
+    let kill = |pidfd: &OwnedFd| pidfd_send_signal(pidfd.as_fd(), Signal::SIGKILL as i32).is_ok();
+    shim_processes(namespace, id, Some(binary)).iter().filter(|pidfd| kill(pidfd)).count()
+}
+
+/// The processes that run a shim's binary (`None`: any program) with the flags of the container: its `start`, or the
+/// shim itself. They are opened before they are looked at, so that they stay what was looked at.
+pub(super) fn shim_processes(namespace: &str, id: &str, binary: Option<&Path>) -> Vec<OwnedFd> {
+    let Ok(processes) = std::fs::read_dir("/proc") else { return Vec::new() };
     let pids = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    pids.filter(|pid| {
-        // Opened before it is looked at, so that what is looked at is what is killed.
-        let Ok(pidfd) = davit_sys::process::pidfd_open(*pid) else { return false };
-        let (Ok(exe), Ok(arguments)) =
-            (std::fs::read_link(format!("/proc/{pid}/exe")), std::fs::read(format!("/proc/{pid}/cmdline")))
-        else {
-            return false;
-        };
+    let shim = |pid: i32| -> Option<OwnedFd> {
+        let pidfd = pidfd_open(pid).ok()?;
+        let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
         let arguments: Vec<&[u8]> = arguments.split(|byte| *byte == 0).collect();
         let flag = |name: &str, value: &str| {
             arguments.windows(2).any(|pair| pair == [name.as_bytes(), value.as_bytes()])
         };
-        let script = arguments.get(1).is_some_and(|first| *first == binary.as_os_str().as_encoded_bytes());
-        (exe == binary || script)
-            && flag("-namespace", namespace)
-            && flag("-id", id)
-            && davit_sys::process::pidfd_send_signal(std::os::fd::AsFd::as_fd(&pidfd), libc_sigkill()).is_ok()
-    })
-    .count()
-}
-
-fn libc_sigkill() -> i32 {
-    nix::sys::signal::Signal::SIGKILL as i32
+        if !flag("-namespace", namespace) || !flag("-id", id) {
+            return None;
+        }
+        let runs = |binary: &Path| {
+            // A binary that is a script is its interpreter's first argument; a new one may have replaced a running one.
+            let exe = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+            let replaced = format!("{} (deleted)", binary.display());
+            exe == binary
+                || exe == Path::new(&replaced)
+                || arguments.get(1).is_some_and(|script| *script == binary.as_os_str().as_encoded_bytes())
+        };
+        binary.is_none_or(runs).then_some(pidfd)
+    };
+    pids.filter_map(shim).collect()
 }
 
 /// Cleans up after a shim whose connection has ended. First it is made sure that it is gone: a live one is gone back to.
@@ -107,6 +115,9 @@ pub(super) async fn clean_up(context: Context) {
             Probe::Gone => break,
             Probe::Task { shim, pid, .. } => {
                 info!("the connection to the shim was lost and is there again");
+                if let Some(log) = load::follow_log(&context) {
+                    log.until(shim.closed());
+                }
                 return context.report(Message::Found { shim, pid }).await;
             }
             Probe::NoTask(shim) => {

@@ -195,7 +195,7 @@ pub struct Machine {
     waits: BTreeMap<String, bool>,
     /// Somebody wants it deleted, and that has not begun.
     delete_wanted: bool,
-    /// The connection ended before the outcome of creating or loading was known.
+    /// The connection ended before the outcome of creating or deleting was known.
     disconnected: bool,
     /// The shim has published the deletion.
     delete_published: bool,
@@ -344,9 +344,6 @@ impl Machine {
 
     fn silent(&mut self) -> Vec<Action> {
         self.phase = Phase::Unreachable;
-        if self.disconnected {
-            return self.clean_up();
-        }
         if std::mem::take(&mut self.delete_wanted) {
             return vec![Action::RefuseDelete(Refusal::Unreachable)];
         }
@@ -357,11 +354,11 @@ impl Machine {
         match self.phase {
             Phase::Live | Phase::Unreachable => self.clean_up(),
             // Whoever brings it up or takes it down sees the end of the connection too, and says what follows.
-            Phase::Creating | Phase::Loading | Phase::Deleting => {
+            Phase::Creating | Phase::Deleting => {
                 self.disconnected = true;
                 Vec::new()
             }
-            Phase::Cleaning | Phase::Gone => Vec::new(),
+            Phase::Loading | Phase::Cleaning | Phase::Gone => Vec::new(),
         }
     }
 

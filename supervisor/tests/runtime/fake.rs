@@ -1,0 +1,85 @@
+//! A shim in the test's own process: a ttrpc server that does what it is told, so that tests can see what reaches a shim
+//! and answer anything. Its binary is a shell script.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use davit_model::ErrorCode;
+use davit_proto::containerd::task::v3 as wire;
+use davit_proto::containerd::ttrpc::Request;
+use davit_shim_protocol::frame::RpcError;
+use davit_shim_protocol::server::{self, Handler};
+use prost::Message;
+use tokio::net::UnixListener;
+
+/// What a method is to answer.
+pub type Answer = Result<Vec<u8>, RpcError>;
+
+#[derive(Default)]
+pub struct FakeShim {
+    /// By method; others answer with an empty message.
+    pub answers: Mutex<BTreeMap<&'static str, Answer>>,
+    /// The methods that never answer.
+    pub hangs: Mutex<Vec<&'static str>>,
+    /// The services that are known; empty for all.
+    pub services: Vec<&'static str>,
+    /// Every call that came.
+    pub calls: Mutex<Vec<Request>>,
+}
+
+impl Handler for FakeShim {
+    async fn call(&self, request: Request) -> Answer {
+        self.calls.lock().unwrap().push(request.clone());
+        if !self.services.is_empty() && !self.services.contains(&request.service.as_str()) {
+            return Err(RpcError::new(ErrorCode::Unimplemented, format!("service {}", request.service)));
+        }
+        if self.hangs.lock().unwrap().iter().any(|method| *method == request.method) {
+            std::future::pending::<()>().await;
+        }
+        let answers = self.answers.lock().unwrap();
+        answers.get(request.method.as_str()).cloned().unwrap_or_else(|| Ok(Vec::new()))
+    }
+}
+
+impl FakeShim {
+    /// One that creates containers with a process of number 77.
+    pub fn new() -> FakeShim {
+        let shim = FakeShim::default();
+        shim.answer("Create", Ok(wire::CreateTaskResponse { pid: 77 }.encode_to_vec()));
+        shim.answer("Delete", Ok(wire::DeleteResponse { pid: 77, ..Default::default() }.encode_to_vec()));
+        shim
+    }
+
+    pub fn answer(&self, method: &'static str, answer: Answer) {
+        self.answers.lock().unwrap().insert(method, answer);
+    }
+
+    /// The methods that were called, with their services.
+    pub fn called(&self) -> Vec<(String, String)> {
+        let calls = self.calls.lock().unwrap();
+        calls.iter().map(|call| (call.service.clone(), call.method.clone())).collect()
+    }
+}
+
+/// Serves until the handle is aborted.
+pub fn serve(path: &Path, shim: Arc<FakeShim>) -> tokio::task::JoinHandle<()> {
+    let listener = UnixListener::bind(path).unwrap();
+    tokio::spawn(server::serve(listener, nix::unistd::geteuid(), shim))
+}
+
+/// A script that passes for a shim's binary. It keeps its arguments and its input in files beside itself, for each
+/// action.
+pub fn script(folder: &Path, body: &str) -> PathBuf {
+    let path = folder.join("containerd-shim-fake-v1");
+    let text = format!(
+        "#!/bin/sh\nfor action; do :; done\necho \"$@\" > {0}/$action.arguments\nenv > {0}/$action.environment\n\
+         pwd > {0}/$action.folder\n{body}\n",
+        folder.display()
+    );
+    fs::write(&path, text).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}

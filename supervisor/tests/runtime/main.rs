@@ -1,0 +1,9 @@
+//! The runtime with real shims and containers, and with shims that misbehave. One binary, so that its helpers are built
+//! once.
+#![allow(clippy::unwrap_used, unreachable_pub)] // helpers of tests, too, fail by panicking
+
+mod fake;
+mod life;
+mod restart;
+mod start;
+mod world;
