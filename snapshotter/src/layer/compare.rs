@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use davit_sys::fs::{get_xattr, get_xattr_at};
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, openat, readlinkat};
+use nix::fcntl::{AtFlags, openat, readlinkat};
 use nix::libc;
 use nix::sys::stat::{FileStat, Mode, fstatat};
 
@@ -20,7 +20,7 @@ use super::extract::is_folder;
 use super::name;
 use super::root::FOLDER;
 use super::whiteout::{is_whiteout, names};
-use super::writer::{CAPABILITY, LayerWriter};
+use super::writer::{CAPABILITY, LayerWriter, OPEN_FILE};
 
 /// The longest path that is walked down to. Nothing longer can be named in one system call, nor be in a layer; and
 /// it bounds the depth of the walk.
@@ -190,8 +190,7 @@ impl<W: Write> Walk<'_, '_, W> {
     fn has_same_content(&self, lower: &OwnedFd, upper: &OwnedFd, base: &[u8]) -> Result<bool, Error> {
         const BUFFER_SIZE: usize = 64 * 1024;
         let open = |folder: &OwnedFd| {
-            let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-            openat(folder, base, flags, Mode::empty())
+            openat(folder, base, OPEN_FILE, Mode::empty())
                 .map(File::from)
                 .map_err(|errno| Error::file("open", &self.path, errno))
         };

@@ -323,9 +323,6 @@ impl Extractor {
     /// hard link is a name of.
     fn set_metadata_at(&mut self, entry: &Entry, Place { parent, name }: &Place) -> Result<(), Error> {
         let error = |operation: &str, errno| Error::file(operation, name.path(), errno);
-        let owner = (Some(Uid::from_raw(entry.uid)), Some(Gid::from_raw(entry.gid)));
-        fchownat(&**parent, name.base(), owner.0, owner.1, AtFlags::AT_SYMLINK_NOFOLLOW)
-            .map_err(|errno| error("set owner of", errno))?;
         let fd = openat(
             &**parent,
             name.base(),
@@ -334,12 +331,20 @@ impl Extractor {
         )
         .map_err(|errno| error("open", errno))?;
         let stat = fstat(&fd).map_err(|errno| error("stat", errno))?;
-        let is_file = stat.st_mode & libc::S_IFMT == libc::S_IFREG;
+        let kind = stat.st_mode & libc::S_IFMT;
+        // A new hard link mostly has the right owner, and setting it would drop the capabilities of the file.
+        let other_owner = stat.st_uid != entry.uid || stat.st_gid != entry.gid;
+        if other_owner {
+            let (uid, gid) = (Some(Uid::from_raw(entry.uid)), Some(Gid::from_raw(entry.gid)));
+            fchownat(&**parent, name.base(), uid, gid, AtFlags::AT_SYMLINK_NOFOLLOW)
+                .map_err(|errno| error("set owner of", errno))?;
+        }
         let set = |attribute: &std::ffi::CStr, value: &[u8]| {
             set_xattr_at(parent.as_fd(), name.base(), attribute, value)
         };
-        self.set_attributes(entry, name.path(), set, is_file)?;
-        if stat.st_mode & libc::S_IFMT != libc::S_IFLNK {
+        self.set_attributes(entry, name.path(), set, kind == libc::S_IFREG)?;
+        let other_mode = other_owner || !entry.xattrs.is_empty() || stat.st_mode & 0o7777 != entry.mode;
+        if kind != libc::S_IFLNK && other_mode {
             chmod_path_fd(fd.as_fd(), Mode::from_bits_truncate(entry.mode))
                 .map_err(|errno| error("set mode of", errno))?;
         }

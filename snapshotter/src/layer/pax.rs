@@ -202,7 +202,7 @@ mod tests {
         let bad: [&[u8]; 9] = [
             b"0 path=a\n",
             b"8 path=a\n",
-            b"10 path=a\n",
+            b"11 path=a\n",
             b"9 path-a\n",
             b"4 =\n",
             b"path=a\n",

@@ -147,13 +147,20 @@ impl<'a, W: Write> LayerWriter<'a, W> {
 
     fn link(&mut self, path: &[u8], first: &[u8], stat: &FileStat) -> Result<(), Error> {
         self.parents(path)?;
-        self.header(&Fields { name: path, kind: EntryType::Link, link: first, ..self.fields(stat) })
+        // containerd sets the owner of a link anew, which drops the capabilities of its file; so they come again.
+        let mut capability = None;
+        if stat.st_mode & libc::S_IFMT == libc::S_IFREG {
+            capability = open_in_root(self.root.as_fd(), path, OPEN_FILE)
+                .and_then(|file| get_xattr(file.as_fd(), CAPABILITY))
+                .map_err(|errno| Error::file("read xattr security.capability of", path, errno))?;
+        }
+        let fields = self.fields(stat);
+        self.header(&Fields { name: path, kind: EntryType::Link, link: first, capability, ..fields })
     }
 
     fn file(&mut self, parent: &OwnedFd, base: &[u8], path: &[u8]) -> Result<(), Error> {
-        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-        let file =
-            openat(parent, base, flags, Mode::empty()).map_err(|errno| Error::file("open", path, errno))?;
+        let file = openat(parent, base, OPEN_FILE, Mode::empty())
+            .map_err(|errno| Error::file("open", path, errno))?;
         let stat = fstat(&file).map_err(|errno| Error::file("stat", path, errno))?;
         if stat.st_mode & libc::S_IFMT != libc::S_IFREG {
             return Err(Error::Changed { path: super::error::text(path) });
@@ -289,6 +296,10 @@ impl<'a, W: Write> LayerWriter<'a, W> {
         self.out.write_all(data).map_err(|source| Error::Write { source })
     }
 }
+
+/// How a file is opened that may have become something else: nothing is followed, and a FIFO does not block.
+pub(super) const OPEN_FILE: OFlag =
+    OFlag::O_RDONLY.union(OFlag::O_NOFOLLOW).union(OFlag::O_NONBLOCK).union(OFlag::O_CLOEXEC);
 
 /// The only extended attribute that goes into layers, as in containerd: others belong to the host.
 pub(super) const CAPABILITY: &std::ffi::CStr = c"security.capability";

@@ -49,6 +49,7 @@ fn furnish(root: &Path, with_xattrs: bool) {
         // cap_net_bind_service and cap_setpcap, whose bits make a newline.
         let capability = [1, 0, 0, 2, 10, 10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
         set_xattr(file.as_fd(), c"security.capability", &capability).unwrap();
+        fs::hard_link(root.join("a/b/large"), root.join("a/same-large")).unwrap();
         set_xattr(File::open(root.join("a/b")).unwrap().as_fd(), c"user.folder", b"1").unwrap();
     }
     for (index, path) in ["a/b/large", "a/suid", "a/b/c", "a/b", "a"].iter().enumerate() {

@@ -465,12 +465,11 @@ fn attributes_of_the_host_and_of_overlayfs_are_left_out() {
 #[test]
 fn a_tree_deeper_than_any_path_can_be_removed_again() {
     // Folders within folders by way of symlinks: far deeper than a path can be long, and than a stack.
-    let step = "d/".repeat(500);
+    let step = "d/".repeat(400);
     let mut archive = Archive::new().folder("top").symlink("s0", "top");
-    for level in 0..20 {
+    for level in 0..6 {
         let name = format!("s{level}/{step}");
         archive = archive.entry(&name, b'5', "", b"", &Meta::mode(0o755));
-        // The link itself stays short: it is put at the top by a hard link.
         let link = format!("s{}", level + 1);
         let target = format!("s{level}/{}", step.trim_end_matches('/'));
         archive = archive.symlink(&link, &target);

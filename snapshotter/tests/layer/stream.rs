@@ -100,7 +100,7 @@ fn a_truncated_stream_is_an_error_wherever_it_ends() {
         let link = plain.windows(6).position(|window| window == b"d/link").unwrap();
         vec![0, numbers, link, link + 512, link + 1536, link + 2048]
     };
-    for length in (0..plain.len() - 1024).step_by(61) {
+    for length in (0..plain.len() - 1024).step_by(1021) {
         if headers.contains(&length) {
             continue;
         }
@@ -109,7 +109,7 @@ fn a_truncated_stream_is_an_error_wherever_it_ends() {
         assert!(matches!(error, Error::Truncated | Error::Archive { .. }), "{length}: {error:?}");
     }
     for packed in [gzip(&plain), zstd(&plain)] {
-        for length in (4..packed.len()).step_by(97).chain([packed.len() - 1, packed.len() - 8]) {
+        for length in (4..packed.len()).step_by(487).chain([packed.len() - 1, packed.len() - 8]) {
             let (_root, result) = apply_here(&packed[..length]);
             let error = result.expect_err(&format!("{length} of {}", packed.len()));
             assert!(matches!(error, Error::Truncated), "{length}: {error:?}");
@@ -123,7 +123,7 @@ fn a_truncated_stream_is_an_error_wherever_it_ends() {
 fn a_damaged_stream_is_an_error_wherever_it_is_hurt() {
     let packed = gzip(&sample());
     // Not in the ten bytes of gzip's header, whose time and system do not matter.
-    for index in (10..packed.len()).step_by(101).chain([packed.len() - 5, packed.len() - 1]) {
+    for index in (10..packed.len()).step_by(509).chain([packed.len() - 5, packed.len() - 1]) {
         let mut hurt = packed.clone();
         hurt[index] ^= 0x55;
         let (_root, result) = apply_here(&hurt);

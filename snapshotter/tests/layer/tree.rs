@@ -91,7 +91,7 @@ pub(crate) fn assert_same(what: &str, left: &Listing, right: &Listing) {
 
 /// A folder on a filesystem that overlayfs can use and that has extended attributes.
 pub(crate) fn scratch() -> tempfile::TempDir {
-    tempfile::Builder::new().prefix("davit-layer-test-").tempdir_in("/var/tmp").unwrap()
+    tempfile::Builder::new().prefix("davit-test-layer-").tempdir_in("/var/tmp").unwrap()
 }
 
 /// True when this process can mount and make devices; says so when not.
@@ -189,5 +189,7 @@ impl Drop for Unmount {
 /// The mount points of this process's namespace that a layer could have left.
 pub(crate) fn layer_mounts() -> Vec<String> {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    table.lines().filter(|line| line.contains("davit-layer")).map(str::to_owned).collect()
+    let place = std::env::temp_dir().join("davit-layer-").display().to_string();
+    let mount_points = table.lines().filter_map(|line| line.split(' ').nth(4));
+    mount_points.filter(|point| point.starts_with(&place)).map(str::to_owned).collect()
 }
