@@ -215,7 +215,7 @@ fn nothing_is_lost_in_a_power_cut() {
     let (image, copy) = (folder.path().join("image"), folder.path().join("copy"));
     let mount_point = folder.path().join("mounted");
     std::fs::create_dir(&mount_point).unwrap();
-    std::fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
+    std::fs::File::create(&image).unwrap().set_len(256 << 20).unwrap();
     run("mkfs.ext4", &["-q".as_ref(), "-F".as_ref(), image.as_ref()]);
 
     let rounds = rounds("DAVIT_POWER_ROUNDS", 20);
