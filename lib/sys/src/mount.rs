@@ -414,7 +414,14 @@ impl Job<'_> {
                 None => self.set(fs, option, None)?,
             }
         }
-        calls::fsconfig_create(fs).map_err(|errno| self.refused(fs, "fsconfig (create)", None, errno))?;
+        calls::fsconfig_create(fs).map_err(|errno| {
+            match self.refused(fs, "fsconfig (create)", None, errno) {
+                // A filesystem without its own port to this API (overlayfs before Linux 6.5) reads its options only
+                // now, knows no `lowerdir+`, and has no words for it.
+                Failure::Refused(Error::Syscall { log: None, source: Errno::EINVAL, .. }) => Failure::Missing,
+                failure => failure,
+            }
+        })?;
         calls::fsmount(fs, self.options.attributes()).map_err(self.failure("fsmount"))
     }
 
@@ -426,8 +433,11 @@ impl Job<'_> {
         calls::fsconfig_set(fs, &self.text(key)?, value_text.as_deref()).map_err(|errno| {
             let option = value.map_or_else(|| key.to_owned(), |value| format!("{key}={value}"));
             match self.refused(fs, "fsconfig", Some(option), errno) {
+                // The second is what a filesystem without its own port to this API gets for what it could take in
+                // the one string of mount(2).
                 Failure::Refused(Error::Syscall { log: Some(log), .. })
-                    if key == "lowerdir+" && log.contains("Unknown parameter") =>
+                    if key == "lowerdir+" && log.contains("Unknown parameter")
+                        || log.contains("VFS: Legacy:") =>
                 {
                     Failure::Missing
                 }

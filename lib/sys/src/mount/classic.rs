@@ -98,7 +98,7 @@ fn mount_on(job: &Job<'_>, point: &OwnedFd, data: &[String]) -> Result<(), Error
     if text.len() >= page {
         return Err(Error::Option {
             mount: job.describe(),
-            option: text.chars().take(80).collect(),
+            option: start_of(&text),
             reason: "all options together exceed the page that mount(2) takes",
         });
     }
@@ -109,7 +109,19 @@ fn mount_on(job: &Job<'_>, point: &OwnedFd, data: &[String]) -> Result<(), Error
         None => call(),
         Some(directory) => in_directory(directory, call),
     };
-    result.map_err(|errno| job.error("mount", errno))
+    // Which of the options it is about, this call does not say.
+    result.map_err(|source| Error::Syscall {
+        mount: job.describe(),
+        syscall: "mount",
+        option: (!text.is_empty()).then(|| start_of(&text)),
+        log: None,
+        source,
+    })
+}
+
+/// As much of the options as fits an error.
+fn start_of(text: &str) -> String {
+    text.chars().take(256).collect()
 }
 
 /// Runs `call` in a thread with a working directory of its own: that of this process belongs to all its threads.

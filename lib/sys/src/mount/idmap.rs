@@ -114,4 +114,26 @@ mod tests {
         assert_ne!(own, other);
         assert_eq!(user_namespace("0:0:1", "x").unwrap_err(), Failure::Syntax);
     }
+
+    #[test]
+    fn threads_that_make_namespaces_at_once_do_not_wait_for_each_other() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: needs root");
+            return;
+        }
+        let (done, finished) = std::sync::mpsc::channel();
+        for _ in 0..4 {
+            let done = done.clone();
+            // Not scoped: threads that hang must fail the test, not hold it up.
+            std::thread::spawn(move || {
+                for _ in 0..1500 {
+                    user_namespace("0:100000:65536", "0:100000:65536").unwrap();
+                }
+                done.send(()).unwrap();
+            });
+        }
+        for _ in 0..4 {
+            finished.recv_timeout(std::time::Duration::from_secs(8)).expect("no thread hangs");
+        }
+    }
 }
