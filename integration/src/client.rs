@@ -140,9 +140,10 @@ impl Client {
         let wait = WaitRequest { container_id: id.into(), ..Default::default() };
         let status = self.tasks.wait(wait).await?.into_inner().exit_status;
         self.tasks.delete(DeleteTaskRequest { container_id: id.into() }).await?;
-        self.containers.delete(DeleteContainerRequest { id: id.into() }).await?;
+        // The snapshot first, as every client does: without its container it is garbage and may be gone at any moment.
         let remove = RemoveSnapshotRequest { snapshotter: "overlayfs".into(), key: id.into() };
         self.snapshots.remove(remove).await?;
+        self.containers.delete(DeleteContainerRequest { id: id.into() }).await?;
         Ok(status)
     }
 

@@ -115,7 +115,7 @@ fn subscribe(address: PathBuf) -> mpsc::Receiver<TaskExit> {
     tokio::spawn(async move {
         let mut stream = loop {
             if let Ok(channel) = connect(&address).await {
-                let filters = vec!["topic==/tasks/exit".to_owned()];
+                let filters = vec!["topic==\"/tasks/exit\"".to_owned()];
                 if let Ok(stream) = EventsClient::new(channel).subscribe(SubscribeRequest { filters }).await {
                     break stream.into_inner();
                 }

@@ -305,12 +305,14 @@ fn content(ctr: &Ctr, blob: &Path) -> Result<()> {
     std::fs::write(blob, b"some content")?;
     let digest = image::digest(b"some content");
     let file = || std::fs::File::open(blob);
-    let mut ingest =
-        ctr.words(&format!("content ingest --expected-digest {digest} --expected-size 12 ref-1"));
-    ensure!(ingest.stdin(file()?).status()?.success());
+    // A blob that nothing refers to may be collected at any moment, so also before the label that keeps it.
+    wait::until("a blob is kept by its label", || {
+        let line = format!("content ingest --expected-digest {digest} --expected-size 12 ref-1");
+        ctr.words(&line).stdin(file().ok()?).output().ok()?;
+        ctr.run(&format!("content label {digest} containerd.io/gc.root=now k=v")).ok()
+    })?;
     ensure!(ctr.run(&format!("content get {digest}"))? == "some content");
     ensure!(ctr.run("content ls")?.contains(&digest));
-    ctr.run(&format!("content label {digest} k=v"))?;
     ensure!(ctr.run("content ls labels.k==v")?.contains(&digest));
     let wrong = image::digest(b"other content");
     let mut ingest = ctr.words(&format!("content ingest --expected-digest {wrong} ref-2"));

@@ -77,7 +77,7 @@ pub struct Metadata {
 pub enum Engine {
     /// sled 0.34.
     Sled,
-    /// redb.
+    /// redb, the default: `ARCHITECTURE.md` has the figures that decided.
     Redb,
 }
 
@@ -87,7 +87,7 @@ pub enum Engine {
 pub struct Runtime {
     /// The shim that answers to `io.containerd.runc.v2` and `io.containerd.davit.v2`; empty for our own.
     pub shim: PathBuf,
-    /// The folder under which shims make their sockets (`s/<hash>`); containerd's own tools look in the default.
+    /// The folder of the shims' sockets; containerd's own tools look in the default.
     pub socket_dir: PathBuf,
 }
 
@@ -125,13 +125,13 @@ impl Default for Log {
 
 impl Default for Metadata {
     fn default() -> Self {
-        Metadata { engine: Engine::Sled }
+        Metadata { engine: Engine::Redb }
     }
 }
 
 impl Default for Runtime {
     fn default() -> Self {
-        Runtime { shim: PathBuf::new(), socket_dir: PathBuf::from("/run/containerd") }
+        Runtime { shim: PathBuf::new(), socket_dir: PathBuf::from("/run/containerd/s") }
     }
 }
 
