@@ -21,6 +21,8 @@ use crate::error::{Error, Result};
 const MAX_ENTRIES: usize = 100_000;
 /// The most bytes of a name in an archive.
 const MAX_NAME: usize = 4096;
+/// The most characters of a reason that may quote the archive.
+const MAX_REASON: usize = 200;
 /// How many links may lead from one to the next.
 const MAX_LINKS: usize = 16;
 
@@ -96,7 +98,12 @@ pub(crate) fn read(reader: impl Read, sink: &mut Sink<'_>) -> Result<Contents> {
     let mut archive = tar::Archive::new(reader);
     let mut contents = Contents::default();
     for (count, entry) in archive.entries().map_err(read_error)?.enumerate() {
-        let mut entry = entry.map_err(read_error)?;
+        let mut entry = match entry {
+            Ok(entry) => entry,
+            // What the parser says of a file that is something else altogether helps nobody.
+            Err(_) if count == 0 => return Err(Error::Archive { reason: "it is not a tar".to_owned() }),
+            Err(error) => return Err(read_error(error)),
+        };
         if count >= MAX_ENTRIES {
             return Err(Error::Archive { reason: format!("it has more than {MAX_ENTRIES} entries") });
         }
@@ -302,7 +309,9 @@ fn read_document(name: &str, size: u64, reader: &mut dyn Read) -> Result<Vec<u8>
 
 /// Reading the archive failed: its own bytes are wrong, or the file or pipe cannot be read.
 pub(crate) fn read_error(source: io::Error) -> Error {
-    Error::Archive { reason: source.to_string() }
+    let text = source.to_string();
+    let clean: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_REASON).collect();
+    Error::Archive { reason: clean }
 }
 
 /// A name without `.`, `..`, doubled and leading slashes, relative to `folder`: a key, never a path.

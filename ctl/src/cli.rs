@@ -22,8 +22,7 @@ Examples:
 
 /// Containers from the command line: a client of davitd, and of any daemon that speaks containerd's API.
 #[derive(Debug, Parser)]
-#[command(name = "davit", version, after_help = EXAMPLES, max_term_width = 110, subcommand_required = true)]
-#[command(arg_required_else_help = true, disable_help_subcommand = true, infer_long_args = false)]
+#[command(name = "davit", version, after_help = EXAMPLES, max_term_width = 110, disable_help_subcommand = true)]
 pub(crate) struct Cli {
     #[command(flatten)]
     global: Global,
@@ -35,11 +34,18 @@ pub(crate) struct Cli {
 #[derive(Debug, clap::Args)]
 pub(crate) struct Global {
     /// The daemon's socket
-    #[arg(short, long, env = "DAVIT_ADDRESS", value_name = "PATH")]
+    #[arg(short, long, env = "DAVIT_ADDRESS", hide_env_values = true, value_name = "PATH")]
     #[arg(default_value = "/run/davit/davit.sock")]
     address: String,
     /// The namespace that images and containers are in
-    #[arg(short, long, env = "DAVIT_NAMESPACE", value_name = "NAME", default_value = "default")]
+    #[arg(
+        short,
+        long,
+        env = "DAVIT_NAMESPACE",
+        hide_env_values = true,
+        value_name = "NAME",
+        default_value = "default"
+    )]
     namespace: String,
 }
 
@@ -48,6 +54,7 @@ enum Command {
     /// Create and start a container
     Run(commands::run::Options),
     /// Create a container without starting it
+    #[command(override_usage = "davit create [OPTIONS] IMAGE [COMMAND] [ARGUMENT...]")]
     Create(commands::create::CreateOptions),
     /// Start containers that were created or have exited
     Start(commands::start::Options),
@@ -105,6 +112,9 @@ fn parse_from(line: impl Iterator<Item = OsString>) -> std::result::Result<Cli, 
     match switches_with_values(Cli::command()).try_get_matches_from(&line) {
         Ok(matches) => Cli::from_arg_matches(&matches),
         Err(error) if error.kind() == ErrorKind::DisplayHelp => Cli::try_parse_from(&line),
+        Err(error) if error.kind() == ErrorKind::MissingSubcommand => {
+            Cli::try_parse_from(["davit", "--help"])
+        }
         Err(error) => Err(error),
     }
 }

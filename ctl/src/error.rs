@@ -28,8 +28,8 @@ pub(crate) enum Error {
     #[error("cannot {action}: {}", status.message())]
     Call { action: String, status: Status },
     /// The OCI runtime could not start the command. Its text is all that tells the cases apart.
-    #[error("cannot start the container: {}", status.message())]
-    Start { status: Status },
+    #[error("cannot start the {what}: {}", status.message())]
+    Start { what: &'static str, status: Status },
     #[error("no such container: {given}")]
     NoContainer { given: String },
     #[error("{given:?} matches several containers: {}", matches.join(", "))]
@@ -118,11 +118,11 @@ impl Error {
 
     /// The exit code; `failure` is the command's own for what is not about starting a process.
     pub(crate) fn exit_code(&self, failure: u8) -> u8 {
-        let Error::Start { status } = self else { return failure };
+        let Error::Start { status, .. } = self else { return failure };
         let text = status.message().to_lowercase();
         // The texts of runc and crun. A missing file that is not the command itself, such as the source of a mount,
         // has the same words; those come with "mount" before them.
-        if text.contains("mount") {
+        if text.contains("mount") || text.contains("console copy") || Error::names_no_runtime(&text) {
             EXIT_FAILURE
         } else if text.contains("permission denied")
             || text.contains("is a directory")
@@ -134,6 +134,12 @@ impl Error {
         } else {
             EXIT_FAILURE
         }
+    }
+
+    /// Whether what was not found is the OCI runtime itself. It is reported with the same words, but nothing of the
+    /// runtime's own comes before them; containerd has then looked in vain for the log that a runtime writes.
+    fn names_no_runtime(text: &str) -> bool {
+        text.contains("unable to retrieve oci runtime error") || text.contains("create failed: exec: \"")
     }
 
     /// What to do about it, if there is something.
@@ -156,6 +162,12 @@ impl Error {
                 Code::Unimplemented => Some("this daemon does not support it".to_owned()),
                 _ => None,
             },
+            Error::Start { status, .. } if Error::names_no_runtime(&status.message().to_lowercase()) => {
+                Some("install the OCI runtime, or name another with --runtime".to_owned())
+            }
+            Error::Start { status, .. } if status.message().contains("console copy") => Some(
+                "this daemon cannot log what a terminal shows: leave out -t or -d, or use davitd".to_owned(),
+            ),
             Error::Start { .. } => match self.exit_code(EXIT_FAILURE) {
                 EXIT_NOT_FOUND => Some("the image has no such command, or not in its PATH".to_owned()),
                 EXIT_CANNOT_INVOKE => {
@@ -239,7 +251,7 @@ mod tests {
     use super::*;
 
     fn start(message: &str) -> u8 {
-        Error::Start { status: Status::unknown(message) }.exit_code(EXIT_FAILURE)
+        Error::Start { what: "container", status: Status::unknown(message) }.exit_code(EXIT_FAILURE)
     }
 
     #[test]
@@ -252,6 +264,10 @@ mod tests {
         assert_eq!(start("exec: \"/etc\": permission denied: unknown"), 126);
         assert_eq!(start("exec /etc/passwd: exec format error"), 126);
         assert_eq!(start("error mounting \"/none\" to rootfs: no such file or directory"), 125);
+        let no_runtime = "unable to retrieve OCI runtime error (open log.json: no such file or directory): exec: \"x\": \
+                          executable file not found in $PATH: unknown";
+        assert_eq!(start(no_runtime), 125);
+        assert_eq!(start("OCI runtime create failed: exec: \"x\": executable file not found in $PATH"), 125);
         assert_eq!(start("no cgroup"), 125);
         assert_eq!(Error::NoContainer { given: "x".to_owned() }.exit_code(1), 1);
     }

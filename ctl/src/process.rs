@@ -1,11 +1,10 @@
 //! A process in the foreground: its streams joined to ours, its exit awaited, signals and the window's size passed on.
 //!
 //! ```text
-//! Streams::open ──► (the task or exec is created and started) ──► Attached::supervise ──► exit
-//!                                                                   │  stdin at its end → CloseIO
-//!                                                                   │  SIGWINCH → ResizePty
-//!                                                                   │  signals → Kill, or the end of the client
-//!                                                                   └► Streams::drain: until the last byte
+//! open ──► engage ──► (the task or exec is created and started) ──► supervise ──► exit ──► drain
+//!          raw mode,                                                 │  stdin at its end → CloseIO
+//!          signals caught                                            │  SIGWINCH → ResizePty
+//!                                                                    │  signals → Kill, or the end of the client
 //! ```
 
 use std::io::IsTerminal;
@@ -44,6 +43,8 @@ pub(crate) struct Streams {
     pub(crate) terminal: bool,
     input: Option<std::fs::File>,
     outputs: Vec<oneshot::Receiver<()>>,
+    raw: Option<RawMode>,
+    signals: Option<Signals>,
     _folder: FifoDir,
 }
 
@@ -102,7 +103,22 @@ impl Streams {
             input = Some(fifo::open_writer(&path)?);
             stdin = text(&path);
         }
-        Ok(Streams { stdin, stdout: text(&stdout), stderr, terminal, input, outputs, _folder: folder })
+        let stdout = text(&stdout);
+        let (raw, signals) = (None, None);
+        Ok(Streams { stdin, stdout, stderr, terminal, input, outputs, raw, signals, _folder: folder })
+    }
+
+    /// From here on the terminal is the process', and signals wait for [`Streams::supervise`]: what is started after
+    /// this cannot be left behind by an interrupt. Comes before the start, or the first output would be garbled.
+    ///
+    /// # Errors
+    /// When the terminal cannot be set up.
+    pub(crate) fn engage(&mut self) -> Result<()> {
+        self.signals = Some(Signals::listen(self.terminal)?);
+        if self.terminal && self.input.is_some() {
+            self.raw = RawMode::enter()?;
+        }
+        Ok(())
     }
 
     /// Waits until all output is written.
@@ -116,17 +132,20 @@ impl Streams {
         let _ = tokio::time::timeout(DRAIN_TIMEOUT, all).await;
     }
 
-    /// Joins the user's terminal or streams to the started process until it exits.
+    /// Joins the user's terminal or streams to the started process until it exits, and gives the terminal back.
     ///
     /// # Errors
-    /// When the terminal cannot be set up, or the daemon does not know the process.
+    /// When the daemon does not know the process.
     pub(crate) async fn supervise(&mut self, client: &Client, process: &ProcessId) -> Result<Ended> {
-        let raw = if self.terminal && self.input.is_some() { RawMode::enter()? } else { None };
+        if self.signals.is_none() {
+            self.engage()?;
+        }
+        let raw = self.raw.take();
+        let mut signals = self.signals.take().expect("it was engaged");
         if self.terminal {
             resize(client, process).await;
         }
         let mut input_end = self.input.take().map(fifo::copy_in);
-        let mut signals = Signals::listen(self.terminal)?;
         let mut interrupts = 0;
         let exit = wait(client, process);
         tokio::pin!(exit);

@@ -96,11 +96,11 @@ pub(crate) async fn create_and_start(
         options: container.runtime.as_ref().and_then(|runtime| runtime.options.clone()),
         ..api::CreateTaskRequest::default()
     };
-    client.tasks().create(request).await.map_err(|status| Error::Start { status })?;
+    client.tasks().create(request).await.map_err(|status| Error::Start { what: "container", status })?;
     let request = api::StartRequest { container_id: container.id.clone(), exec_id: String::new() };
     if let Err(status) = client.tasks().start(request).await {
         let _ = delete(client, &container.id).await;
-        return Err(Error::Start { status });
+        return Err(Error::Start { what: "container", status });
     }
     Ok(())
 }

@@ -29,8 +29,9 @@ struct Upload {
     reference: String,
 }
 
-/// Uploads what `reader` yields and returns its digest, which must be `expected` if that is given. A blob that is
-/// there already is not sent again; the reader is then left where it was.
+/// Uploads what `reader` yields, `size` bytes or, if that is 0, as many as come, and returns their digest, which must
+/// be `expected` if that is given. A blob that is there already is not sent again, and `None` returned; the reader is
+/// then left where it was.
 ///
 /// # Errors
 /// Those of the reader, wrapped by `read_error`, and those of the call, which include a digest or a size that differs.
@@ -51,7 +52,8 @@ pub(crate) async fn upload(
         expected: expected.clone(),
         ..WriteContentRequest::default()
     };
-    let error = |status| Error::Call { action: format!("upload {reference}"), status };
+    let what = if expected.is_empty() { "a blob".to_owned() } else { expected.clone() };
+    let error = |status| Error::Call { action: format!("store {what}"), status };
     let mut upload = match open(client, reference, first).await {
         Ok(upload) => upload,
         Err(status) if status.code() == Code::AlreadyExists => return Ok(None),
@@ -72,6 +74,9 @@ pub(crate) async fn upload(
         };
         offset += i64::try_from(count).expect("a chunk is small");
         upload.send(request, offset).await.map_err(error)?;
+    }
+    if size > 0 && offset != total {
+        return Err(Error::Archive { reason: format!("it ends within {what}") });
     }
     let commit = WriteContentRequest {
         action: WriteAction::Commit.into(),

@@ -136,13 +136,21 @@ pub(crate) struct CreateOptions {
     #[arg(long, value_name = "NAME", default_value = DEFAULT_RUNTIME)]
     runtime: String,
     /// The snapshotter of the root filesystem
-    #[arg(long, value_name = "NAME", env = "DAVIT_SNAPSHOTTER", default_value = "overlayfs")]
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "DAVIT_SNAPSHOTTER",
+        hide_env_values = true,
+        default_value = "overlayfs"
+    )]
     snapshotter: String,
     /// Signal that asks the container to stop (default: the image's, or SIGTERM)
     #[arg(long, value_name = "SIGNAL")]
     stop_signal: Option<String>,
+    #[command(flatten)]
+    later: spec_options::NotYet,
     /// The image, and the command to run in place of its own
-    #[arg(required = true, trailing_var_arg = true, value_name = "IMAGE [COMMAND] [ARGUMENT]")]
+    #[arg(required = true, trailing_var_arg = true, hide = true, value_name = "IMAGE")]
     pub(crate) image_and_args: Vec<String>,
 }
 
@@ -168,6 +176,7 @@ pub(crate) async fn run(client: &Client, options: CreateOptions, out: &mut dyn W
 pub(crate) async fn create(client: &Client, options: &CreateOptions, logged: bool) -> Result<Created> {
     let (given, args) = options.image_and_args.split_first().expect("the parser wants at least one");
     // What can be refused without the daemon is refused first.
+    options.later.refuse()?;
     let mut spec_options = spec_options::resolve(options, args)?;
     let stop_signal = options.stop_signal.as_deref();
     if let Some(text) = stop_signal {

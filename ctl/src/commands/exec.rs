@@ -19,6 +19,7 @@ use crate::{task, terminal};
 
 /// Options of `davit exec`.
 #[derive(Debug, clap::Args)]
+#[command(override_usage = "davit exec [OPTIONS] CONTAINER COMMAND [ARGUMENT...]")]
 #[command(after_help = "Examples:\n  davit exec web ps\n  davit exec -it -u root web sh")]
 pub(crate) struct Options {
     /// Run in the background; the output is dropped
@@ -46,7 +47,7 @@ pub(crate) struct Options {
     #[arg(long)]
     privileged: bool,
     /// The container, by name or id, and the command
-    #[arg(required = true, num_args = 2.., trailing_var_arg = true, value_name = "CONTAINER COMMAND [ARGUMENT]")]
+    #[arg(required = true, trailing_var_arg = true, hide = true, value_name = "CONTAINER COMMAND")]
     pub(crate) container_and_args: Vec<String>,
 }
 
@@ -69,6 +70,7 @@ pub(crate) async fn run(client: &Client, options: Options) -> Result<u8> {
         return start(client, request).await.map(|()| 0);
     }
     let mut streams = Streams::open(options.interactive, options.tty)?;
+    streams.engage()?;
     start(client, request(&container.id, &exec_id, &process, Some(&streams))).await?;
     let id = ProcessId { container: container.id.clone(), exec: exec_id.clone() };
     let ended = streams.supervise(client, &id).await?;
@@ -162,7 +164,7 @@ async fn start(client: &Client, request: ExecProcessRequest) -> Result<()> {
     let request = StartRequest { container_id: container_id.clone(), exec_id: exec_id.clone() };
     if let Err(status) = client.tasks().start(request).await {
         delete(client, &container_id, &exec_id).await;
-        return Err(Error::Start { status });
+        return Err(Error::Start { what: "process", status });
     }
     Ok(())
 }

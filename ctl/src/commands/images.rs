@@ -27,7 +27,13 @@ pub(crate) struct Options {
     #[arg(long)]
     no_trunc: bool,
     /// The snapshotter whose layers are counted
-    #[arg(long, value_name = "NAME", env = "DAVIT_SNAPSHOTTER", default_value = "overlayfs")]
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "DAVIT_SNAPSHOTTER",
+        hide_env_values = true,
+        default_value = "overlayfs"
+    )]
     snapshotter: String,
     /// Only images of this repository, or of this one name
     #[arg(value_name = "REPOSITORY[:TAG]")]

@@ -37,7 +37,13 @@ pub(crate) struct Options {
     #[arg(short, long)]
     quiet: bool,
     /// The snapshotter to unpack into
-    #[arg(long, value_name = "NAME", env = "DAVIT_SNAPSHOTTER", default_value = "overlayfs")]
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "DAVIT_SNAPSHOTTER",
+        hide_env_values = true,
+        default_value = "overlayfs"
+    )]
     snapshotter: String,
     /// The archive, if it is not given with --input
     #[arg(value_name = "FILE", conflicts_with = "input")]
@@ -59,7 +65,13 @@ pub(crate) struct ImportOptions {
     #[arg(short, long)]
     quiet: bool,
     /// The snapshotter to unpack into
-    #[arg(long, value_name = "NAME", env = "DAVIT_SNAPSHOTTER", default_value = "overlayfs")]
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "DAVIT_SNAPSHOTTER",
+        hide_env_values = true,
+        default_value = "overlayfs"
+    )]
     snapshotter: String,
 }
 

@@ -23,7 +23,7 @@ volumes, are not there yet.";
 
 /// Options of `davit run`.
 #[derive(Debug, clap::Args)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES, override_usage = "davit run [OPTIONS] IMAGE [COMMAND] [ARGUMENT...]")]
 pub(crate) struct Options {
     /// Run in the background and print the id; the output goes to a log
     #[arg(short, long)]
@@ -87,6 +87,7 @@ pub(crate) async fn foreground(
     remove: bool,
     is_new: bool,
 ) -> Result<u8> {
+    streams.engage()?;
     if is_new {
         start_new(client, container, rootfs, Some(&streams)).await?;
     } else {

@@ -33,6 +33,56 @@ const RLIMITS: [(&str, &str); 15] = [
     ("stack", "RLIMIT_STACK"),
 ];
 
+/// Options of Docker's that are often used and not there yet: better a sentence than "unexpected argument".
+#[derive(Debug, Clone, clap::Args)]
+pub(super) struct NotYet {
+    #[arg(short, long, hide = true)]
+    publish: Vec<String>,
+    #[arg(short = 'P', long, hide = true)]
+    publish_all: bool,
+    #[arg(long, hide = true, default_value = "no")]
+    restart: String,
+    #[arg(long, hide = true)]
+    mount: Vec<String>,
+    #[arg(long, hide = true)]
+    init: bool,
+    #[arg(long, hide = true)]
+    dns: Vec<String>,
+    #[arg(long, hide = true)]
+    add_host: Vec<String>,
+    #[arg(long, hide = true)]
+    health_cmd: Option<String>,
+    #[arg(long, hide = true, default_value = "missing")]
+    pull: String,
+}
+
+impl NotYet {
+    /// Refuses what was given of them.
+    ///
+    /// # Errors
+    /// [`Error::Usage`], with what to do instead.
+    pub(super) fn refuse(&self) -> Result<()> {
+        let options = [
+            (
+                "--publish",
+                !self.publish.is_empty() || self.publish_all,
+                "use --network=host to be reached from outside",
+            ),
+            ("--restart", self.restart != "no", "let the host's service manager start the container again"),
+            ("--mount", !self.mount.is_empty(), "use -v /HOST:/CONTAINER[:ro] or --tmpfs"),
+            ("--init", self.init, "run an init program of the image's as the command"),
+            ("--dns", !self.dns.is_empty(), "mount a file over /etc/resolv.conf"),
+            ("--add-host", !self.add_host.is_empty(), "mount a file over /etc/hosts"),
+            ("--health-cmd", self.health_cmd.is_some(), "check from outside with `davit exec`"),
+            ("--pull", self.pull == "always", "bring images in with `davit load`"),
+        ];
+        match options.iter().find(|(_, given, _)| *given) {
+            Some((name, _, instead)) => Err(Error::usage(format!("{name} is not supported yet"), *instead)),
+            None => Ok(()),
+        }
+    }
+}
+
 /// What the spec is to have, all but the container's id and namespace.
 ///
 /// # Errors
