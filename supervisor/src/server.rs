@@ -79,14 +79,15 @@ pub async fn run(config: Config) -> Result<()> {
     let api = listen::socket(&grpc.address, 0o660, grpc.uid, grpc.gid)?;
     let reports = listen::socket(&config.ttrpc_address(), 0o600, 0, 0)?;
     let tasks = open_runtime(&config, &hub)?;
-    let listening = tasks.clone();
-    tokio::spawn(async move { listening.serve_events(reports).await });
     let known = metadata.clone();
     let loading = tasks.load(Arc::new(move |namespace, id| {
         // Doubt keeps a container: only a record that is surely missing makes a task an orphan.
         let found = Scope::new(namespace, None).and_then(|scope| known.containers(&scope).get(id));
         !found.is_err_and(|error| error.code() == ErrorCode::NotFound)
     }));
+    // After the tasks are known: what shims report is then told to their owners.
+    let listening = tasks.clone();
+    tokio::spawn(async move { listening.serve_events(reports).await });
     tracing::info!(tasks = loading.tasks(), "found tasks of an earlier daemon");
     tokio::spawn(loading.finished());
 
@@ -99,7 +100,7 @@ pub async fn run(config: Config) -> Result<()> {
         tokio::time::sleep(WINDOW).await;
         hub.close_window();
     });
-    serve(&config, routes, api, stop.clone()).await?;
+    serve(&config, routes, api, &db, stop.clone()).await?;
 
     collector.await.context("the collector panicked")?;
     tokio::task::spawn_blocking(move || db.close()).await?.context("cannot close the metadata")?;
@@ -164,7 +165,7 @@ fn open_runtime(config: &Config, hub: &Hub) -> Result<Tasks> {
         shim_directory,
         default_shim: own(&config.runtime.shim),
         default_runtime_binary: None,
-        socket_directory: own(&config.runtime.socket_dir),
+        socket_directory: own(&config.runtime.socket_dir).map(|folder| folder.join("s")),
         environment: Vec::new(),
         debug: config.log.level.contains("debug"),
         timeouts: runtime::Timeouts::default(),
@@ -174,10 +175,14 @@ fn open_runtime(config: &Config, hub: &Hub) -> Result<Tasks> {
 }
 
 /// Serves the API until a signal comes, then lets the calls under way end.
+///
+/// When the metadata can no longer be written the daemon ends with an error: what supervises it starts it again, with
+/// what is durable, and the containers do not notice.
 async fn serve(
     config: &Config,
     routes: Routes,
     listener: UnixListener,
+    db: &Db,
     stop: CancellationToken,
 ) -> Result<()> {
     let config::Grpc { address, max_concurrent_calls, .. } = &config.grpc;
@@ -194,10 +199,11 @@ async fn serve(
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    // Both arms only wait for a signal, which is kept until it is taken: dropping the other one loses nothing.
+    // Every arm only waits for a state that stays until it is seen: dropping the others loses nothing.
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
+        failure = db.failed() => return Err(failure).context("the metadata can no longer be written"),
     }
     tracing::info!("stopping; containers go on");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);

@@ -15,6 +15,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use tokio::sync::watch;
 use tracing::error;
 
 use crate::engine::{Engine, EngineError, Summary, Write, guarded, read};
@@ -40,6 +41,8 @@ pub(crate) struct Shared {
     visible: Mutex<Index>,
     queue: Mutex<Queue>,
     changed: Condvar,
+    /// True once the engine has failed.
+    failed: watch::Sender<bool>,
 }
 
 struct Queue {
@@ -88,6 +91,7 @@ impl Shared {
             visible: Mutex::new(index),
             queue: Mutex::new(queue),
             changed: Condvar::new(),
+            failed: watch::Sender::new(false),
         }
     }
 
@@ -111,6 +115,14 @@ impl Shared {
             State::Failed(error) => Some(error.clone()),
             State::Open | State::Closed => None,
         }
+    }
+
+    /// Waits for the first failure of the engine; for ever, if it never fails.
+    pub(crate) async fn failed(&self) -> CommitError {
+        let mut failed = self.failed.subscribe();
+        // The sender lives in `self`, so the wait ends with a failure alone.
+        let _ = failed.wait_for(|failed| *failed).await;
+        self.failure().unwrap_or_else(|| CommitError::Closed { path: self.path.clone() })
     }
 
     /// Asks the committer to compare the disk with memory.
@@ -145,6 +157,7 @@ impl Shared {
         queue.state = State::Failed(error.clone());
         let rest = std::mem::take(&mut queue.jobs);
         drop(queue);
+        self.failed.send_replace(true);
         for job in group.into_iter().chain(rest) {
             match job {
                 Job::Change { reply: Some(reply), .. } => reply(Err(error.clone())),

@@ -173,6 +173,12 @@ impl Db {
         self.inner.shared.failure()
     }
 
+    /// Waits until a failure ends all writing: a daemon that cannot keep its promises any more should end and be
+    /// started again. Never returns while all is well.
+    pub async fn failed(&self) -> CommitError {
+        self.inner.shared.failed().await
+    }
+
     /// Makes everything durable and closes the database for all handles. Views stay usable. Blocks.
     ///
     /// # Errors
@@ -490,6 +496,8 @@ mod tests {
                 assert!(matches!(result, Err(CommitError::Failed { .. })));
             }
             assert!(script.groups.try_recv().is_err());
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            assert!(matches!(runtime.block_on(script.db.failed()), CommitError::Failed { .. }));
             assert!(matches!(script.db.clone().close(), Err(CommitError::Failed { .. })));
             // The folder stays locked, so that nobody else writes to what this process still shows.
             assert!(matches!(

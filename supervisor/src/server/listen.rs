@@ -10,7 +10,7 @@ use tokio::net::UnixListener;
 
 /// Why a socket or folder is not there.
 #[derive(Debug, thiserror::Error)]
-pub enum ListenError {
+pub(super) enum ListenError {
     /// Another daemon answers on the socket.
     #[error("another daemon answers on {}; stop it, or choose another socket with --address", path.display())]
     Taken {
@@ -43,7 +43,7 @@ fn failed<'a>(action: &'static str, path: &'a Path) -> impl Fn(io::Error) -> Lis
 ///
 /// # Errors
 /// [`ListenError::Io`].
-pub fn folder(path: &Path, mode: u32) -> Result<(), ListenError> {
+pub(super) fn folder(path: &Path, mode: u32) -> Result<(), ListenError> {
     if let Some(parent) = path.parent() {
         DirBuilder::new().recursive(true).mode(0o711).create(parent).map_err(failed("create", parent))?;
     }
@@ -62,7 +62,7 @@ pub fn folder(path: &Path, mode: u32) -> Result<(), ListenError> {
 ///
 /// # Errors
 /// [`ListenError::Taken`] when a daemon answers there.
-pub fn socket(path: &Path, mode: u32, uid: u32, gid: u32) -> Result<UnixListener, ListenError> {
+pub(super) fn socket(path: &Path, mode: u32, uid: u32, gid: u32) -> Result<UnixListener, ListenError> {
     if let Some(parent) = path.parent()
         && !parent.exists()
     {
