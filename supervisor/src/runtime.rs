@@ -64,7 +64,7 @@ pub struct Config {
     pub daemon_binary: PathBuf,
     /// Where our own shim is looked for before `PATH`, and any other after it: the folder of the daemon's binary.
     pub shim_directory: PathBuf,
-    /// The shim that answers to `io.containerd.runc.v2`; `None` for our own.
+    /// The shim that answers to `io.containerd.runc.v2` and `io.containerd.davit.v2`; `None` for our own.
     pub default_shim: Option<PathBuf>,
     /// The OCI runtime for containers whose options name none; `None` leaves the choice to the shim.
     pub default_runtime_binary: Option<String>,
@@ -403,6 +403,17 @@ impl Tasks {
     /// [`Error::StartShim`] when there is none.
     pub fn resolve_runtime(&self, runtime: &str) -> Result<PathBuf, Error> {
         binary::resolve(&self.shared.config, runtime).map_err(|source| Error::StartShim { source })
+    }
+
+    /// What a runtime can do, as its shim says it: an encoded `containerd.types.RuntimeInfo`. `options` are those of the
+    /// runtime, such as the OCI runtime to ask.
+    ///
+    /// # Errors
+    /// [`Error::StartShim`] when there is no such shim or it does not say.
+    pub async fn runtime_info(&self, runtime: &str, options: Option<Any>) -> Result<Vec<u8>, Error> {
+        let config = &self.shared.config;
+        let info = async { binary::info(config, &binary::resolve(config, runtime)?, options).await };
+        info.await.map_err(|source| Error::StartShim { source })
     }
 
     fn task(&self, namespace: &str, id: &str) -> Result<registry::Handle, Error> {

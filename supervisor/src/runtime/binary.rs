@@ -19,6 +19,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use davit_model::Any;
+use davit_proto::containerd::types::RuntimeInfo;
 use davit_shim_protocol::bootstrap::{Generation, StartInput, StartResult};
 use davit_shim_protocol::bundle::Bundle;
 use davit_sys::process::find_program;
@@ -168,7 +169,7 @@ pub(super) async fn start(
     match ended {
         Ok(Ok(status)) if status.success() => StartResult::parse(&output)
             .map_err(|source| ShimError::Nonsense { output: shortened(&said()), source }),
-        Ok(Ok(status)) => Err(ShimError::Failed { output: shortened(&said()), status }),
+        Ok(Ok(status)) => Err(ShimError::Failed { action: ACTION, output: shortened(&said()), status }),
         Ok(Err(source)) => {
             kill(&mut child).await;
             let binary = binary.to_owned();
@@ -188,46 +189,72 @@ pub(super) async fn start(
 
 /// Runs `delete`, which kills what is left of the container and says how its init process ended.
 pub(super) async fn delete(config: &Config, bundle: &Bundle, binary: &Path) -> Result<Exit, ShimError> {
-    const ACTION: &str = "delete";
-    let spawn = |source| ShimError::Spawn { binary: binary.to_owned(), action: ACTION, source };
     let mut command = command(config, bundle, binary);
     command.arg("-bundle").arg(bundle.path());
     if config.debug {
         command.arg("-debug");
     }
+    command.arg("delete");
+    let output = capture(command, binary, "delete", &[], config.timeouts.cleanup).await?;
+    decode_delete(&output).map_err(|source| ShimError::Answer { action: "delete", source })
+}
+
+/// Runs `-info`: what the shim and its OCI runtime can do, as an encoded `containerd.types.RuntimeInfo`.
+pub(super) async fn info(config: &Config, binary: &Path, options: Option<Any>) -> Result<Vec<u8>, ShimError> {
+    let mut command = Command::new(binary);
+    command.arg("-info").process_group(0);
+    let input = options.map(|options| any_to_wire(options).encode_to_vec()).unwrap_or_default();
+    let output = capture(command, binary, "-info", &input, config.timeouts.start).await?;
+    match RuntimeInfo::decode(output.as_slice()) {
+        Ok(_) => Ok(output),
+        Err(source) => Err(ShimError::Answer { action: "-info", source }),
+    }
+}
+
+/// Runs the binary for what it prints on stdout; what it prints on stderr is for the log, or for the error.
+async fn capture(
+    mut command: Command,
+    binary: &Path,
+    action: &'static str,
+    input: &[u8],
+    limit: Duration,
+) -> Result<Vec<u8>, ShimError> {
+    let stdin = if input.is_empty() { Stdio::null() } else { Stdio::piped() };
     let mut child = command
-        .arg(ACTION)
-        .stdin(Stdio::null())
+        .stdin(stdin)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
-        .map_err(spawn)?;
+        .map_err(|source| ShimError::Spawn { binary: binary.to_owned(), action, source })?;
     let (mut output, mut log) = (Vec::new(), Vec::new());
-    let limit = config.timeouts.cleanup;
-    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+    let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
     let talk = async {
-        let (output, log) = tokio::join!(read_optional(stdout, &mut output), read_optional(stderr, &mut log));
+        let ((), output, log) = tokio::join!(
+            write_input(stdin, input),
+            read_optional(stdout, &mut output),
+            read_optional(stderr, &mut log)
+        );
         output?;
         log?;
         child.wait().await
     };
     let ended = tokio::time::timeout(limit, talk).await;
-    let said = || shortened(String::from_utf8_lossy(&log).trim());
+    let said = shortened(String::from_utf8_lossy(&log).trim());
     match ended {
         Ok(Ok(status)) if status.success() => {
-            if !log.is_empty() {
-                tracing::debug!(output = said(), "shim delete");
+            if !said.is_empty() {
+                tracing::debug!(action, output = said, "shim");
             }
-            decode_delete(&output).map_err(|source| ShimError::DeleteOutput { source })
+            Ok(output)
         }
-        Ok(Ok(status)) => Err(ShimError::Failed { output: said(), status }),
+        Ok(Ok(status)) => Err(ShimError::Failed { action, output: said, status }),
         Ok(Err(source)) => {
             kill(&mut child).await;
-            Err(ShimError::Read { binary: binary.to_owned(), action: ACTION, source })
+            Err(ShimError::Read { binary: binary.to_owned(), action, source })
         }
         Err(_) => {
             kill(&mut child).await;
-            Err(ShimError::Timeout { binary: binary.to_owned(), action: ACTION, limit, output: said() })
+            Err(ShimError::Timeout { binary: binary.to_owned(), action, limit, output: said })
         }
     }
 }

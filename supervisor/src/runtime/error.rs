@@ -198,7 +198,7 @@ pub enum ShimError {
     Spawn {
         /// The binary.
         binary: PathBuf,
-        /// `start` or `delete`.
+        /// `start`, `delete` or `-info`.
         action: &'static str,
         /// The system's answer.
         source: io::Error,
@@ -208,7 +208,7 @@ pub enum ShimError {
     Read {
         /// The binary.
         binary: PathBuf,
-        /// `start` or `delete`.
+        /// `start`, `delete` or `-info`.
         action: &'static str,
         /// The system's answer.
         source: io::Error,
@@ -218,7 +218,7 @@ pub enum ShimError {
     Timeout {
         /// The binary.
         binary: PathBuf,
-        /// `start` or `delete`.
+        /// `start`, `delete` or `-info`.
         action: &'static str,
         /// The time it had.
         limit: std::time::Duration,
@@ -230,7 +230,7 @@ pub enum ShimError {
     TooMuchOutput {
         /// The binary.
         binary: PathBuf,
-        /// `start` or `delete`.
+        /// `start`, `delete` or `-info`.
         action: &'static str,
         /// The bound.
         limit: usize,
@@ -238,8 +238,10 @@ pub enum ShimError {
         output: String,
     },
     /// It failed; what it said comes first, as in containerd.
-    #[error("start failed: {output}: {status}")]
+    #[error("{action} failed: {output}: {status}")]
     Failed {
+        /// `start`, `delete` or `-info`.
+        action: &'static str,
         /// What it said.
         output: String,
         /// How it ended.
@@ -253,9 +255,11 @@ pub enum ShimError {
         /// Why it is none.
         source: StartResultError,
     },
-    /// What `delete` said is no `DeleteResponse`.
-    #[error("output of shim delete")]
-    DeleteOutput {
+    /// What it printed is not the message that it should be.
+    #[error("output of shim {action}")]
+    Answer {
+        /// `delete` or `-info`.
+        action: &'static str,
         /// Why not.
         source: prost::DecodeError,
     },
@@ -300,7 +304,7 @@ impl Coded for ShimError {
             | ShimError::TooMuchOutput { .. }
             | ShimError::Failed { .. }
             | ShimError::Nonsense { .. }
-            | ShimError::DeleteOutput { .. } => ErrorCode::Unknown,
+            | ShimError::Answer { .. } => ErrorCode::Unknown,
         }
     }
 }

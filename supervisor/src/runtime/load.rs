@@ -22,7 +22,7 @@ use super::log::Log;
 use super::owner::{self, Context, Message};
 use super::registry::Shared;
 use super::shim::Shim;
-use super::task::Status;
+use super::task::{Process, Status};
 use super::{Error, ShimError, teardown};
 
 /// Says whether there is a record of a container, by namespace and id.
@@ -134,10 +134,8 @@ pub(super) enum Probe {
     Task {
         /// The connection.
         shim: Shim,
-        /// The init process.
-        pid: u32,
-        /// What it is doing.
-        status: Status,
+        /// Its init process.
+        init: Process,
     },
     /// A shim without it.
     NoTask(Shim),
@@ -184,12 +182,13 @@ impl Job {
     async fn report(&self, context: &Context, probe: Probe, log: Option<Following>) {
         let recorded = (self.records)(context.namespace(), context.id());
         match probe {
-            Probe::Task { shim, pid, status } => {
+            Probe::Task { shim, init } => {
+                let (pid, status) = (init.pid, init.status);
                 debug!(pid, ?status, "found");
                 if let Some(log) = log {
                     log.until(shim.closed());
                 }
-                context.report(Message::Found { shim, pid }).await;
+                context.report(Message::Found { shim, pid, exit: init.exit() }).await;
                 match status {
                     _ if recorded => {}
                     Status::Created | Status::Stopped => {
@@ -255,7 +254,7 @@ pub(super) async fn probe(context: &Context, connection: &mut Option<Shim>) -> P
         Err(_) => {}
     }
     match shim.state_within(Some(limit), "").await {
-        Ok(process) => Probe::Task { shim, pid: process.pid, status: process.status },
+        Ok(init) => Probe::Task { shim, init },
         Err(Error::ShimGone { .. }) => lost(context, limit).await,
         Err(error) if error.code() == ErrorCode::NotFound => Probe::NoTask(shim),
         Err(error) => {

@@ -27,7 +27,7 @@ pub(super) enum Message {
     /// The job of creating is over.
     Created(Result<(Shim, u32), Error>),
     /// The job of loading has found the shim with a task.
-    Found { shim: Shim, pid: u32 },
+    Found { shim: Shim, pid: u32, exit: Option<Exit> },
     /// It has found no shim, or one without a task.
     Dead { pid: u32 },
     /// It has found a shim that does not answer (yet).
@@ -221,9 +221,9 @@ impl Owner {
                 created = Some(Err(error));
                 Input::CreateFailed
             }
-            Message::Found { shim, pid } => {
+            Message::Found { shim, pid, exit } => {
                 self.attach(shim);
-                Input::Found { pid }
+                Input::Found { pid, exit }
             }
             Message::Dead { pid } => Input::Dead { pid },
             Message::Silent { pid } => Input::Silent { pid },

@@ -12,7 +12,7 @@ use super::transitions::Phase;
 use super::{Config, Error, EventSink};
 
 /// Exits that are remembered so that a second report of one is known.
-const RECENT_EXITS: usize = 8192;
+const RECENT_EXITS: usize = 4096;
 
 /// What all parts of the runtime share.
 pub(super) struct Shared {

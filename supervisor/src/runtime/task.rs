@@ -104,6 +104,14 @@ pub struct Process {
     pub exited_at: Option<SystemTime>,
 }
 
+impl Process {
+    /// How it ended, if it has.
+    pub fn exit(&self) -> Option<Exit> {
+        let exit = Exit { pid: self.pid, status: self.exit_status, exited_at: self.exited_at };
+        (self.status == Status::Stopped).then_some(exit)
+    }
+}
+
 /// One entry of a container's process list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProcessInfo {

@@ -113,12 +113,13 @@ pub(super) async fn clean_up(context: Context) {
         let mut connection = None;
         match load::probe(&context, &mut connection).await {
             Probe::Gone => break,
-            Probe::Task { shim, pid, .. } => {
+            Probe::Task { shim, init } => {
                 info!("the connection to the shim was lost and is there again");
                 if let Some(log) = load::follow_log(&context) {
                     log.until(shim.closed());
                 }
-                return context.report(Message::Found { shim, pid }).await;
+                let (pid, exit) = (init.pid, init.exit());
+                return context.report(Message::Found { shim, pid, exit }).await;
             }
             Probe::NoTask(shim) => {
                 // A group's shim that lives without this container, or one that is just ending.
@@ -139,22 +140,27 @@ pub(super) async fn clean_up(context: Context) {
             warn!(error = %error, "the shim's journal holds an event that makes no sense");
         }
     }
-    let killed = match remembered_binary(&context).await {
-        Some(binary) => match binary::delete(&context.shared.config, &context.bundle, &binary).await {
-            Ok(exit) => Some(exit),
-            Err(error) => {
-                warn!(error = chain(&error), "cannot clean up after the shim");
-                None
-            }
-        },
-        None => None,
-    };
+    let killed = kill_container(&context).await;
     let bundle = context.bundle.clone();
     if let Err(error) = blocking(move || bundle.delete()).await {
         warn!(error = chain(&error), "cannot delete the bundle of a dead shim");
     }
     let journal = journal.exits.into_values().map(exit).collect();
     context.report(Message::CleanedUp { journal, killed }).await;
+}
+
+/// Has the shim's binary kill what the shim left. Says how the init process ended.
+async fn kill_container(context: &Context) -> Option<Exit> {
+    let binary = remembered_binary(context).await?;
+    // A second try, for a machine that is so busy that the first ran out of time: what is not killed here runs on
+    // without anyone who knows it.
+    for _ in 0..2 {
+        match binary::delete(&context.shared.config, &context.bundle, &binary).await {
+            Ok(exit) => return Some(exit),
+            Err(error) => warn!(error = chain(&error), "cannot clean up after the shim"),
+        }
+    }
+    None
 }
 
 async fn read_journal(context: &Context) -> Contents {

@@ -57,10 +57,12 @@ pub enum Input {
     },
     /// It has not, and everything is cleaned up.
     CreateFailed,
-    /// The shim of an earlier daemon answered and has the task.
+    /// The shim of an earlier daemon, or one whose connection was lost, answered and has the task.
     Found {
         /// Its init process.
         pid: u32,
+        /// How that ended, if it has. The shim tells everyone else of it itself.
+        exit: Option<Exit>,
     },
     /// There is no shim, or none with a task. `pid` is that of the init process as the bundle remembers it, zero when
     /// there never was one.
@@ -188,6 +190,8 @@ struct Known {
 pub struct Machine {
     id: String,
     phase: Phase,
+    /// A shim has, or had, created the container.
+    had_task: bool,
     /// By exec id, and the container's id for the init process. Execs of an earlier daemon's time are not known here;
     /// a shim answers for them.
     processes: BTreeMap<String, Known>,
@@ -216,7 +220,9 @@ impl Machine {
         Machine {
             id: id.to_owned(),
             phase,
-            processes: BTreeMap::new(),
+            had_task: false,
+            // Of its init process an event may come before anything else does.
+            processes: BTreeMap::from([(id.to_owned(), Known::default())]),
             waits: BTreeMap::new(),
             delete_wanted: false,
             disconnected: false,
@@ -239,10 +245,13 @@ impl Machine {
         match input {
             Input::Created { pid } if self.phase == Phase::Creating => self.up(pid),
             Input::CreateFailed if self.phase == Phase::Creating => self.leave(),
-            Input::Found { pid }
+            Input::Found { pid, exit }
                 if matches!(self.phase, Phase::Loading | Phase::Unreachable | Phase::Cleaning) =>
             {
                 self.disconnected = false;
+                if exit.is_some() {
+                    self.processes.entry(self.id.clone()).or_default().exit = exit;
+                }
                 self.up(pid)
             }
             Input::Dead { pid } if matches!(self.phase, Phase::Loading | Phase::Unreachable) => {
@@ -263,7 +272,10 @@ impl Machine {
                 }
                 actions
             }
-            Input::DeleteLost if self.phase == Phase::Deleting => self.clean_up(),
+            Input::DeleteLost if self.phase == Phase::Deleting => {
+                self.delete_wanted = true;
+                self.clean_up()
+            }
             Input::Deleted { exit } if self.phase == Phase::Deleting => self.deleted(exit),
             Input::CleanedUp { journal, killed, now } if self.phase == Phase::Cleaning => {
                 self.cleaned_up(journal, killed, now)
@@ -319,13 +331,14 @@ impl Machine {
 
     fn know_init(&mut self, pid: u32) {
         if pid != 0 {
+            self.had_task = true;
             self.processes.entry(self.id.clone()).or_default().pid = pid;
         }
     }
 
     /// The shim serves the task.
     fn up(&mut self, pid: u32) -> Vec<Action> {
-        self.processes.entry(self.id.clone()).or_default();
+        self.had_task = true;
         self.know_init(pid);
         self.phase = Phase::Live;
         if self.disconnected {
@@ -378,8 +391,8 @@ impl Machine {
                 vec![Action::Delete]
             }
             // One deletion serves all who want it.
-            Phase::Deleting | Phase::Cleaning => Vec::new(),
-            Phase::Loading => {
+            Phase::Deleting => Vec::new(),
+            Phase::Loading | Phase::Cleaning => {
                 self.delete_wanted = true;
                 Vec::new()
             }
@@ -409,10 +422,9 @@ impl Machine {
         now: SystemTime,
     ) -> Vec<Action> {
         let mut actions = Vec::new();
-        // A shim that never had a task has nothing to report, whatever `shim delete` makes up.
-        let had_task = self.processes.contains_key(&self.id);
         let mut init_exit = None;
-        if had_task {
+        // A shim that never had a task has nothing to report, whatever `shim delete` makes up.
+        if self.had_task {
             for (process, exit) in journal {
                 let known = self.processes.entry(process.clone()).or_default();
                 if known.exit.is_none() && (known.pid == 0 || known.pid == exit.pid) {
@@ -450,7 +462,7 @@ impl Machine {
                 actions.push(Action::PublishExit(self.id.clone(), exit));
             }
         }
-        let init = self.processes.get(&self.id).and_then(|init| init.exit);
+        let init = self.processes.get(&self.id).and_then(|init| init.exit).filter(|_| self.had_task);
         if let Some(exit) = init
             && !self.delete_published
         {
@@ -623,7 +635,7 @@ mod tests {
         machine.apply(wait("c"));
         machine.apply(Input::Disconnected);
         machine.apply(Input::WaitOver { process: "c".into(), lost: true });
-        assert_eq!(machine.apply(Input::Found { pid: 10 }), [Action::AskWait("c".into())]);
+        assert_eq!(machine.apply(Input::Found { pid: 10, exit: None }), [Action::AskWait("c".into())]);
         assert_eq!(machine.phase(), Phase::Live);
     }
 
@@ -641,7 +653,7 @@ mod tests {
         assert_eq!(machine.apply(Input::Delete), []);
         assert_eq!(machine.apply(Input::Silent { pid: 10 }), [Action::RefuseDelete(Refusal::Unreachable)]);
         assert_eq!((machine.phase(), machine.pid()), (Phase::Unreachable, 10));
-        assert_eq!(machine.apply(Input::Found { pid: 10 }), [Action::AskWait("c".into())]);
+        assert_eq!(machine.apply(Input::Found { pid: 10, exit: None }), [Action::AskWait("c".into())]);
         assert_eq!(machine.phase(), Phase::Live);
     }
 
@@ -649,7 +661,31 @@ mod tests {
     fn a_deletion_that_was_wanted_while_loading_is_done() {
         let mut machine = Machine::loading("c");
         machine.apply(Input::Delete);
-        assert_eq!(machine.apply(Input::Found { pid: 10 }), [Action::Delete]);
+        assert_eq!(machine.apply(Input::Found { pid: 10, exit: None }), [Action::Delete]);
+    }
+
+    #[test]
+    fn a_deletion_that_lost_its_connection_is_asked_for_again() {
+        let mut machine = live();
+        machine.apply(Input::Delete);
+        machine.apply(Input::DeleteLost);
+        assert_eq!(machine.apply(Input::Found { pid: 10, exit: None }), [Action::Delete]);
+    }
+
+    #[test]
+    fn an_exit_that_was_published_before_is_not_published_when_the_shim_dies() {
+        let mut machine = Machine::loading("c");
+        machine.apply(Input::Exited { process: "c".into(), exit: exit(10, 3) });
+        machine.apply(Input::Found { pid: 10, exit: None });
+        machine.apply(Input::Disconnected);
+        let actions = machine.apply(cleaned_up(&[], Some(exit(10, 137))));
+        assert_eq!(actions[0], Action::PublishDelete(exit(10, 3)));
+
+        let mut machine = Machine::loading("c");
+        machine.apply(Input::Found { pid: 10, exit: Some(exit(10, 3)) });
+        machine.apply(Input::Disconnected);
+        let actions = machine.apply(cleaned_up(&[], Some(exit(10, 137))));
+        assert_eq!(actions[0], Action::PublishDelete(exit(10, 3)));
     }
 
     #[test]
@@ -703,7 +739,8 @@ mod tests {
         prop_oneof![
             pid.clone().prop_map(|pid| Input::Created { pid }),
             Just(Input::CreateFailed),
-            pid.clone().prop_map(|pid| Input::Found { pid }),
+            (pid.clone(), any::<bool>())
+                .prop_map(|(pid, ended)| Input::Found { pid, exit: ended.then(|| exit(pid, 0)) }),
             pid.clone().prop_map(|pid| Input::Dead { pid }),
             pid.clone().prop_map(|pid| Input::Silent { pid }),
             Just(Input::Disconnected),

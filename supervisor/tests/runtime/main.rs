@@ -2,7 +2,9 @@
 //! once.
 #![allow(clippy::unwrap_used, unreachable_pub)] // helpers of tests, too, fail by panicking
 
+mod events;
 mod fake;
+mod group;
 mod life;
 mod restart;
 mod start;

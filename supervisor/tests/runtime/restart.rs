@@ -10,7 +10,7 @@ use davit_supervisor::runtime::Status;
 use nix::sys::signal::{Signal, kill};
 
 use crate::life::{with, with_both_shims};
-use crate::world::{GO_SHIM, World, alive, eventually, eventually_equal, own_shim};
+use crate::world::{GO_SHIM, World, alive, eventually, eventually_equal, every_record, own_shim};
 
 with_both_shims!(
     the_next_daemon_finds_everything,
@@ -90,10 +90,7 @@ fn a_silent_shim_delays_nobody_and_is_kept(mut world: World) {
     kill(shim, Signal::SIGSTOP).unwrap();
     drop(daemon);
     let daemon = world.daemon();
-    let loading = {
-        let _inside = daemon.spawn(async {});
-        daemon.block_on(async { daemon.tasks.load(crate::world::every_record()) })
-    };
+    let loading = daemon.inside(|| daemon.tasks.load(every_record()));
     assert_eq!(loading.tasks(), 2);
     assert_eq!(daemon.status("fine").unwrap(), Status::Running);
     let waiting = daemon.spawn({
@@ -224,7 +221,7 @@ fn what_was_left_is_removed(world: World) {
             .collect();
         if names == ["one", "one"] { Ok(()) } else { Err(format!("{names:?}")) }
     });
-    assert!(daemon.events().is_empty(), "{:?}", daemon.events());
+    assert_eq!((daemon.exits("no-shim"), daemon.deletions("no-shim")), (Vec::new(), 0));
     assert!(alive(pid));
     daemon.kill("one", "").unwrap();
     daemon.wait("one", "").unwrap();

@@ -68,7 +68,7 @@ fn every_generation_of_answers_is_understood() {
         fs::write(world.path("answer"), answer).unwrap();
         let daemon = world.daemon();
         let shim = Arc::new(FakeShim::new());
-        let server = daemon.block_on(async { serve(&socket, shim.clone()) });
+        let server = daemon.inside(|| serve(&socket, shim.clone()));
         assert_eq!(create(&daemon).unwrap(), 77, "{form}");
         let service = format!("containerd.task.v{version}.Task");
         assert_eq!(shim.called(), [(service, "Create".to_owned())]);
@@ -92,7 +92,7 @@ fn a_shim_is_told_what_it_needs() {
     let world = world("cat > $(dirname $0)/start.input; printf unix://$(dirname $0)/shim.sock");
     let daemon = world.daemon();
     let shim = Arc::new(FakeShim::new());
-    let server = daemon.block_on(async { serve(&world.path("shim.sock"), shim.clone()) });
+    let server = daemon.inside(|| serve(&world.path("shim.sock"), shim.clone()));
     let mut with_options = options("io.containerd.runc.v2");
     with_options.runtime_options = Some(Any { type_url: "a.Options".into(), value: b"\x0a\x01x".to_vec() });
     with_options.task_options = Some(Any { type_url: "b.Options".into(), value: Vec::new() });
@@ -136,7 +136,7 @@ fn a_shim_is_told_what_it_needs() {
 fn without_options_nothing_is_written() {
     let world = world("cat > $(dirname $0)/start.input; printf unix://$(dirname $0)/shim.sock");
     let daemon = world.daemon();
-    let server = daemon.block_on(async { serve(&world.path("shim.sock"), Arc::new(FakeShim::new())) });
+    let server = daemon.inside(|| serve(&world.path("shim.sock"), Arc::new(FakeShim::new())));
     create(&daemon).unwrap();
     assert_eq!(fs::read(world.path("start.input")).unwrap(), b"");
     daemon.delete("one").unwrap();
@@ -149,7 +149,7 @@ fn a_shim_that_claims_too_much_is_asked_again_as_version_2() {
         world(r#"printf '{"version":3,"protocol":"ttrpc","address":"unix://%s/shim.sock"}' $(dirname $0)"#);
     let daemon = world.daemon();
     let shim = Arc::new(FakeShim { services: vec!["containerd.task.v2.Task"], ..FakeShim::new() });
-    let server = daemon.block_on(async { serve(&world.path("shim.sock"), shim.clone()) });
+    let server = daemon.inside(|| serve(&world.path("shim.sock"), shim.clone()));
     assert_eq!(create(&daemon).unwrap(), 77);
     daemon.delete("one").unwrap();
     let services: Vec<_> = shim.called().iter().map(|(service, _)| service.contains("v3")).collect();
@@ -235,7 +235,7 @@ fn a_refused_create_is_undone() {
     let words = "OCI runtime create failed: exec: \"x\": executable file not found in $PATH: unknown";
     shim.answer("Create", Err(RpcError::new(ErrorCode::Unknown, words)));
     shim.answer("Delete", Err(RpcError::new(ErrorCode::NotFound, "container not created: not found")));
-    let server = daemon.block_on(async { serve(&world.path("shim.sock"), shim.clone()) });
+    let server = daemon.inside(|| serve(&world.path("shim.sock"), shim.clone()));
     let error = create(&daemon).unwrap_err();
     assert_eq!(error.code(), ErrorCode::Unknown);
     assert_eq!(error.to_string(), format!("failed to create shim task: {words}"));
@@ -253,7 +253,7 @@ fn a_create_that_hangs_ends() {
     let daemon = world.daemon();
     let shim = Arc::new(FakeShim::new());
     shim.hangs.lock().unwrap().extend(["Create", "Delete", "Shutdown"]);
-    let server = daemon.block_on(async { serve(&world.path("shim.sock"), shim.clone()) });
+    let server = daemon.inside(|| serve(&world.path("shim.sock"), shim.clone()));
     let error = create(&daemon).unwrap_err();
     assert_eq!(error.code(), ErrorCode::DeadlineExceeded, "{error:?}");
     // The shim did not say that it holds nothing: its binary was asked.

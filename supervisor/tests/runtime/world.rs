@@ -268,6 +268,12 @@ impl Daemon {
             .expect("the work is done in time")
     }
 
+    /// Runs something that needs to be inside of the daemon's tokio.
+    pub fn inside<T>(&self, work: impl FnOnce() -> T) -> T {
+        let _inside = self.runtime.as_ref().unwrap().enter();
+        work()
+    }
+
     pub fn spawn<T: Send + 'static>(
         &self,
         work: impl Future<Output = T> + Send + 'static,
