@@ -386,6 +386,7 @@ impl Container {
             process.set_streams(streams.map_err(TaskError::Stdio)?);
         }
         if let Some(streams) = streams {
+            streams.start(&process.stdio.stdin).map_err(TaskError::Stdio)?;
             process.set_streams(streams);
         }
         Ok(())

@@ -141,7 +141,8 @@ fn bind_or_join(folder: &Path, path: &Path) -> Result<Option<OwnedFd>, StartErro
 fn spawn_server(arguments: &Arguments, input: &StartInput, listener: &OwnedFd) -> Result<(), StartError> {
     let log = open_log();
     let own_score = raise_oom_score();
-    let mut command = Command::new(Path::new("/proc/self/exe"))?;
+    let program = std::env::current_exe().map_err(io_error("find", "/proc/self/exe"))?;
+    let mut command = Command::new(&program)?;
     command.argument("-namespace")?.argument(&arguments.namespace)?;
     command.argument("-id")?.argument(&arguments.id)?;
     command.argument("-address")?.argument(&arguments.address)?;

@@ -15,6 +15,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -136,12 +137,16 @@ pub(crate) struct Streams {
     copies: Rc<Copies>,
     /// Our own writing end of the stdin FIFO: while it is open, a client that leaves does not end the input.
     stdin_hold: RefCell<Option<OwnedFd>>,
+    /// The writing end of the process's standard input, until it is copied to.
+    stdin_sink: RefCell<Option<Async<OwnedFd>>>,
     terminal: RefCell<Option<Rc<Async<OwnedFd>>>>,
     /// The process has exited.
     closing: Rc<Closing>,
     /// The process is deleted: what still copies has to stop.
     closed: Rc<Closing>,
     logger: RefCell<Option<Logger>>,
+    /// Copies that wait for [`Streams::start`].
+    waiting: RefCell<Vec<Pin<Box<dyn Future<Output = ()>>>>>,
 }
 
 /// Who the process belongs to, for the logger's environment, and who owns its pipes.
@@ -161,14 +166,17 @@ impl Streams {
         Streams {
             copies: Rc::default(),
             stdin_hold: RefCell::default(),
+            stdin_sink: RefCell::default(),
             terminal: RefCell::default(),
             closing: Rc::default(),
             closed: Rc::default(),
             logger: RefCell::default(),
+            waiting: RefCell::default(),
         }
     }
 
-    /// Opens the streams of a process without a terminal, and starts to copy. The other ends are for the runtime.
+    /// Opens the streams of a process without a terminal. The other ends are for the runtime. Nothing is copied
+    /// before [`Streams::start`]: what a runtime that fails has printed is not the container's output.
     pub(crate) async fn pipes(
         request: &Request,
         owner: &Owner<'_>,
@@ -201,7 +209,11 @@ impl Streams {
             }
         }
         if !request.stdin.is_empty() {
-            ends.stdin = Some(streams.open_stdin(&request.stdin, owner)?);
+            let (reader, writer) = pipe(owner)?;
+            set_nonblocking(&writer)?;
+            let sink = Async::for_writing(writer).map_err(pipe_error("watch input pipe"))?;
+            *streams.stdin_sink.borrow_mut() = Some(sink);
+            ends.stdin = Some(reader);
         }
         Ok((streams, ends))
     }
@@ -236,9 +248,10 @@ impl Streams {
         streams.track(copy::terminal_output(source, sink, closing));
         if !request.stdin.is_empty() {
             let source = streams.hold_stdin(&request.stdin)?;
-            until_closed(copy::terminal_input(source, master.clone()), &streams.closed);
+            streams.later(copy::terminal_input(source, master.clone()));
         }
         *streams.terminal.borrow_mut() = Some(master);
+        streams.start("")?;
         Ok(streams)
     }
 
@@ -248,15 +261,6 @@ impl Streams {
         let source = Async::new(reader).map_err(pipe_error("watch output pipe"))?;
         self.track(copy::output(source, sink));
         Ok(writer)
-    }
-
-    fn open_stdin(&self, address: &str, owner: &Owner<'_>) -> Result<OwnedFd, StdioError> {
-        let source = self.hold_stdin(address)?;
-        let (reader, writer) = pipe(owner)?;
-        set_nonblocking(&writer)?;
-        let sink = Async::for_writing(writer).map_err(pipe_error("watch input pipe"))?;
-        until_closed(copy::input(source, sink), &self.closed);
-        Ok(reader)
     }
 
     /// Opens the reading end of the stdin FIFO, and keeps a writing one.
@@ -288,7 +292,28 @@ impl Streams {
             copies.running.set(copies.running.get() - 1);
             copies.changed.changed();
         };
-        until_closed(tracked, &self.closed);
+        self.later(tracked);
+    }
+
+    fn later(&self, copy: impl Future<Output = ()> + 'static) {
+        self.waiting.borrow_mut().push(Box::pin(copy));
+    }
+
+    /// Begins to copy. Each copy runs until it ends by itself or its process is deleted.
+    ///
+    /// The FIFO of standard input is opened only now: a client's own opening of it waits for ours, and with that its
+    /// reading of its input, so that it cannot reach its end and close it before the process is there.
+    pub(crate) fn start(&self, stdin: &str) -> Result<(), StdioError> {
+        if let Some(sink) = self.stdin_sink.borrow_mut().take() {
+            self.later(copy::input(self.hold_stdin(stdin)?, sink));
+        }
+        for copy in self.waiting.take() {
+            let closed = self.closed.clone();
+            spawn(async move {
+                race(copy, closed.wait()).await;
+            });
+        }
+        Ok(())
     }
 
     /// Closes the shim's own end of standard input: when the client's is closed too, the process reads the end.
@@ -322,19 +347,12 @@ impl Streams {
     pub(crate) fn close(&self) {
         self.close_stdin();
         self.closed.close();
+        self.waiting.take();
         self.terminal.borrow_mut().take();
         if let Some(logger) = self.logger.borrow_mut().take() {
             spawn(logger.stop());
         }
     }
-}
-
-/// Runs a copy until it ends by itself or its process is deleted.
-fn until_closed(copy: impl Future<Output = ()> + 'static, closed: &Rc<Closing>) {
-    let closed = closed.clone();
-    spawn(async move {
-        race(copy, closed.wait()).await;
-    });
 }
 
 fn pipe(owner: &Owner<'_>) -> Result<(OwnedFd, OwnedFd), StdioError> {

@@ -60,8 +60,8 @@ pub struct SpawnError {
     pub source: io::Error,
 }
 
-/// What to execute, and in which surroundings. A descriptor that is not named here is not inherited, provided
-/// that the parent opens all of its own with `O_CLOEXEC`; 0, 1 and 2 become `/dev/null` unless they are named.
+/// What to execute, and in which surroundings. A descriptor that is not named here is not inherited (before Linux
+/// 5.11 only if it has the close-on-exec flag); 0, 1 and 2 become `/dev/null` unless they are named.
 ///
 /// The signal mask is emptied and every signal gets its default disposition, whatever the parent has.
 #[derive(Debug)]
@@ -332,6 +332,8 @@ fn prepare_and_execute(plan: &mut Plan<'_>) -> (&'static str, i32) {
             }
             *source = moved;
         }
+        // Nothing else is inherited, also not what this process itself has inherited open by mistake.
+        libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC);
         for (source, target) in plan.moves.iter() {
             if libc::dup2(*source, *target) < 0 {
                 return ("dup2", errno());
@@ -531,7 +533,8 @@ mod tests {
     #[test]
     fn surroundings_are_those_that_were_asked_for() {
         let (stdin, stdin_writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
-        let (output, output_writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
+        // Without the close-on-exec flag, as a careless parent of ours would leave it.
+        let (output, output_writer) = nix::unistd::pipe().unwrap();
         nix::unistd::write(&stdin_writer, b"from stdin").unwrap();
         drop(stdin_writer);
         let script = format!(
