@@ -1,4 +1,4 @@
-//! What the daemon knows: namespaces, containers, images, content, snapshots and leases, and the collection of what
+//! What the daemon knows: namespaces, containers, sandboxes, images, content, snapshots and leases, and the collection of what
 //! none of them needs any more.
 //!
 //! Everything is kept in one database ([`davit_metadata::Db`], layout in `schema.rs`), in front of one blob store
@@ -39,11 +39,11 @@ pub mod gc;
 mod images;
 mod leases;
 mod namespaces;
+mod sandboxes;
 mod schema;
 mod snapshots;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use davit_content_store::Store;
@@ -58,6 +58,7 @@ pub use event::{Event, EventSink};
 pub use images::{Descriptor, Image, Images};
 pub use leases::{Lease, Leases, Resource};
 pub use namespaces::{Namespace, Namespaces};
+pub use sandboxes::{Sandbox, Sandboxes};
 pub use snapshots::{SnapshotInfo, Snapshots};
 
 use claims::Claims;
@@ -137,8 +138,6 @@ struct Inner {
     snapshot_claims: Claims,
     /// The backends that have something to take away.
     dirty: Mutex<Dirty>,
-    /// Counts the transactions, so that the collector can tell whether there was one since it looked.
-    epoch: AtomicU64,
 }
 
 /// The backends that may hold what no record names.
@@ -208,7 +207,6 @@ impl Metadata {
             backend_claims: Claims::default(),
             snapshot_claims: Claims::default(),
             dirty: Mutex::new(dirty),
-            epoch: AtomicU64::new(0),
         };
         Ok(Metadata { inner: Arc::new(inner) })
     }
@@ -221,6 +219,11 @@ impl Metadata {
     /// The containers of a namespace.
     pub fn containers(&self, scope: &Scope) -> Containers {
         Containers::new(self.clone(), scope.clone())
+    }
+
+    /// The sandboxes of a namespace.
+    pub fn sandboxes(&self, scope: &Scope) -> Sandboxes {
+        Sandboxes::new(self.clone(), scope.clone())
     }
 
     /// The images of a namespace.
@@ -270,7 +273,7 @@ impl Metadata {
         let (metadata, namespace) = (self.clone(), scope.namespace.clone());
         let task = tokio::spawn(async move {
             let inner = &metadata.inner;
-            let (value, effects) = inner.db.update_async(|txn| inner.counted(txn, change)).await?;
+            let (value, effects) = inner.db.update_async(change).await?;
             inner.follow(&namespace, effects);
             Ok(value)
         });
@@ -284,33 +287,18 @@ impl Metadata {
         change: impl FnOnce(&mut Txn<'_>) -> Result<(T, Effects), Error>,
     ) -> Result<T, Error> {
         let inner = &self.inner;
-        let (value, effects) = inner.db.update(|txn| inner.counted(txn, change))?;
+        let (value, effects) = inner.db.update(change)?;
         inner.follow(&scope.namespace, effects);
         Ok(value)
     }
 
     /// A change that need not be durable by itself, because it is nothing without the one that follows.
     fn write_ordered<T>(&self, change: impl FnOnce(&mut Txn<'_>) -> Result<T, Error>) -> Result<T, Error> {
-        let inner = &self.inner;
-        inner.db.update_ordered(|txn| inner.counted(txn, change))
+        self.inner.db.update_ordered(change)
     }
 }
 
 impl Inner {
-    fn counted<T>(
-        &self,
-        txn: &mut Txn<'_>,
-        change: impl FnOnce(&mut Txn<'_>) -> Result<T, Error>,
-    ) -> Result<T, Error> {
-        self.epoch.fetch_add(1, Ordering::SeqCst);
-        change(txn)
-    }
-
-    /// How many transactions there were; all of them are in a view taken from now on.
-    fn epoch(&self) -> Result<u64, Error> {
-        self.db.update_ordered(|_| Ok(self.epoch.load(Ordering::SeqCst)))
-    }
-
     fn follow(&self, namespace: &str, effects: Effects) {
         let Effects { event, removed, dirty } = effects;
         self.mark_dirty(dirty);

@@ -26,6 +26,9 @@ pub enum Object {
         /// The namespace of the call.
         namespace: String,
     },
+    /// A sandbox.
+    #[error("sandbox {0:?}")]
+    Sandbox(String),
     /// An image.
     #[error("image {0:?}")]
     Image(String),

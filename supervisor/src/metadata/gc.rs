@@ -1,10 +1,10 @@
 //! The collector: takes away what nothing needs any more, by mark and sweep.
 //!
 //! ```text
-//!   mark (a view, no lock) ──▶ sweep the records (one transaction) ──▶ durable ──▶ events
-//!          ▲                        │                                    │
-//!          └── again, inside, if ───┘                                    ▼
-//!              anything changed                            sweep each dirty backend, beside each other
+//!   mark (a view, no lock) ──▶ mark what changed since, and sweep the records ──▶ durable ──▶ events
+//!                                        (one transaction)                          │
+//!                                                                                   ▼
+//!                                                         sweep each dirty backend, beside each other
 //! ```
 //!
 //! What is needed is a matter of records and their labels alone (`mark.rs`), so that one transaction can decide it for
@@ -14,12 +14,12 @@
 //!
 //! The rules are those of containerd 2.3 (`core/metadata/gc.go`). When to run is also nearly as there (`schedule.rs`).
 
+mod condition;
 mod mark;
 mod schedule;
 mod sweep;
 
 use std::sync::PoisonError;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio::task::JoinSet;
@@ -50,6 +50,8 @@ pub struct Stats {
 #[derive(Debug, Default)]
 struct Swept {
     removed: usize,
+    /// Some that was not needed is kept because of a change in the last moment.
+    spared: bool,
     events: Vec<(String, Event)>,
     dirty: Dirty,
 }
@@ -106,16 +108,16 @@ impl Metadata {
         let inner = &self.inner;
         let start = Instant::now();
         let now = SystemTime::now();
-        // Read under the writers' lock: all changes that are counted are in the view.
-        let epoch = inner.epoch()?;
         let view = inner.db.view();
         let mut marked = mark::mark(&view, now)?;
+        let garbage = sweep::garbage(&view, &marked);
         let swept = inner.db.update::<_, Error>(|txn| {
-            if inner.epoch.load(Ordering::SeqCst) != epoch {
-                marked = mark::mark(txn, now)?;
-            }
-            sweep::records(txn, &marked)
+            marked.add_changed(&view, txn)?;
+            sweep::records(txn, &garbage, &marked)
         })?;
+        if swept.spared {
+            inner.schedule.mutated(true);
+        }
         let stats =
             Stats { records: start.elapsed(), removed: swept.removed, next_expiry: marked.next_expiry() };
         for (namespace, event) in swept.events {

@@ -111,8 +111,8 @@ impl Namespaces {
         self.metadata.write(&scope, change).await
     }
 
-    /// Deletes a namespace that has no images, blobs, containers or snapshots left; what leases and ingests it has
-    /// go with it.
+    /// Deletes a namespace that has no images, blobs, containers or snapshots left; what leases, ingests and sandboxes
+    /// it has go with it.
     ///
     /// # Errors
     /// [`Error::NamespaceNotEmpty`] says what is left; [`Error::NotFound`].
@@ -132,7 +132,7 @@ impl Namespaces {
                 return Err(Error::not_found(Object::Namespace(name)));
             }
             txn.delete(&key);
-            for table in [Table::Ingest, Table::Lease, Table::Leased, Table::Child] {
+            for table in [Table::Sandbox, Table::Ingest, Table::Lease, Table::Leased, Table::Child] {
                 let keys: Vec<_> = txn.scan(&table.key(&name, "")).map(|(key, _)| key).collect();
                 keys.iter().for_each(|key| txn.delete(key));
             }

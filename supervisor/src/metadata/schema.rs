@@ -5,6 +5,7 @@
 //! md/sequence                                       the last number given to a backend name, u64, big endian
 //! md/namespace/NS                                   Namespace    made by Create, or by the first object written
 //! md/container/NS/ID                                Container
+//! md/sandbox/NS/ID                                  Sandbox
 //! md/image/NS/NAME                                  Image
 //! md/blob/NS/DIGEST                                 Blob         this namespace's claim to a blob of the store
 //! md/ingest/NS/REF                                  Ingest
@@ -37,6 +38,9 @@ use super::error::Error;
 
 /// The version that this daemon writes, and the newest that it reads.
 pub(crate) const VERSION: u32 = 1;
+
+/// What all keys of this schema begin with.
+pub(crate) const ROOT: &str = "md/";
 
 pub(crate) const VERSION_KEY: &[u8] = b"md/version";
 pub(crate) const SEQUENCE_KEY: &[u8] = b"md/sequence";
@@ -80,6 +84,26 @@ pub(crate) struct ContainerRecord {
     pub(crate) extensions: BTreeMap<String, AnyRecord>,
     #[prost(string, tag = "11")]
     pub(crate) sandbox: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct SandboxRecord {
+    #[prost(btree_map = "string, string", tag = "1")]
+    pub(crate) labels: BTreeMap<String, String>,
+    #[prost(message, optional, tag = "2")]
+    pub(crate) created: Option<Timestamp>,
+    #[prost(message, optional, tag = "3")]
+    pub(crate) updated: Option<Timestamp>,
+    #[prost(string, tag = "4")]
+    pub(crate) runtime: String,
+    #[prost(message, optional, tag = "5")]
+    pub(crate) runtime_options: Option<AnyRecord>,
+    #[prost(message, optional, tag = "6")]
+    pub(crate) spec: Option<AnyRecord>,
+    #[prost(string, tag = "7")]
+    pub(crate) sandboxer: String,
+    #[prost(btree_map = "string, message", tag = "8")]
+    pub(crate) extensions: BTreeMap<String, AnyRecord>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -153,6 +177,7 @@ pub(crate) struct LeaseRecord {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Table {
     Container,
+    Sandbox,
     Image,
     Blob,
     Ingest,
@@ -163,10 +188,28 @@ pub(crate) enum Table {
 }
 
 impl Table {
+    const ALL: [Table; 9] = [
+        Table::Container,
+        Table::Sandbox,
+        Table::Image,
+        Table::Blob,
+        Table::Ingest,
+        Table::Snapshot,
+        Table::Child,
+        Table::Lease,
+        Table::Leased,
+    ];
+
+    /// The kind that a key is of, if it is of one of these.
+    pub(crate) fn of(key: &[u8]) -> Option<Table> {
+        Table::ALL.into_iter().find(|table| key.starts_with(table.prefix().as_bytes()))
+    }
+
     /// What all keys of the kind begin with.
     pub(crate) fn prefix(self) -> &'static str {
         match self {
             Table::Container => "md/container/",
+            Table::Sandbox => "md/sandbox/",
             Table::Image => "md/image/",
             Table::Blob => "md/blob/",
             Table::Ingest => "md/ingest/",

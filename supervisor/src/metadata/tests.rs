@@ -5,7 +5,9 @@ mod content;
 mod gc;
 mod images;
 mod leases;
+mod model;
 mod namespaces;
+mod sandboxes;
 mod snapshots;
 
 use std::sync::Mutex;

@@ -158,9 +158,11 @@ impl NsWriter {
         let content = self.content.clone();
         let claims = &content.metadata.inner.blob_claims;
         let store = content.store();
+        let mut shared = false;
         let (digest, size, _claims) = match before {
             State::Closed { .. } => return Err(Error::Invalid { rule: "cannot commit on closed writer" }),
             State::Shared { digest, size: found, .. } => {
+                shared = true;
                 self.check_size(found, size)?;
                 if expected.is_some_and(|expected| *expected != digest) {
                     return Err(Error::CommitDigest { reference: self.reference.clone() });
@@ -192,6 +194,13 @@ impl NsWriter {
         }
         let recorded =
             content.metadata.write_blocking(&content.scope, |txn| self.record(txn, &digest, size, labels));
+        if shared && recorded.is_ok() {
+            // There may be data from before: the reference was opened without saying what was expected.
+            match store.abort(&self.backend) {
+                Ok(()) | Err(StoreError::NoIngest { .. }) => {}
+                Err(error) => tracing::warn!(%error, reference = self.backend, "cannot remove an ingest"),
+            }
+        }
         match recorded {
             Ok(true) => Ok(()),
             Ok(false) => Err(Error::already_exists(Object::Content(digest.to_string()))),

@@ -1,7 +1,7 @@
 //! Marking: which records are needed, directly or by others.
 //!
 //! Roots: unexpired leases and what they hold; images that do not expire or have not yet; containers; blobs and
-//! snapshots labelled `containerd.io/gc.root`; ingests that have not expired.
+//! snapshots labelled `containerd.io/gc.root`; ingests that have not expired; what the labels of sandboxes name.
 //!
 //! References, from the record that is needed to what it needs:
 //!
@@ -24,6 +24,8 @@ use std::collections::{HashMap, HashSet};
 use std::ops::Bound;
 use std::time::SystemTime;
 
+use bytes::Bytes;
+use davit_metadata::View;
 use davit_model::Labels;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -31,29 +33,33 @@ use time::format_description::well_known::Rfc3339;
 use crate::metadata::error::Error;
 use crate::metadata::leases::Resource;
 use crate::metadata::schema::{
-    self, BlobRecord, ContainerRecord, ImageRecord, IngestRecord, LeaseRecord, Read, SnapshotRecord, Table,
-    leased_key, snapshot_key,
+    self, BlobRecord, ContainerRecord, ImageRecord, IngestRecord, LeaseRecord, ROOT, Read, SandboxRecord,
+    SnapshotRecord, Table, leased_key, snapshot_key,
 };
 
 use super::LABEL_EXPIRE;
+use super::condition::Conditions;
 
 const LABEL_ROOT: &str = "containerd.io/gc.root";
 const LABEL_FLAT: &str = "containerd.io/gc.flat";
 const LABEL_REF: &str = "containerd.io/gc.ref.";
 const LABEL_BACK_REF: &str = "containerd.io/gc.bref.";
-const LABEL_CONDITION: &str = "containerd.io/gc.cond.snapshot";
-const LABEL_USED_AT: &str = "containerd.io/gc.cond.value-usedat";
 
-type Key = Vec<u8>;
+/// The key of a record.
+pub(super) type Key = Vec<u8>;
 
-/// The keys of all records that are needed.
-#[derive(Debug, Default)]
+/// What is needed, and how that was found out.
+#[derive(Debug)]
 pub(super) struct Marked {
     keys: HashSet<Key>,
+    seen: HashSet<Node>,
+    /// What a record needs that other records say, not itself.
+    extra: HashMap<Key, Vec<Node>>,
     next_expiry: Option<SystemTime>,
 }
 
 impl Marked {
+    /// Whether the record of a key is needed.
     pub(super) fn contains(&self, key: &[u8]) -> bool {
         self.keys.contains(key)
     }
@@ -62,14 +68,82 @@ impl Marked {
     pub(super) fn next_expiry(&self) -> Option<SystemTime> {
         self.next_expiry
     }
+
+    /// Marks what was changed since `old` as well, and all that it leads to.
+    ///
+    /// A record that was not marked then and has not changed can be needed now only by way of one that has. So
+    /// after this all that is needed is marked, and some that was only just touched.
+    pub(super) fn add_changed(&mut self, old: &View, new: &impl Read) -> Result<(), Error> {
+        let mut before = old.scan(ROOT.as_bytes()).peekable();
+        let mut changed = Vec::new();
+        for (key, value) in new.scan(ROOT.as_bytes()) {
+            while before.next_if(|(old, _)| *old < key).is_some() {}
+            // A value that was written again is another one, even if it is equal; comparing bytes would take longer.
+            let same = |old: &Bytes| old.as_ptr() == value.as_ptr() && old.len() == value.len();
+            if before.next_if(|(old, _)| *old == key).is_some_and(|(_, old)| same(&old)) {
+                continue;
+            }
+            changed.push(key);
+        }
+        let mut nodes = Vec::new();
+        for key in changed {
+            match Table::of(&key) {
+                Some(Table::Leased) => nodes.push(leased_node(&key)?),
+                Some(Table::Lease) => {
+                    let (namespace, id) = Table::Lease.split(&key)?;
+                    nodes.push(Node::new(Table::Lease, namespace, id));
+                    for (key, _) in new.scan(&leased_key(namespace, id, "")) {
+                        nodes.push(leased_node(&key)?);
+                    }
+                }
+                Some(Table::Child) | None => {}
+                Some(table) => {
+                    let (namespace, name) = table.split(&key)?;
+                    nodes.push(Node::new(table, namespace, name));
+                }
+            }
+        }
+        // What they led to then is not what they lead to now.
+        nodes.iter().for_each(|node| drop(self.seen.remove(node)));
+        self.visit(new, nodes)
+    }
+
+    /// Marks the nodes and all that they lead to.
+    fn visit(&mut self, db: &impl Read, mut nodes: Vec<Node>) -> Result<(), Error> {
+        while let Some(node) = nodes.pop() {
+            if self.seen.contains(&node) {
+                continue;
+            }
+            if !node.flat {
+                nodes.extend(self.extra.get(&node.key).into_iter().flatten().cloned());
+            }
+            references(db, &node, &mut nodes)?;
+            self.keys.insert(node.key.clone());
+            self.seen.insert(node);
+        }
+        Ok(())
+    }
+}
+
+/// What the key of a resource in a lease stands for.
+fn leased_node(key: &[u8]) -> Result<Node, Error> {
+    let (namespace, rest) = Table::Leased.split(key)?;
+    let resource = rest.split_once('/').and_then(|(_, path)| Resource::from_path(path));
+    let Resource { id, kind } = resource.ok_or_else(|| Error::Key { key: rest.to_owned() })?;
+    Ok(match kind.split_once('/') {
+        Some((_, snapshotter)) => Node::snapshot(namespace, snapshotter, &id),
+        None if kind == "content" => Node::content(namespace, &id),
+        None if kind == "images" => Node::image(namespace, &id),
+        None => Node::new(Table::Ingest, namespace, &id),
+    })
 }
 
 /// A record to visit. A flat one is not asked for its labels.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct Node {
+pub(super) struct Node {
     table: Table,
     namespace: String,
-    key: Key,
+    pub(super) key: Key,
     flat: bool,
 }
 
@@ -87,7 +161,7 @@ impl Node {
         Node::new(Table::Image, namespace, name)
     }
 
-    fn snapshot(namespace: &str, snapshotter: &str, key: &str) -> Node {
+    pub(super) fn snapshot(namespace: &str, snapshotter: &str, key: &str) -> Node {
         let key = snapshot_key(namespace, snapshotter, key);
         Node { table: Table::Snapshot, namespace: namespace.to_owned(), key, flat: false }
     }
@@ -98,7 +172,7 @@ impl Node {
 }
 
 /// Marks what is needed at `now`.
-pub(super) fn mark(db: &impl Read, now: SystemTime) -> Result<Marked, Error> {
+pub(super) fn mark(db: &View, now: SystemTime) -> Result<Marked, Error> {
     let mut scan = Scan { now, roots: Vec::new(), extra: HashMap::new(), next_expiry: None };
     let mut conditions = Conditions::default();
     scan.leases(db)?;
@@ -107,22 +181,12 @@ pub(super) fn mark(db: &impl Read, now: SystemTime) -> Result<Marked, Error> {
     scan.blobs(db, &mut conditions)?;
     scan.containers(db)?;
     scan.snapshots(db, &mut conditions)?;
+    scan.sandboxes(db)?;
     conditions.resolve(now, &mut scan.extra);
 
-    let Scan { mut roots, extra, next_expiry, .. } = scan;
-    let mut seen: HashSet<Node> = HashSet::new();
-    let mut marked = Marked { keys: HashSet::new(), next_expiry };
-    while let Some(node) = roots.pop() {
-        if seen.contains(&node) {
-            continue;
-        }
-        if !node.flat {
-            roots.extend(extra.get(&node.key).into_iter().flatten().cloned());
-        }
-        references(db, &node, &mut roots)?;
-        marked.keys.insert(node.key.clone());
-        seen.insert(node);
-    }
+    let Scan { roots, extra, next_expiry, .. } = scan;
+    let mut marked = Marked { keys: HashSet::new(), seen: HashSet::new(), extra, next_expiry };
+    marked.visit(db, roots)?;
     Ok(marked)
 }
 
@@ -165,18 +229,11 @@ impl Scan {
             }
             let flat = record.labels.contains_key(LABEL_FLAT);
             self.roots.push(Node::new(Table::Lease, namespace, id));
-            let prefix = leased_key(namespace, id, "");
-            for (key, _) in db.scan(&prefix) {
-                let path = String::from_utf8_lossy(&key[prefix.len()..]).into_owned();
-                let resource = Resource::from_path(&path).ok_or(Error::Key { key: path })?;
-                let Resource { id, kind } = resource;
-                let node = match kind.split_once('/') {
-                    Some((_, snapshotter)) => Node::snapshot(namespace, snapshotter, &id).flat(flat),
-                    None if kind == "content" => Node::content(namespace, &id).flat(flat),
-                    None if kind == "images" => Node::image(namespace, &id).flat(flat),
-                    None => Node::new(Table::Ingest, namespace, &id),
-                };
-                self.roots.push(node);
+            for (key, _) in db.scan(&leased_key(namespace, id, "")) {
+                let node = leased_node(&key)?;
+                // An ingest has no labels that a flat lease could leave aside.
+                let flat = flat && node.table != Table::Ingest;
+                self.roots.push(node.flat(flat));
             }
         }
         Ok(())
@@ -242,6 +299,16 @@ impl Scan {
         Ok(())
     }
 
+    /// A sandbox is never garbage; only what it names counts.
+    fn sandboxes(&mut self, db: &impl Read) -> Result<(), Error> {
+        for (key, value) in db.scan(Table::Sandbox.prefix().as_bytes()) {
+            let (namespace, _) = Table::Sandbox.split(&key)?;
+            let record: SandboxRecord = schema::decode(&key, &value)?;
+            label_references(namespace, &record.labels, &mut self.roots);
+        }
+        Ok(())
+    }
+
     fn root_by_label(&mut self, node: Node, labels: &Labels) {
         if with_prefix(labels, LABEL_ROOT).next().is_some() {
             self.roots.push(node);
@@ -302,14 +369,23 @@ fn references(db: &impl Read, node: &Node, out: &mut Vec<Node>) -> Result<(), Er
             }
             record.labels
         }
+        Table::Sandbox => {
+            let Some(record) = schema::load::<SandboxRecord>(db, &node.key)? else { return Ok(()) };
+            record.labels
+        }
         Table::Lease | Table::Child | Table::Leased => return Ok(()),
     };
     if !node.flat {
-        for (label, value) in with_prefix(&labels, LABEL_REF) {
-            out.extend(named(namespace, &label[LABEL_REF.len()..], value));
-        }
+        label_references(namespace, &labels, out);
     }
     Ok(())
+}
+
+/// What labels name.
+fn label_references(namespace: &str, labels: &Labels, out: &mut Vec<Node>) {
+    for (label, value) in with_prefix(labels, LABEL_REF) {
+        out.extend(named(namespace, &label[LABEL_REF.len()..], value));
+    }
 }
 
 /// The record that a label names, by the label's part behind `gc.ref.` or `gc.bref.`, and its value.
@@ -330,134 +406,24 @@ fn is_suffixed(text: &str, word: &str) -> bool {
     text.strip_prefix(word).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '/']))
 }
 
-fn with_prefix<'a>(labels: &'a Labels, prefix: &'a str) -> impl Iterator<Item = (&'a str, &'a str)> {
+/// The labels whose keys begin with a text.
+pub(super) fn with_prefix<'a>(
+    labels: &'a Labels,
+    prefix: &'a str,
+) -> impl Iterator<Item = (&'a str, &'a str)> {
     labels
         .range::<str, _>((Bound::Included(prefix), Bound::Unbounded))
         .map(|(label, value)| (label.as_str(), value.as_str()))
         .take_while(move |(label, _)| label.starts_with(prefix))
 }
 
-/// References to snapshots that hold only as long as a snapshot was used recently, or not.
-#[derive(Default)]
-struct Conditions {
-    references: Vec<(Key, Node, Condition)>,
-    used_at: HashMap<Key, SystemTime>,
-}
-
-#[derive(Clone, Copy)]
-struct Condition {
-    /// True for "used less than so long ago".
-    less: bool,
-    nanoseconds: f64,
-}
-
-impl Conditions {
-    /// The conditional references of an image or a blob.
-    fn collect(&mut self, namespace: &str, node: &Node, labels: &Labels) {
-        for (label, value) in with_prefix(labels, LABEL_CONDITION) {
-            let snapshotter = label[LABEL_CONDITION.len()..].trim_start_matches(['.', '/']);
-            let snapshotter = snapshotter.split_once('/').map_or(snapshotter, |(name, _)| name);
-            let Some((conditions, key)) = value.split_once('|') else { continue };
-            for condition in conditions.split(',').filter_map(parse_condition) {
-                let snapshot = Node::snapshot(namespace, snapshotter, key);
-                self.references.push((node.key.clone(), snapshot, condition));
-            }
-        }
-    }
-
-    /// When a snapshot was used.
-    fn used(&mut self, node: &Node, labels: &Labels) {
-        for (_, value) in with_prefix(labels, LABEL_USED_AT) {
-            if let Ok(time) = OffsetDateTime::parse(value, &Rfc3339) {
-                let used_at = self.used_at.entry(node.key.clone()).or_insert(SystemTime::from(time));
-                *used_at = SystemTime::from(time).max(*used_at);
-            }
-        }
-    }
-
-    fn resolve(self, now: SystemTime, extra: &mut HashMap<Key, Vec<Node>>) {
-        for (by, snapshot, condition) in self.references {
-            let Some(used_at) = self.used_at.get(&snapshot.key) else { continue };
-            let ago = match now.duration_since(*used_at) {
-                Ok(ago) => ago.as_nanos() as f64,
-                Err(ahead) => -(ahead.duration().as_nanos() as f64),
-            };
-            let holds =
-                if condition.less { ago < condition.nanoseconds } else { ago > condition.nanoseconds };
-            if holds {
-                extra.entry(by).or_default().push(snapshot);
-            }
-        }
-    }
-}
-
-/// `usedat<DURATION` or `usedat>DURATION`; others have no meaning yet, and do not hold.
-fn parse_condition(text: &str) -> Option<Condition> {
-    let rest = text.strip_prefix("usedat")?;
-    let (less, duration) = match rest.strip_prefix('<') {
-        Some(duration) => (true, duration),
-        None => (false, rest.strip_prefix('>')?),
-    };
-    Some(Condition { less, nanoseconds: parse_duration(duration)? })
-}
-
-/// A duration in Go's notation, such as `1h30m` or `-1.5h`, in nanoseconds.
-fn parse_duration(text: &str) -> Option<f64> {
-    let (sign, mut rest) = match text.strip_prefix('-') {
-        Some(rest) => (-1.0, rest),
-        None => (1.0, text.strip_prefix('+').unwrap_or(text)),
-    };
-    if rest == "0" {
-        return Some(0.0);
-    }
-    if rest.is_empty() {
-        return None;
-    }
-    let mut sum = 0.0;
-    while !rest.is_empty() {
-        let unit_at = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
-        let number: f64 = rest[..unit_at].parse().ok()?;
-        let unit_end = rest[unit_at..]
-            .find(|c: char| c.is_ascii_digit() || c == '.')
-            .map_or(rest.len(), |end| unit_at + end);
-        let unit = match &rest[unit_at..unit_end] {
-            "ns" => 1.0,
-            "us" | "µs" | "μs" => 1e3,
-            "ms" => 1e6,
-            "s" => 1e9,
-            "m" => 60e9,
-            "h" => 3600e9,
-            _ => return None,
-        };
-        sum += number * unit;
-        rest = &rest[unit_end..];
-    }
-    Some(sign * sum)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn durations_are_gos() {
-        let table = [("1h30m", 5400e9), ("1.5h", 5400e9), ("-10ms", -10e6), ("0", 0.0), ("+2s", 2e9)];
-        for (text, want) in table {
-            assert_eq!(parse_duration(text), Some(want), "{text}");
-        }
-        for text in ["", "-", "1", "h", "1d", "1..5h", "1 h"] {
-            assert_eq!(parse_duration(text), None, "{text}");
-        }
-    }
-
-    #[test]
-    fn conditions_are_parsed_or_have_no_meaning() {
-        assert!(parse_condition("usedat<1h").unwrap().less);
-        assert!(!parse_condition("usedat>1h").unwrap().less);
-        for text in ["usedat=1h", "usedat<=1h", "other<1h", "usedat<", "usedat"] {
-            assert!(parse_condition(text).is_none(), "{text}");
-        }
-    }
+    use davit_metadata::{Db, EngineKind};
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use prost::Message;
 
     #[test]
     fn labels_name_records_with_and_without_a_suffix() {
@@ -469,5 +435,110 @@ mod tests {
         assert_eq!(named("ns", "image/x", "i"), Some(Node::image("ns", "i")));
         assert_eq!(named("ns", "snapshot.overlayfs/x", "k"), Some(Node::snapshot("ns", "overlayfs", "k")));
         assert_eq!(named("ns", "snapshot", "k"), None);
+    }
+
+    /// A record or a resource of a lease: written or deleted.
+    #[derive(Debug, Clone)]
+    struct Write {
+        what: u8,
+        name: u8,
+        other: u8,
+        label: u8,
+        expiry: u8,
+        delete: bool,
+    }
+
+    fn write() -> impl Strategy<Value = Write> {
+        (0..7u8, 0..3u8, 0..3u8, 0..9u8, 0..3u8, any::<bool>()).prop_map(
+            |(what, name, other, label, expiry, delete)| Write { what, name, other, label, expiry, delete },
+        )
+    }
+
+    fn apply(txn: &mut davit_metadata::Txn<'_>, write: &Write) {
+        let Write { what, name, other, label, expiry, delete } = write;
+        let text = format!("{other}");
+        let mut labels = Labels::new();
+        let label = match label {
+            0 => "gc.root",
+            1 => "gc.ref.content",
+            2 => "gc.ref.image",
+            3 => "gc.ref.snapshot.o",
+            4 => "gc.bref.content",
+            5 => "gc.bref.image",
+            6 => "gc.bref.snapshot.o",
+            7 => "gc.flat",
+            _ => "none",
+        };
+        labels.insert(format!("containerd.io/{label}"), text.clone());
+        match expiry {
+            0 => drop(labels.insert(LABEL_EXPIRE.to_owned(), "2001-01-01T00:00:00Z".to_owned())),
+            1 => drop(labels.insert(LABEL_EXPIRE.to_owned(), "2999-01-01T00:00:00Z".to_owned())),
+            _ => {}
+        }
+        let at = |table: Table| table.key("a", &format!("{name}"));
+        let (key, value) = match what {
+            0 => (at(Table::Blob), BlobRecord { labels, ..BlobRecord::default() }.encode_to_vec()),
+            1 => (
+                at(Table::Image),
+                ImageRecord { labels, digest: text, ..ImageRecord::default() }.encode_to_vec(),
+            ),
+            2 => {
+                let parent = if other < name { text } else { String::new() };
+                let record = SnapshotRecord { labels, parent, ..SnapshotRecord::default() };
+                (snapshot_key("a", "o", &format!("{name}")), record.encode_to_vec())
+            }
+            3 => {
+                let (snapshotter, snapshot_key) = ("o".to_owned(), text);
+                let record =
+                    ContainerRecord { labels, snapshotter, snapshot_key, ..ContainerRecord::default() };
+                (at(Table::Container), record.encode_to_vec())
+            }
+            4 => (
+                at(Table::Ingest),
+                IngestRecord { expected: text, ..IngestRecord::default() }.encode_to_vec(),
+            ),
+            5 => (at(Table::Lease), LeaseRecord { labels, ..LeaseRecord::default() }.encode_to_vec()),
+            _ => {
+                let kind = ["content", "images", "snapshots/o", "ingests"][usize::from(*expiry)];
+                (leased_key("a", &format!("{name}"), &format!("{kind}/{other}")), Vec::new())
+            }
+        };
+        if *delete { txn.delete(&key) } else { txn.put(&key, &value) }
+    }
+
+    /// What is needed after some changes is marked when they are added to the marks from before.
+    #[test]
+    fn changes_can_be_added() {
+        let folder = tempfile::tempdir().unwrap();
+        let db = Db::open(&folder.path().join("db"), EngineKind::Redb).unwrap();
+        let now = SystemTime::now();
+        let apply_all = |clear: bool, writes: &[Write]| {
+            let change = |txn: &mut davit_metadata::Txn<'_>| {
+                let old: Vec<_> = txn.scan(b"").map(|(key, _)| key).collect();
+                old.iter().filter(|_| clear).for_each(|key| txn.delete(key));
+                writes.iter().for_each(|write| apply(txn, write));
+                Ok::<_, Error>(())
+            };
+            db.update_ordered(change).unwrap();
+            db.view()
+        };
+        let check = |(before, after): (Vec<Write>, Vec<Write>)| {
+            let old = apply_all(true, &before);
+            let mut marked = mark(&old, now).unwrap();
+            let new = apply_all(false, &after);
+            marked.add_changed(&old, &new).unwrap();
+            let exact = mark(&new, now).unwrap();
+            for (key, _) in new.scan(ROOT.as_bytes()) {
+                let text = String::from_utf8_lossy(&key);
+                prop_assert!(!exact.contains(&key) || marked.contains(&key), "{}", text);
+            }
+            if after.is_empty() {
+                prop_assert_eq!(&exact.keys, &marked.keys);
+            }
+            Ok(())
+        };
+        let config = ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() };
+        let mut runner = proptest::test_runner::TestRunner::new(config);
+        runner.run(&(vec(write(), 0..40), vec(write(), 0..12)), check).unwrap();
     }
 }

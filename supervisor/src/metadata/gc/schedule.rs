@@ -146,12 +146,12 @@ struct Pace {
 
 impl Pace {
     /// When the next run is due, as far as is known now.
-    fn due(&mut self, schedule: &Schedule, config: &Config) -> Option<Instant> {
+    fn due(&mut self, now: Instant, schedule: &Schedule, config: &Config) -> Option<Instant> {
         let (mutations, deletions) =
             (schedule.mutations.load(Ordering::Relaxed), schedule.deletions.load(Ordering::Relaxed));
         let reached = |threshold: u64, count: u64| threshold > 0 && count >= threshold;
         if schedule.requested() || reached(config.deletion_threshold, deletions) {
-            return Some(*self.asked.get_or_insert_with(Instant::now) + config.schedule_delay);
+            return Some(*self.asked.get_or_insert(now) + config.schedule_delay);
         }
         let usual = self.since + self.rest;
         if self.first || deletions > 0 || reached(config.mutation_threshold, mutations) {
@@ -161,13 +161,13 @@ impl Pace {
         // Asked again after at most the longest rest: the clock may be set meanwhile.
         let expiry = self.next_expiry.map(|expiry| {
             let left = expiry.duration_since(SystemTime::now()).unwrap_or_default();
-            (Instant::now() + left.min(LONGEST_REST)).max(usual)
+            (now + left.min(LONGEST_REST)).max(usual)
         });
         [late, expiry].into_iter().flatten().min()
     }
 
-    fn ran(&mut self, outcome: Result<(Duration, Option<SystemTime>), ()>, config: &Config) {
-        self.since = Instant::now();
+    fn ran(&mut self, now: Instant, outcome: Result<(Duration, Option<SystemTime>), ()>, config: &Config) {
+        self.since = now;
         self.asked = None;
         match outcome {
             Ok((took, next_expiry)) => {
@@ -205,7 +205,7 @@ pub(super) async fn run(metadata: &Metadata, config: &Config, shutdown: &Cancell
         asked: None,
     };
     loop {
-        let due = pace.due(schedule, config);
+        let due = pace.due(Instant::now(), schedule, config);
         // All arms can be dropped at any time: a permit that `notified` has not handed out stays.
         tokio::select! {
             () = shutdown.cancelled() => break,
@@ -218,7 +218,8 @@ pub(super) async fn run(metadata: &Metadata, config: &Config, shutdown: &Cancell
             tracing::error!(error = davit_model::error::chain(error), "garbage collection failed");
         }
         let failed = outcome.is_err();
-        pace.ran(outcome.map(|stats| (stats.records, stats.next_expiry)).map_err(|_| ()), config);
+        let outcome = outcome.map(|stats| (stats.records, stats.next_expiry)).map_err(|_| ());
+        pace.ran(Instant::now(), outcome, config);
         schedule.finished.send_replace(Finished { number, failed, stopped: false });
     }
     schedule.finished.send_modify(|finished| finished.stopped = true);
@@ -227,5 +228,84 @@ pub(super) async fn run(metadata: &Metadata, config: &Config, shutdown: &Cancell
 async fn sleep_until(due: Option<Instant>) {
     if let Some(due) = due {
         tokio::time::sleep_until(due).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pace(since: Instant) -> Pace {
+        Pace {
+            since,
+            rest: Duration::ZERO,
+            first: true,
+            total: Duration::ZERO,
+            runs: 0,
+            next_expiry: None,
+            asked: None,
+        }
+    }
+
+    fn ms(milliseconds: u64) -> Duration {
+        Duration::from_millis(milliseconds)
+    }
+
+    #[test]
+    fn rests_in_proportion_and_until_there_is_something_to_do() {
+        let (schedule, config, now) = (Schedule::default(), Config::default(), Instant::now());
+        let mut pace = pace(now);
+        assert_eq!(pace.due(now, &schedule, &config), Some(now));
+        schedule.start();
+        pace.ran(now, Ok((ms(20), None)), &config);
+        assert_eq!(pace.due(now, &schedule, &config), None);
+        for _ in 0..99 {
+            schedule.mutated(false);
+        }
+        assert_eq!(pace.due(now, &schedule, &config), Some(now + LONGEST_REST));
+        schedule.mutated(false);
+        // 20 ms are 2 % of a second.
+        assert_eq!(pace.due(now, &schedule, &config), Some(now + ms(980)));
+        schedule.start();
+        assert_eq!(pace.due(now, &schedule, &config), None);
+        schedule.mutated(true);
+        assert_eq!(pace.due(now, &schedule, &config), Some(now + ms(980)));
+        // Runs of 20 ms and none are 10 ms on average.
+        pace.ran(now, Ok((Duration::ZERO, None)), &config);
+        assert_eq!(pace.rest, ms(490));
+        pace.ran(now, Err(()), &config);
+        assert_eq!(pace.due(now, &schedule, &config), Some(now + ms(1490)));
+    }
+
+    #[test]
+    fn a_request_or_a_threshold_cuts_the_rest_short() {
+        let (schedule, now) = (Schedule::default(), Instant::now());
+        let config = Config { deletion_threshold: 2, schedule_delay: ms(10), ..Config::default() };
+        let mut pace = pace(now);
+        schedule.start();
+        pace.ran(now, Ok((ms(20), None)), &config);
+        schedule.mutated(true);
+        assert_eq!(pace.due(now, &schedule, &config), Some(now + ms(980)));
+        schedule.mutated(true);
+        assert_eq!(pace.due(now, &schedule, &config), Some(now + ms(10)));
+        // Looking again does not put it off.
+        assert_eq!(pace.due(now + ms(5), &schedule, &config), Some(now + ms(10)));
+        schedule.start();
+        let now = now + ms(10);
+        pace.ran(now, Ok((ms(20), None)), &config);
+        assert_eq!(pace.due(now, &schedule, &config), None);
+        schedule.runs().requested = 3;
+        assert_eq!(pace.due(now, &schedule, &config), Some(now + ms(10)));
+    }
+
+    #[test]
+    fn an_expiry_ends_the_rest() {
+        let (schedule, config, now) = (Schedule::default(), Config::default(), Instant::now());
+        let mut pace = pace(now);
+        schedule.start();
+        pace.ran(now, Ok((ms(20), Some(SystemTime::now() - ms(1)))), &config);
+        assert_eq!(pace.due(now, &schedule, &config), Some(now + ms(980)));
+        pace.ran(now, Ok((ms(20), Some(SystemTime::now() + 24 * LONGEST_REST))), &config);
+        assert_eq!(pace.due(now, &schedule, &config), Some(now + LONGEST_REST));
     }
 }

@@ -21,48 +21,56 @@ use crate::metadata::{Dirty, Metadata, leases};
 use super::Swept;
 use super::mark::Marked;
 
-/// How many blobs are claimed at once: their writers wait until all of them are destroyed.
-const BATCH: usize = 64;
+/// How many blobs are claimed at once; a writer that wants one of them back waits until it is destroyed.
+const BATCH: usize = 1024;
 
-/// Deletes the records that are not marked.
-pub(super) fn records(txn: &mut Txn<'_>, marked: &Marked) -> Result<Swept, Error> {
-    let mut swept = Swept::default();
-    for (key, _) in unmarked(txn, Table::Lease, marked) {
-        let (namespace, id) = Table::Lease.split(&key)?;
-        leases::remove(txn, namespace, id);
-        swept.removed += 1;
-    }
-    for (key, value) in unmarked(txn, Table::Snapshot, marked) {
-        let (namespace, name) = Table::Snapshot.split(&key)?;
-        let record: SnapshotRecord = schema::decode(&key, &value)?;
-        let (snapshotter, name) = name.split_once('/').unwrap_or((name, ""));
-        txn.delete(&key);
-        if !record.parent.is_empty() {
-            txn.delete(&child_key(namespace, snapshotter, &record.parent, name));
-        }
-        swept.removed += 1;
-        swept.dirty.snapshotters.insert(snapshotter.to_owned());
-        let event = Event::SnapshotRemove { snapshotter: snapshotter.to_owned(), key: name.to_owned() };
-        swept.events.push((namespace.to_owned(), event));
-    }
-    for table in [Table::Ingest, Table::Blob] {
-        for (key, _) in unmarked(txn, table, marked) {
-            txn.delete(&key);
-            swept.removed += 1;
-            swept.dirty.content = true;
-        }
-    }
-    for (key, _) in unmarked(txn, Table::Image, marked) {
-        let (namespace, name) = Table::Image.split(&key)?;
-        txn.delete(&key);
-        swept.removed += 1;
-        swept.events.push((namespace.to_owned(), Event::ImageDelete { name: name.to_owned() }));
-    }
-    Ok(swept)
+/// The keys of all records that are not marked and can be collected.
+pub(super) fn garbage(view: &View, marked: &Marked) -> Vec<(Table, Bytes)> {
+    let tables = [Table::Lease, Table::Snapshot, Table::Ingest, Table::Blob, Table::Image];
+    let unmarked = |table: Table| {
+        let keys = view.scan(table.prefix().as_bytes()).map(|(key, _)| key);
+        keys.filter(|key| !marked.contains(key)).map(move |key| (table, key))
+    };
+    tables.into_iter().flat_map(unmarked).collect()
 }
 
-fn unmarked(txn: &Txn<'_>, table: Table, marked: &Marked) -> Vec<(Bytes, Bytes)> {
-    txn.scan(table.prefix().as_bytes()).filter(|(key, _)| !marked.contains(key)).collect()
+/// Deletes the records of these keys, unless they are marked by now.
+pub(super) fn records(
+    txn: &mut Txn<'_>,
+    garbage: &[(Table, Bytes)],
+    marked: &Marked,
+) -> Result<Swept, Error> {
+    let mut swept = Swept::default();
+    for (table, key) in garbage {
+        if marked.contains(key) {
+            swept.spared = true;
+            continue;
+        }
+        // Whatever it was, its owner has removed it meanwhile.
+        let Some(value) = txn.get(key) else { continue };
+        let (namespace, name) = table.split(key)?;
+        swept.removed += 1;
+        txn.delete(key);
+        match table {
+            Table::Lease => leases::remove(txn, namespace, name),
+            Table::Snapshot => {
+                let record: SnapshotRecord = schema::decode(key, &value)?;
+                let (snapshotter, name) = name.split_once('/').unwrap_or((name, ""));
+                if !record.parent.is_empty() {
+                    txn.delete(&child_key(namespace, snapshotter, &record.parent, name));
+                }
+                swept.dirty.snapshotters.insert(snapshotter.to_owned());
+                let (snapshotter, key) = (snapshotter.to_owned(), name.to_owned());
+                swept.events.push((namespace.to_owned(), Event::SnapshotRemove { snapshotter, key }));
+            }
+            Table::Image => {
+                swept.events.push((namespace.to_owned(), Event::ImageDelete { name: name.to_owned() }));
+            }
+            Table::Ingest | Table::Blob => swept.dirty.content = true,
+            Table::Container | Table::Sandbox | Table::Child | Table::Leased => {}
+        }
+    }
+    Ok(swept)
 }
 
 /// Deletes the blobs and ingests of the store that no record names. What fails is tried again the next time.

@@ -1,4 +1,5 @@
 use super::*;
+use std::sync::atomic::Ordering;
 
 use davit_content_store::Error as StoreError;
 
@@ -165,6 +166,20 @@ async fn a_shared_blob_need_not_be_sent_again() {
     assert_eq!(writer.status().offset, 0);
     writer.commit(0, None, Labels::new()).unwrap();
     assert_eq!(three.info(&digest_of(b"")).unwrap().size, 0);
+}
+
+#[tokio::test]
+async fn an_ingest_that_is_finished_by_sharing_leaves_no_data() {
+    let fixture = Fixture::new();
+    let digest = fixture.blob(&scope("a"), "ref", b"data", Labels::new()).await;
+    let content = fixture.metadata.content(&scope("b"));
+    let mut writer = content.writer("ref", 0, None).await.unwrap();
+    writer.write(b"da").unwrap();
+    drop(writer);
+    let mut writer = content.writer("ref", 0, Some(&digest)).await.unwrap();
+    assert_eq!(writer.status().offset, 4);
+    writer.commit(0, Some(&digest), Labels::new()).unwrap();
+    assert_eq!(fixture.backends().1, Vec::<String>::new());
 }
 
 #[tokio::test]

@@ -1,4 +1,8 @@
 use super::*;
+use std::sync::atomic::Ordering;
+
+use davit_model::Mount;
+use davit_snapshotter::Error as BackendError;
 
 fn snapshots(fixture: &Fixture, scope: &Scope) -> Snapshots {
     fixture.metadata.snapshots(scope, NATIVE).unwrap()
@@ -276,4 +280,113 @@ async fn no_snapshot_is_lost_to_the_collector() {
     assert_eq!(snapshots.list(&[]).await.unwrap().len(), 15);
     fixture.metadata.collect().await.unwrap();
     assert_eq!(fixture.backends().2.len(), 15);
+}
+
+/// As a snapshotter that fetches layers by itself: told what will be committed, it has it already.
+struct Remote(Arc<dyn Snapshotter>);
+
+impl Snapshotter for Remote {
+    fn stat(&self, key: &str) -> Result<SnapshotInfo, BackendError> {
+        self.0.stat(key)
+    }
+
+    fn update(&self, name: &str, labels: &Labels, fields: &[String]) -> Result<SnapshotInfo, BackendError> {
+        self.0.update(name, labels, fields)
+    }
+
+    fn usage(&self, key: &str) -> Result<davit_snapshotter::Usage, BackendError> {
+        self.0.usage(key)
+    }
+
+    fn mounts(&self, key: &str) -> Result<Vec<Mount>, BackendError> {
+        self.0.mounts(key)
+    }
+
+    fn prepare(&self, key: &str, parent: Option<&str>, labels: &Labels) -> Result<Vec<Mount>, BackendError> {
+        let mounts = self.0.prepare(key, parent, labels)?;
+        if !labels.contains_key("containerd.io/snapshot.ref") {
+            return Ok(mounts);
+        }
+        let mut labels = labels.clone();
+        labels.insert("containerd.io/snapshot/remote".to_owned(), "1".to_owned());
+        self.0.commit(&format!("{key} fetched"), key, &labels, None)?;
+        Err(BackendError::AlreadyExists { key: key.to_owned() })
+    }
+
+    fn view(&self, key: &str, _: Option<&str>, _: &Labels) -> Result<Vec<Mount>, BackendError> {
+        Err(BackendError::AlreadyExists { key: key.to_owned() })
+    }
+
+    fn commit(
+        &self,
+        name: &str,
+        key: &str,
+        labels: &Labels,
+        parent: Option<&str>,
+    ) -> Result<(), BackendError> {
+        self.0.commit(name, key, labels, parent)
+    }
+
+    fn remove(&self, key: &str) -> Result<(), BackendError> {
+        self.0.remove(key)
+    }
+
+    fn list(&self) -> Result<Vec<SnapshotInfo>, BackendError> {
+        self.0.list()
+    }
+
+    fn cleanup(&self) -> Result<(), BackendError> {
+        self.0.cleanup()
+    }
+
+    fn capabilities(&self) -> Vec<String> {
+        self.0.capabilities()
+    }
+
+    fn exports(&self) -> BTreeMap<String, String> {
+        self.0.exports()
+    }
+}
+
+#[tokio::test]
+async fn what_a_remote_snapshotter_has_is_adopted() {
+    let fixture = Fixture::new();
+    let inner = &fixture.metadata.inner;
+    let remote: Arc<dyn Snapshotter> = Arc::new(Remote(inner.snapshotters[NATIVE].clone()));
+    let metadata = Metadata::open(Parts {
+        db: inner.db.clone(),
+        store: inner.store.clone(),
+        snapshotters: BTreeMap::from([("remote".to_owned(), remote)]),
+        sharing: Sharing::Shared,
+        events: Arc::new(|_, event| assert!(matches!(event, Event::SnapshotRemove { .. }))),
+    })
+    .unwrap();
+    let leases = metadata.leases(&scope("a"));
+    leases.create(Some("l"), Labels::new()).await.unwrap();
+    let snapshots = metadata.snapshots(&leased("a", "l"), "remote").unwrap();
+    let mut parent = None;
+    for target in ["chain-1", "chain-2"] {
+        let labels = labels(&[("containerd.io/snapshot.ref", target), ("mine", "1")]);
+        for text in [
+            "target snapshot \"#\" from snapshotter: already exists",
+            "target snapshot \"#\": already exists",
+        ] {
+            let outcome = snapshots.prepare("extract", parent, labels.clone()).await;
+            refused(outcome, ErrorCode::AlreadyExists, &text.replace('#', target));
+        }
+        let info = snapshots.stat(target).await.unwrap();
+        assert_eq!((info.kind, info.parent.as_deref()), (davit_snapshotter::Kind::Committed, parent));
+        assert_eq!(info.labels["mine"], "1");
+        assert_eq!(info.labels["containerd.io/snapshot/remote"], "1");
+        parent = Some(target);
+    }
+    metadata.collect().await.unwrap();
+    assert_eq!(snapshots.list(&[]).await.unwrap().len(), 2);
+    assert_eq!(leases.resources("l").unwrap().len(), 2);
+    // Without a target the same answer means nothing.
+    let outcome = snapshots.view("view", None, Labels::new()).await;
+    assert_eq!(outcome.unwrap_err().code(), ErrorCode::Unknown);
+    leases.delete("l", false).await.unwrap();
+    metadata.collect().await.unwrap();
+    assert_eq!(fixture.backends().2, Vec::<String>::new());
 }
