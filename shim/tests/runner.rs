@@ -1,0 +1,28 @@
+//! Tests of the shim's binary with a real OCI runtime: they speak ttrpc to it as a daemon does, and are a daemon for
+//! its events.
+//!
+//! They need root. Every test has a folder, ids and cgroups of its own, and leaves nothing behind.
+
+#[path = "runner/support.rs"]
+mod support;
+
+#[path = "runner/actions.rs"]
+mod actions;
+#[path = "runner/events.rs"]
+mod events;
+#[path = "runner/lifecycle.rs"]
+mod lifecycle;
+#[path = "runner/resources.rs"]
+mod resources;
+#[path = "runner/streams.rs"]
+mod streams;
+
+#[test]
+fn every_file_of_tests_is_a_module() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/runner");
+    let this = include_str!("runner.rs");
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        assert!(this.contains(&format!("runner/{name}")), "{name} is not part of the test binary");
+    }
+}
