@@ -163,6 +163,7 @@ impl Images {
             let Some(record) = schema::load::<ImageRecord>(txn, &key)? else {
                 return Err(Error::not_found(Object::Image(image.name)));
             };
+            let target = record.digest.clone();
             let mut updated = from_record(&image.name, record);
             if paths.is_empty() {
                 updated.labels.clone_from(&image.labels);
@@ -186,7 +187,9 @@ impl Images {
             updated.updated_at = source_date_epoch.unwrap_or_else(SystemTime::now);
             schema::store(txn, &key, &to_record(&updated));
             let event = Event::ImageUpdate { name: updated.name.clone(), labels: updated.labels.clone() };
-            Ok((updated, Effects::event(event)))
+            // The name may have been all that kept its old target.
+            let removed = updated.target.digest != target;
+            Ok((updated, Effects { removed, ..Effects::event(event) }))
         };
         self.metadata.write(&self.scope, change).await
     }

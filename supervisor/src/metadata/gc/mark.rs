@@ -104,7 +104,9 @@ impl Marked {
             }
         }
         // What they led to then is not what they lead to now.
-        nodes.iter().for_each(|node| drop(self.seen.remove(node)));
+        for node in &nodes {
+            self.seen.remove(node);
+        }
         self.visit(new, nodes)
     }
 

@@ -26,7 +26,7 @@ async fn live_from_create_to_delete() {
     };
     assert_eq!(created, expected);
     assert_eq!(sandboxes.get("s").unwrap(), expected);
-    assert_eq!(sandboxes.list(&paths(&["labels.k==v"])).unwrap(), [expected.clone()]);
+    assert_eq!(sandboxes.list(&paths(&["labels.k==v"])).unwrap(), std::slice::from_ref(&expected));
     let outcome = sandboxes.create(sandbox("s")).await;
     refused(outcome, ErrorCode::AlreadyExists, "sandbox \"s\": already exists");
     assert_eq!(sandboxes.create(sandbox("a/b")).await.unwrap_err().code(), ErrorCode::InvalidArgument);
