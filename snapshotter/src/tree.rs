@@ -59,7 +59,7 @@ pub(crate) fn tells_types(path: &Path) -> Result<bool, FileError> {
 }
 
 /// What to do on a walk.
-trait Visitor {
+pub(crate) trait Visitor {
     /// An entry of `folder`, of this kind if the filesystem says so without being asked; true to walk into it.
     fn enter(&mut self, folder: BorrowedFd<'_>, name: &CStr, kind: Option<Type>) -> Result<bool, Errno>;
 
@@ -79,7 +79,7 @@ struct Level {
 
 /// Walks through everything below `root`, each folder before what is in it. What vanishes meanwhile, turns into
 /// something else or lies on another mount is passed over.
-fn walk(root: OwnedFd, visitor: &mut impl Visitor) -> Result<(), Errno> {
+pub(crate) fn walk(root: OwnedFd, visitor: &mut impl Visitor) -> Result<(), Errno> {
     let rest = visit_entries(root.as_fd(), visitor)?;
     let mut levels = vec![Level { name: CString::default(), folder: Some(root), rest }];
     // The last level is always open.

@@ -486,3 +486,158 @@ fn parse_number(field: &[u8]) -> Option<i64> {
     }
     i64::from_str_radix(std::str::from_utf8(text).ok()?, 8).ok()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A v7 header with the given fields; its sum is set.
+    fn header(change: impl Fn(&mut [u8; BLOCK])) -> Vec<u8> {
+        let mut block = [0; BLOCK];
+        block[100..108].copy_from_slice(b"0000644\0");
+        change(&mut block);
+        block[148..156].fill(b' ');
+        let sum: u32 = block.iter().map(|&byte| u32::from(byte)).sum();
+        block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        block.to_vec()
+    }
+
+    fn first(archive: &[u8]) -> Result<Option<Entry>, Error> {
+        Archive::new(archive).next_entry()
+    }
+
+    fn first_name(archive: &[u8]) -> String {
+        String::from_utf8(first(archive).unwrap().unwrap().name).unwrap()
+    }
+
+    fn put(block: &mut [u8; BLOCK], offset: usize, text: &[u8]) {
+        block[offset..offset + text.len()].copy_from_slice(text);
+    }
+
+    #[test]
+    fn numbers_are_octal_or_binary_and_nothing_else() {
+        for (field, expected) in [
+            (b"0000644\0".as_slice(), Some(0o644)),
+            (b"   644 \0", Some(0o644)),
+            (b"\0\0\0\0", Some(0)),
+            (b"    ", Some(0)),
+            (b"644\x0099", Some(0o644)),
+            (b"77777777777\0", Some(0o77777777777)),
+            (b"\x80\0\0\0\0\0\x01\0", Some(256)),
+            (b"\xff\xff\xff\xff\xff\xff\xff\xfe", Some(-2)),
+            (b"\x80\0\0\0\x7f\xff\xff\xff\xff\xff\xff\xff", Some(i64::MAX)),
+            (b"\x80\0\0\0\x80\0\0\0\0\0\0\0", None),
+            (b"0000688\0", None),
+            (b"-000644\0", None),
+            (b"0x00644\0", None),
+            (b"+644\0", None),
+        ] {
+            assert_eq!(parse_number(field), expected, "{}", field.escape_ascii());
+        }
+    }
+
+    #[test]
+    fn prefixes_are_those_of_the_format_that_the_header_is_in() {
+        let magic = |block: &mut [u8; BLOCK], magic: &[u8]| {
+            put(block, 0, b"name");
+            put(block, 257, magic);
+            put(block, 345, b"prefix");
+        };
+        assert_eq!(first_name(&header(|block| magic(block, b""))), "name");
+        assert_eq!(first_name(&header(|block| magic(block, b"ustar\x0000"))), "prefix/name");
+        let star = header(|block| {
+            magic(block, b"ustar\x0000");
+            // Two times and the mark of star, where ustar has the end of the prefix.
+            put(block, 345, &[b'p'; 131]);
+            put(block, 476, b"00000000000 00000000000 ");
+            put(block, 508, b"tar\0");
+        });
+        assert_eq!(first_name(&star), format!("{}/name", "p".repeat(131)));
+        // GNU tar's access time, and the prefix that old writers put in its place.
+        let gnu = |text: &'static [u8]| {
+            header(move |block| {
+                put(block, 0, b"name");
+                put(block, 257, b"ustar  \0");
+                put(block, 345, text);
+            })
+        };
+        assert_eq!(first_name(&gnu(b"13737357362\x0013737357362\0")), "name");
+        assert_eq!(first_name(&gnu(b"usr/share/doc")), "usr/share/doc/name");
+    }
+
+    #[test]
+    fn a_name_that_ends_in_a_slash_was_a_folder_before_there_was_a_type() {
+        let old = header(|block| put(block, 0, b"name/"));
+        assert!(matches!(first(&old).unwrap().unwrap().kind, Kind::Folder));
+        let typed = header(|block| {
+            put(block, 0, b"name/");
+            block[156] = b'0';
+        });
+        assert!(matches!(first(&typed).unwrap().unwrap().kind, Kind::File { .. }));
+    }
+
+    #[test]
+    fn sums_of_signed_bytes_are_accepted() {
+        let mut block = header(|block| put(block, 0, "ü".as_bytes()));
+        assert_eq!(first_name(&block), "ü");
+        let sum: i64 = block[..148].iter().chain(&block[156..]).map(|&byte| i64::from(byte as i8)).sum();
+        block[148..156].copy_from_slice(format!("{:06o}\0 ", sum + 8 * 32).as_bytes());
+        assert_eq!(first_name(&block), "ü");
+        block[0] = b'u';
+        assert!(matches!(first(&block), Err(Error::Archive { fault: ArchiveFault::Checksum, .. })));
+    }
+
+    #[test]
+    fn data_are_given_out_to_their_end_and_no_further() {
+        let mut bytes = header(|block| {
+            put(block, 0, b"one");
+            put(block, 124, b"00000000005\0");
+        });
+        bytes.extend_from_slice(b"hello");
+        bytes.resize(2 * BLOCK, b'#');
+        bytes.extend(header(|block| put(block, 0, b"two")));
+        let mut archive = Archive::new(io::BufReader::with_capacity(3, bytes.as_slice()));
+        let mut data = Vec::new();
+        assert_eq!(archive.next_entry().unwrap().unwrap().name, b"one");
+        loop {
+            let piece = archive.data().unwrap().to_vec();
+            if piece.is_empty() {
+                break;
+            }
+            archive.consume(piece.len());
+            data.extend(piece);
+        }
+        assert_eq!(data, b"hello");
+        assert_eq!(archive.next_entry().unwrap().unwrap().name, b"two");
+        // Without the zero blocks, and once more when the end was reached.
+        assert!(archive.next_entry().unwrap().is_none());
+        assert!(archive.next_entry().unwrap().is_none());
+    }
+
+    proptest::proptest! {
+        /// Whatever the bytes: an answer, in bounded memory, and no panic.
+        #[test]
+        fn any_bytes_have_an_answer(
+            blocks in proptest::collection::vec((0_usize..512, proptest::prelude::any::<u8>(), 0_u8..12), 0..40),
+        ) {
+            let mut bytes = Vec::new();
+            for (offset, value, kind) in blocks {
+                bytes.extend(header(|block| {
+                    put(block, 0, b"name");
+                    put(block, 257, if kind & 1 == 0 { b"ustar  \0" } else { b"ustar\x0000" });
+                    put(block, 124, b"00000000600\0");
+                    block[156] = b"0SxLKg15S37x"[usize::from(kind)];
+                    put(block, 386, b"00000000000\x0000000000600\0");
+                    put(block, 483, b"00000000600\0");
+                    block[offset] = value;
+                }));
+            }
+            let mut archive = Archive::new(bytes.as_slice());
+            while let Ok(Some(_)) = archive.next_entry() {
+                while let Ok(length @ 1..) = archive.data().map(<[u8]>::len) {
+                    archive.consume(length);
+                }
+            }
+        }
+    }
+}

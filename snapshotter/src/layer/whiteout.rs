@@ -5,11 +5,11 @@ use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use davit_sys::fs::{get_xattr, list_xattr, open_in_root, set_xattr};
-use nix::dir::Dir;
+use nix::dir::{Dir, Type};
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, RenameFlags, openat, renameat2};
+use nix::fcntl::{AtFlags, OFlag, openat};
 use nix::libc;
-use nix::sys::stat::{Mode, SFlag, fchmod, fstat, fstatat, makedev, mkdirat, mknodat};
+use nix::sys::stat::{FileStat, Mode, SFlag, fchmod, fstat, fstatat, makedev, mkdirat, mknodat};
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, unlinkat};
 
 use super::error::{EntryFault, Error};
@@ -17,12 +17,10 @@ use super::extract::{Written, is_folder};
 use super::name::Name;
 use super::pax::Time;
 use super::root::{FOLDER, Missing};
+use crate::tree::{Visitor, walk};
 
 /// The mode of a folder that the layer needs but does not have.
 const FOLDER_MODE: Mode = Mode::from_bits_truncate(0o755);
-
-/// How deep a tree is removed with a descriptor for each level.
-const DEPTH_LIMIT: usize = 128;
 
 /// How removals are carried out.
 pub(super) enum Whiteouts {
@@ -264,67 +262,41 @@ pub(super) fn remove(parent: &OwnedFd, base: &[u8], path: &[u8]) -> Result<Optio
     Ok(Some(SFlag::from_bits_truncate(stat.st_mode & libc::S_IFMT)))
 }
 
-/// Empties a folder, but for the inodes to `keep` and the folders that lead to them.
-///
-/// A layer can make a tree deeper than any path, stack or table of open files, by folders within symlinks to
-/// folders. So the way down is kept on the heap, and beyond [`DEPTH_LIMIT`] a folder is moved to the top first.
-/// That cannot be done where something is kept; then too deep a tree is an error.
+/// Empties a folder, but for the inodes to `keep` and the folders that lead to them. A layer can make a tree deeper
+/// than any path or stack, by folders within symlinks to folders; the walk copes with that.
 pub(super) fn remove_below(folder: &OwnedFd, path: &[u8], keep: Option<&Written>) -> Result<(), Error> {
-    struct Level {
-        folder: OwnedFd,
-        names: Vec<Vec<u8>>,
-        /// What to call it by in the level above, and whether it goes when it is empty.
-        base: Vec<u8>,
-        removable: bool,
+    let root = openat(folder, ".", FOLDER, Mode::empty());
+    root.and_then(|root| walk(root, &mut Remove { keep }))
+        .map_err(|errno| Error::file("remove what is below", path, errno))
+}
+
+struct Remove<'a> {
+    keep: Option<&'a Written>,
+}
+
+impl Remove<'_> {
+    fn keeps(&self, stat: &FileStat) -> bool {
+        self.keep.is_some_and(|keep| keep.contains(&(stat.st_dev, stat.st_ino)))
     }
-    let error = |operation: &str, errno| Error::file(operation, path, errno);
-    let folder = openat(folder, ".", FOLDER, Mode::empty()).map_err(|errno| error("open folder", errno))?;
-    let top = Level { names: names(folder.as_fd(), path)?, folder, base: Vec::new(), removable: false };
-    let mut levels = vec![top];
-    let mut moved = 0_u64;
-    loop {
-        let too_deep = levels.len() > DEPTH_LIMIT && keep.is_none();
-        let Some(level) = levels.last_mut() else { return Ok(()) };
-        let Some(base) = level.names.pop() else {
-            let Some(done) = levels.pop() else { return Ok(()) };
-            if let (true, Some(above)) = (done.removable, levels.last()) {
-                match unlinkat(&above.folder, done.base.as_slice(), UnlinkatFlags::RemoveDir) {
-                    Ok(()) | Err(Errno::ENOENT) => {}
-                    Err(Errno::ENOTEMPTY | Errno::EEXIST) if keep.is_some() => {}
-                    Err(errno) => return Err(error("remove folder below", errno)),
-                }
-            }
-            continue;
-        };
-        let stat = match fstatat(&level.folder, base.as_slice(), AtFlags::AT_SYMLINK_NOFOLLOW) {
-            Ok(stat) => stat,
-            Err(Errno::ENOENT) => continue,
-            Err(errno) => return Err(error("stat below", errno)),
-        };
-        let kept = keep.is_some_and(|keep| keep.contains(&(stat.st_dev, stat.st_ino)));
-        if is_folder(&stat) && too_deep {
-            moved += 1;
-            let name = format!(".davit-removing-{moved}").into_bytes();
-            let from = &levels[levels.len() - 1].folder;
-            let to = &levels[0].folder;
-            let flags = RenameFlags::RENAME_NOREPLACE;
-            match renameat2(from, base.as_slice(), to, name.as_slice(), flags) {
-                Ok(()) => levels[0].names.push(name),
-                // Something at the top has this name, and will go as well: with the next number then.
-                Err(Errno::EEXIST) => {
-                    let deepest = levels.len() - 1;
-                    levels[deepest].names.push(base);
-                }
-                Err(errno) => return Err(error("move folder below", errno)),
-            }
-        } else if is_folder(&stat) {
-            let folder = openat(&level.folder, base.as_slice(), FOLDER, Mode::empty())
-                .map_err(|errno| error("open folder below", errno))?;
-            let names = names(folder.as_fd(), path)?;
-            levels.push(Level { folder, names, base, removable: !kept });
-        } else if !kept {
-            unlinkat(&level.folder, base.as_slice(), UnlinkatFlags::NoRemoveDir)
-                .map_err(|errno| error("remove below", errno))?;
+}
+
+impl Visitor for Remove<'_> {
+    fn enter(&mut self, folder: BorrowedFd<'_>, name: &CStr, _: Option<Type>) -> Result<bool, Errno> {
+        let stat = fstatat(folder, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        if !is_folder(&stat) && !self.keeps(&stat) {
+            unlinkat(folder, name, UnlinkatFlags::NoRemoveDir)?;
+        }
+        Ok(is_folder(&stat))
+    }
+
+    fn leave(&mut self, folder: BorrowedFd<'_>, name: &CStr) -> Result<(), Errno> {
+        let kept = self.keep.is_some() && self.keeps(&fstatat(folder, name, AtFlags::AT_SYMLINK_NOFOLLOW)?);
+        if kept {
+            return Ok(());
+        }
+        match unlinkat(folder, name, UnlinkatFlags::RemoveDir) {
+            Err(Errno::ENOTEMPTY | Errno::EEXIST) if self.keep.is_some() => Ok(()),
+            result => result,
         }
     }
 }
