@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use davit_metadata::Db;
 use davit_model::{Labels, Mount};
 use davit_sys::fs::in_user_namespace;
-use davit_sys::mount::{mount_all, unmount_all};
+use davit_sys::mount::{kernel_at_least, mount_all, unmount_all};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 
 use crate::folders::{self, Folders};
@@ -431,13 +431,4 @@ fn try_overlay_in(root: &Path, trial: &Path, config: &Config) -> Result<Vec<Stri
         options.push("index=off".to_owned());
     }
     Ok(options)
-}
-
-/// True when the kernel is of this version or a later one.
-fn kernel_at_least(major: u32, minor: u32) -> bool {
-    let Ok(uname) = nix::sys::utsname::uname() else { return false };
-    let release = uname.release().to_string_lossy();
-    let mut numbers =
-        release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse::<u32>().unwrap_or(0));
-    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (major, minor)
 }

@@ -171,6 +171,14 @@ fn take_off_even_busy(target: &Path) -> Result<bool, Error> {
     }
 }
 
+/// True when the running kernel has this version or a later one.
+pub fn kernel_at_least(major: u32, minor: u32) -> bool {
+    let Ok(uname) = nix::sys::utsname::uname() else { return false };
+    let release = uname.release().to_string_lossy();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (major, minor)
+}
+
 /// Every mount point strictly below `target`, the last mounted first.
 fn mount_points_below(target: &Path) -> Result<Vec<PathBuf>, Error> {
     let Ok(target) = fs::canonicalize(target) else { return Ok(Vec::new()) };
@@ -368,6 +376,11 @@ impl Job<'_> {
     }
 
     fn filesystem_tree(&self, point: &OwnedFd) -> Result<OwnedFd, Failure> {
+        // Before its own port to this API overlayfs would not take its lower folders one by one, and complain
+        // about each try in the kernel's log.
+        if self.mount.kind == "overlay" && !kernel_at_least(6, 5) {
+            return Err(Failure::Missing);
+        }
         let kind = self.text(&self.mount.kind)?;
         let fs = calls::fsopen(&kind).map_err(self.failure("fsopen"))?;
         match &self.options.mapping {
@@ -416,8 +429,8 @@ impl Job<'_> {
         }
         calls::fsconfig_create(fs).map_err(|errno| {
             match self.refused(fs, "fsconfig (create)", None, errno) {
-                // A filesystem without its own port to this API (overlayfs before Linux 6.5) reads its options only
-                // now, knows no `lowerdir+`, and has no words for it.
+                // A filesystem without its own port to this API reads its options only now, and has no words for
+                // what it does not like.
                 Failure::Refused(Error::Syscall { log: None, source: Errno::EINVAL, .. }) => Failure::Missing,
                 failure => failure,
             }

@@ -1,7 +1,7 @@
 //! The bare system calls of the new mount API (Linux 5.2; `mount_setattr` 5.12), as safe functions.
 
 use std::ffi::{CStr, c_int, c_long, c_uint};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 
@@ -148,25 +148,28 @@ pub(super) fn move_mount(tree: BorrowedFd<'_>, point: BorrowedFd<'_>) -> Result<
     Errno::result(result).map(drop)
 }
 
-/// Starts a child in a new user namespace that does nothing but wait until `release` has no writer left, and
-/// answers its process id.
+/// Starts a child in a new user namespace that does nothing until it is killed, and answers its process id.
 ///
-/// The child has no exit signal, so that a handler of `SIGCHLD` in this process never sees it; whoever starts it
-/// waits for it with `__WALL`. Needs Linux 5.3 (`clone3`).
-pub(super) fn start_namespace_holder(release: BorrowedFd<'_>, writer: &impl AsFd) -> Result<c_int, Errno> {
-    let arguments = CloneArguments { flags: libc::CLONE_NEWUSER as u64, ..CloneArguments::default() };
-    let (release, writer) = (release.as_raw_fd(), writer.as_fd().as_raw_fd());
+/// It dies with the calling thread at the latest. It shares the table of open files, so that it keeps no pipe or
+/// socket of this process open. It has no exit signal, so that a handler of `SIGCHLD` never sees it; whoever
+/// starts it kills it and waits for it with `__WALL`. Needs Linux 5.3 (`clone3`).
+pub(super) fn start_namespace_holder() -> Result<c_int, Errno> {
+    let flags = libc::CLONE_NEWUSER | libc::CLONE_FILES;
+    let arguments = CloneArguments { flags: flags as u64, ..CloneArguments::default() };
+    // SAFETY: this call has no conditions.
+    let parent = unsafe { libc::getpid() };
     // SAFETY: the arguments have the kernel's layout and their size is given. Without CLONE_VM and without a
     // stack the child runs on a copy of this one, as after fork(2). Other threads do not exist in it and may have
-    // held any lock, so it makes system calls only, on memory that is its own, and never returns from here.
+    // held any lock, so it makes system calls only, and never returns from here.
     let result = unsafe {
         let result =
             libc::syscall(libc::SYS_clone3, std::ptr::from_ref(&arguments), size_of::<CloneArguments>());
         if result == 0 {
-            // With its own copy of the writer open, the child would never see the end of the pipe.
-            libc::close(writer);
-            let mut byte = 0u8;
-            libc::read(release, std::ptr::from_mut(&mut byte).cast(), 1);
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            // A parent that died before this took effect is none any more.
+            while libc::getppid() == parent {
+                libc::pause();
+            }
             libc::_exit(0);
         }
         result
