@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
+use std::time::{Duration, Instant};
 
 use davit_model::ErrorCode;
 use davit_proto::containerd::task::v3::{CloseIoRequest, CreateTaskRequest, ResizePtyRequest};
@@ -19,13 +20,19 @@ fn reader(path: &str) -> File {
 fn read_until(file: &mut File, mut enough: impl FnMut(&[u8]) -> bool) -> Vec<u8> {
     let mut all = Vec::new();
     let mut buffer = [0; 65536];
-    eventually("the output arrives", || {
+    let deadline = Instant::now() + PATIENCE;
+    while !enough(&all) {
         match file.read(&mut buffer) {
-            Ok(count) => all.extend_from_slice(&buffer[..count]),
-            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+            Ok(count) if count > 0 => all.extend_from_slice(&buffer[..count]),
+            // No writer yet, or nothing written.
+            Ok(_) => std::thread::sleep(Duration::from_millis(1)),
+            Err(error) => {
+                assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+                std::thread::sleep(Duration::from_millis(1));
+            }
         }
-        enough(&all)
-    });
+        assert!(Instant::now() < deadline, "only {} bytes arrived", all.len());
+    }
     all
 }
 
@@ -83,10 +90,10 @@ fn large_output_arrives_whole() {
     };
     client.create(&request).unwrap();
     let mut stdout = reader(&request.stdout);
+    let mut stderr = reader(&request.stderr);
     client.start(&bundle.id, "").unwrap();
     let received = read_until(&mut stdout, |text| text.len() == pattern.len());
     assert!(received == pattern, "the bytes are the same");
-    let mut stderr = reader(&request.stderr);
     assert_eq!(read_until(&mut stderr, |text| !text.is_empty()), b"end\n");
     client.finish(&bundle.id);
 }
