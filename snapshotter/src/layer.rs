@@ -7,8 +7,8 @@
 //!
 //! The rules are those of the OCI image specification ("Image Layer Filesystem Changeset"); where it is silent,
 //! those of containerd 2.3. What a layer says is not trusted: nothing outside of the root of the tree is ever
-//! read or changed, whatever the names, links and orders of the entries ([`root`] has the argument), and the
-//! memory that an archive can take is bounded ([`archive`]).
+//! read or changed, whatever the names, links and orders of the entries (`layer/root.rs` has the argument), and the
+//! memory that an archive can take is bounded (`layer/archive.rs`).
 
 mod archive;
 mod compare;
