@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 /// The folder of the workspace.
-pub fn workspace() -> PathBuf {
+pub(crate) fn workspace() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new(".")).to_owned()
 }
 
@@ -15,7 +15,7 @@ pub fn workspace() -> PathBuf {
 ///
 /// # Errors
 /// It cannot be started, or it fails.
-pub fn run(program: &str, args: &[&str]) -> Result<()> {
+pub(crate) fn run(program: &str, args: &[&str]) -> Result<()> {
     run_with(program, args, &[])
 }
 
@@ -23,7 +23,7 @@ pub fn run(program: &str, args: &[&str]) -> Result<()> {
 ///
 /// # Errors
 /// It cannot be started, or it fails.
-pub fn run_with(program: &str, args: &[&str], env: &[(&str, &str)]) -> Result<()> {
+pub(crate) fn run_with(program: &str, args: &[&str], env: &[(&str, &str)]) -> Result<()> {
     println!("$ {program} {}", args.join(" "));
     let status = Command::new(program)
         .args(args)
@@ -44,8 +44,9 @@ pub fn run_with(program: &str, args: &[&str], env: &[(&str, &str)]) -> Result<()
 ///
 /// # Errors
 /// The build fails.
-pub fn all(release: bool) -> Result<PathBuf> {
-    let mut args = vec!["build", "--workspace", "--bins"];
+pub(crate) fn all(release: bool) -> Result<PathBuf> {
+    // Not the whole workspace: the shim follows in its own profile, and this program runs already.
+    let mut args = vec!["build", "--bins", "-p", "davit-supervisor", "-p", "davit-ctl", "-p", "davit-integration"];
     if release {
         args.push("--release");
     }
@@ -69,7 +70,7 @@ fn target_folder() -> PathBuf {
 }
 
 /// True when `cargo NAME` exists.
-pub fn has_cargo_command(name: &str) -> bool {
+pub(crate) fn has_cargo_command(name: &str) -> bool {
     Command::new(format!("cargo-{name}"))
         .arg("--version")
         .output()

@@ -51,7 +51,7 @@ const ORDER: &[(&str, &[&str])] = &[
 ///
 /// # Errors
 /// The first crate that breaks the order, with what it uses.
-pub fn check() -> Result<()> {
+pub(crate) fn check() -> Result<()> {
     let output = Command::new("cargo")
         .args(["metadata", "--no-deps", "--format-version", "1", "--offline"])
         .current_dir(workspace())

@@ -8,13 +8,13 @@ use anyhow::{Result, bail};
 use crate::build::run_with;
 
 /// A package and a file that tells that it is there.
-pub type Package = (&'static str, &'static str);
+pub(crate) type Package = (&'static str, &'static str);
 
 /// What running a container needs.
-pub const QUICKSTART: &[Package] = &[("runc", "/usr/sbin/runc"), ("busybox-static", "/bin/busybox")];
+pub(crate) const QUICKSTART: &[Package] = &[("runc", "/usr/sbin/runc"), ("busybox-static", "/bin/busybox")];
 
 /// What the tests need besides: another runtime, and a client and peer.
-pub const TEST: &[Package] = &[
+pub(crate) const TEST: &[Package] = &[
     ("runc", "/usr/sbin/runc"),
     ("busybox-static", "/bin/busybox"),
     ("crun", "/usr/bin/crun"),
@@ -25,7 +25,7 @@ pub const TEST: &[Package] = &[
 ///
 /// # Errors
 /// Not root, no `apt-get`, or the installation fails.
-pub fn install(packages: &[Package]) -> Result<()> {
+pub(crate) fn install(packages: &[Package]) -> Result<()> {
     let missing: Vec<&str> =
         packages.iter().filter(|(_, file)| !Path::new(file).exists()).map(|(name, _)| *name).collect();
     if missing.is_empty() {
@@ -46,6 +46,6 @@ pub fn install(packages: &[Package]) -> Result<()> {
 }
 
 /// True for root, whom mounts and cgroups obey.
-pub fn is_root() -> bool {
+pub(crate) fn is_root() -> bool {
     Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout.trim_ascii() == b"0")
 }
