@@ -92,6 +92,9 @@ pub struct Timeouts {
     pub cleanup: Duration,
     /// The shim's Shutdown.
     pub shutdown: Duration,
+    /// Any other call that changes something or asks for something, but for Wait and Checkpoint. containerd leaves this
+    /// to its clients; but the calls of a client that goes away go on here, and must not pile up on a shim that hangs.
+    pub call: Duration,
     /// The shim's State.
     pub state: Duration,
     /// The shim's Stats.
@@ -106,6 +109,7 @@ impl Default for Timeouts {
             load: Duration::from_secs(5),
             cleanup: Duration::from_secs(5),
             shutdown: Duration::from_secs(3),
+            call: Duration::from_secs(120),
             state: Duration::from_secs(2),
             stats: Duration::from_secs(2),
         }
@@ -421,8 +425,9 @@ impl Tasks {
     }
 
     async fn state_of(&self, task: &registry::Handle, id: &str, exec_id: &str) -> Result<Process, Error> {
-        let state = async { task.ready(id).await?.state(exec_id).await };
-        gone_is_not_found(within(self.shared.config.timeouts.state, id, "State", state).await)
+        let limit = self.shared.config.timeouts.state;
+        let state = async { task.ready(id).await?.state(limit, exec_id).await };
+        gone_is_not_found(within(limit, id, "State", state).await)
     }
 }
 

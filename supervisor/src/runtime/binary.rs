@@ -16,7 +16,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use davit_model::Any;
 use davit_proto::containerd::types::RuntimeInfo;
@@ -164,7 +164,9 @@ pub(super) async fn start(
         read?;
         child.wait().await
     };
+    let begun = Instant::now();
     let ended = tokio::time::timeout(limit, talk).await;
+    tracing::trace!(micros = begun.elapsed().as_micros() as u64, "shim start");
     let said = || String::from_utf8_lossy(&output).trim().to_owned();
     match ended {
         Ok(Ok(status)) if status.success() => StartResult::parse(&output)

@@ -2,7 +2,6 @@
 //! failure at any step leaves nothing.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use davit_model::{Any, Coded, ErrorCode, error::chain};
 use davit_shim_protocol::address;
@@ -98,9 +97,7 @@ async fn bring_up(
     })
     .await
     .map_err(|source| start_error(ShimError::Record { source }))?;
-    let shim = Shim::connect(context.namespace(), context.id(), &told, config.timeouts.load)
-        .await
-        .map_err(start_error)?;
+    let shim = Shim::connect(&context.bundle, &told, joined, &config.timeouts).await.map_err(start_error)?;
     made.shim = Some(shim.clone());
     tokio::spawn(log.follow(shim.closed()).instrument(Span::current()));
     let pid = shim
@@ -179,17 +176,18 @@ async fn undo(context: &Context, binary: &Path, made: Made) {
     let mut shim = made.shim;
     if shim.is_none() && made.started {
         // The binary failed or said nothing that makes sense, but may have left a shim where one would be.
-        shim = load::find_unannounced(context, Duration::from_millis(200)).await;
+        shim = load::find_unannounced(context).await;
     }
     // Until the shim has said itself that it holds nothing of the container, its binary is asked to make sure.
     let mut clean = !made.started;
     if let Some(shim) = &shim {
-        clean = match shim.delete_within(Some(timeouts.cleanup), "").await {
+        clean = match shim.delete_within(timeouts.cleanup, "").await {
             Ok(_) => true,
             Err(error) => error.code() == ErrorCode::NotFound,
         };
         if !made.joined && !teardown::end_shim(context, shim).await {
             teardown::kill_shim(context, binary, shim).await;
+            teardown::remove_socket(context).await;
         }
         shim.close();
     }

@@ -240,22 +240,22 @@ pub(super) async fn probe(context: &Context, connection: &mut Option<Shim>) -> P
     let limit = context.shared.config.timeouts.load;
     let shim = match connection.take().filter(|shim| !shim.is_closed()) {
         Some(shim) => shim,
-        None => match reach(context, limit).await {
+        None => match reach(context).await {
             Ok(shim) => shim,
             Err(probe) => return probe,
         },
     };
     *connection = Some(shim.clone());
-    match shim.connected(limit).await {
-        Ok(connected) => debug!(shim.pid = connected.shim_pid, "shim answers"),
-        Err(Error::ShimGone { .. }) => return lost(context, limit).await,
+    match shim.ping(limit).await {
+        Ok(()) => {}
+        Err(Error::ShimGone { .. }) => return lost(context).await,
         Err(Error::Timeout { .. }) => return Probe::Silent,
         // Even a refusal is a sign of life.
         Err(_) => {}
     }
-    match shim.state_within(Some(limit), "").await {
+    match shim.state(limit, "").await {
         Ok(init) => Probe::Task { shim, init },
-        Err(Error::ShimGone { .. }) => lost(context, limit).await,
+        Err(Error::ShimGone { .. }) => lost(context).await,
         Err(error) if error.code() == ErrorCode::NotFound => Probe::NoTask(shim),
         Err(error) => {
             warn!(error = chain(&error), "the shim does not say the state of its task");
@@ -265,23 +265,24 @@ pub(super) async fn probe(context: &Context, connection: &mut Option<Shim>) -> P
 }
 
 /// The connection ended while the shim was asked: it may have ended itself at that moment, or only the connection.
-async fn lost(context: &Context, limit: Duration) -> Probe {
-    match reach(context, limit).await {
+async fn lost(context: &Context) -> Probe {
+    match reach(context).await {
         Ok(_) => Probe::Silent,
         Err(probe) => probe,
     }
 }
 
 /// Connects to the shim of a bundle, or says that it is gone or silent.
-async fn reach(context: &Context, limit: Duration) -> Result<Shim, Probe> {
+async fn reach(context: &Context) -> Result<Shim, Probe> {
     let bundle = context.bundle.clone();
-    let told = match blocking(move || bundle.read_bootstrap()).await {
-        Ok(Some(told)) => told,
-        Ok(None) => {
+    let read = blocking(move || Ok((bundle.read_bootstrap()?, bundle.read_sandbox()?.is_some())));
+    let (told, sandbox) = match read.await {
+        Ok((Some(told), sandbox)) => (told, sandbox),
+        Ok((None, _)) => {
             // A daemon died while it created the task. Its `shim start` may go on: what starts is not gone. It is looked
             // for first, for it may be over, and the shim be there, when it is looked for second.
             let starting = is_starting(context).await;
-            return match find_unannounced(context, limit).await {
+            return match find_unannounced(context).await {
                 Some(shim) => Ok(shim),
                 None if starting => Err(Probe::Silent),
                 None => Err(Probe::Gone),
@@ -289,10 +290,10 @@ async fn reach(context: &Context, limit: Duration) -> Result<Shim, Probe> {
         }
         Err(error) => {
             warn!(error = chain(&error), "the bundle does not say where its shim is");
-            return find_unannounced(context, limit).await.ok_or(Probe::Silent);
+            return find_unannounced(context).await.ok_or(Probe::Silent);
         }
     };
-    match Shim::connect(context.namespace(), context.id(), &told, limit).await {
+    match Shim::connect(&context.bundle, &told, sandbox, &context.shared.config.timeouts).await {
         Ok(shim) => Ok(shim),
         Err(ShimError::Connect { source, .. }) => Err(match source.kind() {
             std::io::ErrorKind::ConnectionRefused => Probe::Gone,
@@ -314,25 +315,40 @@ async fn reach(context: &Context, limit: Duration) -> Result<Shim, Probe> {
 }
 
 /// A shim that was started, but whose address no daemon has written down: it is where shims are by custom.
-pub(super) async fn find_unannounced(context: &Context, limit: Duration) -> Option<Shim> {
-    let config = &context.shared.config;
-    let bundle = context.bundle.clone();
-    let group = blocking(move || bundle.annotation(&GROUPS)).await.ok().flatten();
-    let own = config.socket_directory.as_deref().unwrap_or(Path::new(DEFAULT_SOCKET_DIR));
-    for directory in [own, Path::new(DEFAULT_SOCKET_DIR)] {
-        let group = group.as_deref().unwrap_or(context.id());
-        let path = address::socket_path(directory, &config.grpc_address, context.namespace(), group);
-        let told = StartResult {
-            version: VERSION_2,
-            address: address::unix_address(&path),
-            protocol: PROTOCOL_TTRPC.to_owned(),
-        };
-        if let Ok(shim) = Shim::connect(context.namespace(), context.id(), &told, limit).await {
+pub(super) async fn find_unannounced(context: &Context) -> Option<Shim> {
+    for told in customary(context).await {
+        if let Ok(shim) = Shim::connect(&context.bundle, &told, false, &context.shared.config.timeouts).await
+        {
             debug!(address = told.address, "found a shim that had not been written down");
             return Some(shim);
         }
     }
     None
+}
+
+/// Where a shim for the container listens if nothing else is known.
+async fn customary(context: &Context) -> Vec<StartResult> {
+    let config = &context.shared.config;
+    let bundle = context.bundle.clone();
+    let group = blocking(move || bundle.annotation(&GROUPS)).await.ok().flatten();
+    let group = group.as_deref().unwrap_or(context.id());
+    let own = config.socket_directory.as_deref().filter(|own| *own != Path::new(DEFAULT_SOCKET_DIR));
+    let directories = own.into_iter().chain([Path::new(DEFAULT_SOCKET_DIR)]);
+    let told = directories.map(|directory| {
+        let path = address::socket_path(directory, &config.grpc_address, context.namespace(), group);
+        let address = address::unix_address(&path);
+        StartResult { version: VERSION_2, address, protocol: PROTOCOL_TTRPC.to_owned() }
+    });
+    told.collect()
+}
+
+/// The addresses at which the container's shim listens, or would.
+pub(super) async fn addresses(context: &Context) -> Vec<String> {
+    let bundle = context.bundle.clone();
+    match blocking(move || bundle.read_bootstrap()).await {
+        Ok(Some(told)) => vec![told.address],
+        Ok(None) | Err(_) => customary(context).await.into_iter().map(|told| told.address).collect(),
+    }
 }
 
 /// Whether a shim for the container is just being started, or runs.

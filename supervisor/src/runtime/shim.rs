@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use davit_model::{Any, ErrorCode, Mount};
 use davit_proto::containerd::task::v3 as wire;
@@ -12,11 +12,12 @@ use davit_proto::containerd::types as wire_types;
 use davit_proto::containerd::v1::types as wire_process;
 use davit_shim_protocol::address;
 use davit_shim_protocol::bootstrap::{PROTOCOL_TTRPC, StartResult, VERSION_3};
+use davit_shim_protocol::bundle::Bundle;
 use davit_shim_protocol::client::{CallError, Client, Target};
 use prost::Message;
 
 use super::task::{ExecOptions, Exit, Process, ProcessInfo, Status, Stdio, UpdateOptions};
-use super::{Error, ShimError};
+use super::{Error, ShimError, Timeouts};
 
 const SERVICE_V3: &str = "containerd.task.v3.Task";
 const SERVICE_V2: &str = "containerd.task.v2.Task";
@@ -32,28 +33,27 @@ struct Inner {
     id: String,
     address: String,
     version: i32,
+    /// It is the shim of a sandbox, which ends it: no container does.
+    sandbox: bool,
+    /// The bound of calls that have none of their own.
+    limit: Duration,
     client: Client,
     /// Set when the shim does not know the service of version 3. A binary that was replaced under a running shim
     /// claims for it what only the new one can.
     downgraded: AtomicBool,
 }
 
-/// What the shim tells of itself and its task.
-pub(super) struct Connected {
-    /// The shim's own process.
-    pub(super) shim_pid: u32,
-}
-
 impl Shim {
-    /// Connects to a shim that said where it is.
+    /// Connects the container of a bundle to a shim that said where it is; `sandbox` when it is that of its sandbox.
     ///
     /// # Errors
-    /// [`ShimError::Unsupported`], or [`ShimError::Connect`] when nobody listens or accepts there within `limit`.
+    /// [`ShimError::Unsupported`], or [`ShimError::Connect`] when nobody listens or accepts there within
+    /// [`Timeouts::load`].
     pub(super) async fn connect(
-        namespace: &str,
-        id: &str,
+        bundle: &Bundle,
         told: &StartResult,
-        limit: Duration,
+        sandbox: bool,
+        timeouts: &Timeouts,
     ) -> Result<Shim, ShimError> {
         let unsupported =
             || ShimError::Unsupported { address: told.address.clone(), protocol: told.protocol.clone() };
@@ -62,7 +62,7 @@ impl Shim {
         }
         let path = address::parse(&told.address).map_err(|_| unsupported())?;
         let connect = async {
-            match tokio::time::timeout(limit, connect_patiently(&path)).await {
+            match tokio::time::timeout(timeouts.load, connect_patiently(&path)).await {
                 Ok(result) => result,
                 Err(_) => Err(std::io::ErrorKind::TimedOut.into()),
             }
@@ -70,10 +70,12 @@ impl Shim {
         let client =
             connect.await.map_err(|source| ShimError::Connect { address: told.address.clone(), source })?;
         let inner = Inner {
-            namespace: namespace.to_owned(),
-            id: id.to_owned(),
+            namespace: bundle.namespace().to_owned(),
+            id: bundle.id().to_owned(),
             address: told.address.clone(),
             version: told.version,
+            sandbox,
+            limit: timeouts.call,
             client,
             downgraded: AtomicBool::new(false),
         };
@@ -83,6 +85,11 @@ impl Shim {
     /// Where it listens. Containers whose shims have the same address are a group.
     pub(super) fn address(&self) -> &str {
         &self.inner.address
+    }
+
+    /// Whether it is the shim of a sandbox, which ends it.
+    pub(super) fn is_of_sandbox(&self) -> bool {
+        self.inner.sandbox
     }
 
     /// How another container reaches the same shim.
@@ -113,7 +120,16 @@ impl Shim {
         self.inner.id.clone()
     }
 
+    /// A call with the common bound.
     async fn call<Reply: Message + Default>(
+        &self,
+        method: &'static str,
+        message: &impl Message,
+    ) -> Result<Reply, Error> {
+        self.call_within(method, Some(self.inner.limit), message).await
+    }
+
+    async fn call_within<Reply: Message + Default>(
         &self,
         method: &'static str,
         limit: Option<Duration>,
@@ -124,7 +140,10 @@ impl Shim {
             let version_3 = inner.version >= VERSION_3 && !inner.downgraded.load(Ordering::Relaxed);
             let service = if version_3 { SERVICE_V3 } else { SERVICE_V2 };
             let target = Target { service, method, namespace: &inner.namespace, limit };
-            match inner.client.call(target, message).await {
+            let begun = Instant::now();
+            let result = inner.client.call(target, message).await;
+            tracing::trace!(method, micros = begun.elapsed().as_micros() as u64, "shim call");
+            match result {
                 Err(CallError::Refused { error }) if version_3 && error.code == ErrorCode::Unimplemented => {
                     tracing::debug!(method, "shim does not serve {SERVICE_V3}, trying {SERVICE_V2}");
                     inner.downgraded.store(true, Ordering::Relaxed);
@@ -147,10 +166,11 @@ impl Shim {
     }
 
     /// Asks the shim for itself: proof that it is alive.
-    pub(super) async fn connected(&self, limit: Duration) -> Result<Connected, Error> {
+    pub(super) async fn ping(&self, limit: Duration) -> Result<(), Error> {
         let request = wire::ConnectRequest { id: self.id() };
-        let reply: wire::ConnectResponse = self.call("Connect", Some(limit), &request).await?;
-        Ok(Connected { shim_pid: reply.shim_pid })
+        let reply: wire::ConnectResponse = self.call_within("Connect", Some(limit), &request).await?;
+        tracing::debug!(shim.pid = reply.shim_pid, version = reply.version, "shim answers");
+        Ok(())
     }
 
     /// Has the shim create the container. Gives the init process.
@@ -175,49 +195,41 @@ impl Shim {
             parent_checkpoint: String::new(),
             options: options.map(any_to_wire),
         };
-        let reply: wire::CreateTaskResponse = self.call("Create", Some(limit), &request).await?;
+        let reply: wire::CreateTaskResponse = self.call_within("Create", Some(limit), &request).await?;
         Ok(reply.pid)
     }
 
     /// Starts the init process, or an exec. Gives its number.
     pub(super) async fn start(&self, exec_id: &str) -> Result<u32, Error> {
         let request = wire::StartRequest { id: self.id(), exec_id: exec_id.to_owned() };
-        let reply: wire::StartResponse = self.call("Start", None, &request).await?;
+        let reply: wire::StartResponse = self.call("Start", &request).await?;
         Ok(reply.pid)
     }
 
     /// Deletes the container (or an exec) in the shim.
     pub(super) async fn delete(&self, exec_id: &str) -> Result<Exit, Error> {
-        self.delete_within(None, exec_id).await
+        self.delete_within(self.inner.limit, exec_id).await
     }
 
-    pub(super) async fn delete_within(&self, limit: Option<Duration>, exec_id: &str) -> Result<Exit, Error> {
+    pub(super) async fn delete_within(&self, limit: Duration, exec_id: &str) -> Result<Exit, Error> {
         let request = wire::DeleteRequest { id: self.id(), exec_id: exec_id.to_owned() };
-        let reply: wire::DeleteResponse = self.call("Delete", limit, &request).await?;
+        let reply: wire::DeleteResponse = self.call_within("Delete", Some(limit), &request).await?;
         Ok(exit_from_wire(&reply))
     }
 
     /// Asks the shim to end; it does so when it holds no container any more.
     pub(super) async fn shutdown(&self, limit: Duration) -> Result<(), Error> {
         let request = wire::ShutdownRequest { id: self.id(), now: false };
-        match self.call::<()>("Shutdown", Some(limit), &request).await {
+        match self.call_within::<()>("Shutdown", Some(limit), &request).await {
             // Some end before they answer.
             Ok(()) | Err(Error::ShimGone { .. }) => Ok(()),
             Err(error) => Err(error),
         }
     }
 
-    pub(super) async fn state(&self, exec_id: &str) -> Result<Process, Error> {
-        self.state_within(None, exec_id).await
-    }
-
-    pub(super) async fn state_within(
-        &self,
-        limit: Option<Duration>,
-        exec_id: &str,
-    ) -> Result<Process, Error> {
+    pub(super) async fn state(&self, limit: Duration, exec_id: &str) -> Result<Process, Error> {
         let request = wire::StateRequest { id: self.id(), exec_id: exec_id.to_owned() };
-        let reply: wire::StateResponse = self.call("State", limit, &request).await?;
+        let reply: wire::StateResponse = self.call_within("State", Some(limit), &request).await?;
         Ok(Process {
             id: if exec_id.is_empty() { self.id() } else { exec_id.to_owned() },
             pid: reply.pid,
@@ -236,14 +248,14 @@ impl Shim {
     /// Waits for the end of the init process, or of an exec.
     pub(super) async fn wait(&self, exec_id: &str) -> Result<Exit, Error> {
         let request = wire::WaitRequest { id: self.id(), exec_id: exec_id.to_owned() };
-        let reply: wire::WaitResponse = self.call("Wait", None, &request).await?;
+        let reply: wire::WaitResponse = self.call_within("Wait", None, &request).await?;
         let exited_at = reply.exited_at.as_ref().and_then(time_from_wire);
         Ok(Exit { pid: 0, status: reply.exit_status, exited_at })
     }
 
     pub(super) async fn kill(&self, exec_id: &str, signal: u32, all: bool) -> Result<(), Error> {
         let request = wire::KillRequest { id: self.id(), exec_id: exec_id.to_owned(), signal, all };
-        self.call("Kill", None, &request).await
+        self.call("Kill", &request).await
     }
 
     pub(super) async fn exec(&self, options: ExecOptions) -> Result<(), Error> {
@@ -256,12 +268,12 @@ impl Shim {
             stderr: options.stdio.stderr,
             spec: options.spec.map(any_to_wire),
         };
-        self.call("Exec", None, &request).await
+        self.call("Exec", &request).await
     }
 
     pub(super) async fn pids(&self) -> Result<Vec<ProcessInfo>, Error> {
         let request = wire::PidsRequest { id: self.id() };
-        let reply: wire::PidsResponse = self.call("Pids", None, &request).await?;
+        let reply: wire::PidsResponse = self.call("Pids", &request).await?;
         let info = |process: wire_process::ProcessInfo| ProcessInfo {
             pid: process.pid,
             info: process.info.map(any_from_wire),
@@ -270,21 +282,21 @@ impl Shim {
     }
 
     pub(super) async fn pause(&self) -> Result<(), Error> {
-        self.call("Pause", None, &wire::PauseRequest { id: self.id() }).await
+        self.call("Pause", &wire::PauseRequest { id: self.id() }).await
     }
 
     pub(super) async fn resume(&self) -> Result<(), Error> {
-        self.call("Resume", None, &wire::ResumeRequest { id: self.id() }).await
+        self.call("Resume", &wire::ResumeRequest { id: self.id() }).await
     }
 
     pub(super) async fn close_stdin(&self, exec_id: &str) -> Result<(), Error> {
         let request = wire::CloseIoRequest { id: self.id(), exec_id: exec_id.to_owned(), stdin: true };
-        self.call("CloseIO", None, &request).await
+        self.call("CloseIO", &request).await
     }
 
     pub(super) async fn resize_pty(&self, exec_id: &str, width: u32, height: u32) -> Result<(), Error> {
         let request = wire::ResizePtyRequest { id: self.id(), exec_id: exec_id.to_owned(), width, height };
-        self.call("ResizePty", None, &request).await
+        self.call("ResizePty", &request).await
     }
 
     pub(super) async fn update(&self, options: UpdateOptions) -> Result<(), Error> {
@@ -293,17 +305,16 @@ impl Shim {
             resources: options.resources.map(any_to_wire),
             annotations: options.annotations,
         };
-        self.call("Update", None, &request).await
+        self.call("Update", &request).await
     }
 
     pub(super) async fn checkpoint(&self, path: String, options: Option<Any>) -> Result<(), Error> {
         let request = wire::CheckpointTaskRequest { id: self.id(), path, options: options.map(any_to_wire) };
-        self.call("Checkpoint", None, &request).await
+        self.call_within("Checkpoint", None, &request).await
     }
 
     pub(super) async fn stats(&self) -> Result<Option<Any>, Error> {
-        let reply: wire::StatsResponse =
-            self.call("Stats", None, &wire::StatsRequest { id: self.id() }).await?;
+        let reply: wire::StatsResponse = self.call("Stats", &wire::StatsRequest { id: self.id() }).await?;
         Ok(reply.stats.map(any_from_wire))
     }
 }

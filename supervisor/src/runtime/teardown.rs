@@ -1,13 +1,16 @@
 //! The two jobs that take a task down: the deletion that someone asked for, and the cleaning after the death of a shim.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use davit_model::{Any, Coded, ErrorCode, error::chain};
+use davit_shim_protocol::address;
 use davit_shim_protocol::journal::{self, Contents, EventRecord, ExitRecord};
 use davit_sys::process::{pidfd_open, pidfd_send_signal};
+use nix::errno::Errno;
 use nix::sys::signal::Signal;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr};
 use tracing::{debug, info, warn};
 
 use super::create::blocking;
@@ -45,9 +48,7 @@ pub(super) async fn delete(context: Context, shim: Shim) {
 
 /// Asks the shim to end, if no other container needs it. False when it has not ended in time.
 pub(super) async fn end_shim(context: &Context, shim: &Shim) -> bool {
-    let bundle = context.bundle.clone();
-    let sandboxed = blocking(move || bundle.read_sandbox()).await;
-    if shared_shim(context, shim) || !matches!(sandboxed, Ok(None)) {
+    if shim.is_of_sandbox() || shared_shim(context, shim) {
         return true;
     }
     let limit = context.shared.config.timeouts.shutdown;
@@ -141,12 +142,38 @@ pub(super) async fn clean_up(context: Context) {
         }
     }
     let killed = kill_container(&context).await;
+    remove_socket(&context).await;
     let bundle = context.bundle.clone();
     if let Err(error) = blocking(move || bundle.delete()).await {
         warn!(error = chain(&error), "cannot delete the bundle of a dead shim");
     }
     let journal = journal.exits.into_values().map(exit).collect();
     context.report(Message::CleanedUp { journal, killed }).await;
+}
+
+/// Removes the socket of a shim that was killed, which no one else does, if none of its group lives on.
+pub(super) async fn remove_socket(context: &Context) {
+    for address in load::addresses(context).await {
+        if context.shared.address_shared(context.namespace(), context.id(), &address) {
+            continue;
+        }
+        let Ok(path) = address::parse(&address) else { continue };
+        match tokio::task::spawn_blocking(move || remove_dead_socket(&path)).await {
+            Ok(Ok(())) | Err(_) => {}
+            Ok(Err(errno)) => debug!(address, %errno, "cannot remove the socket of a dead shim"),
+        }
+    }
+}
+
+/// Removes the file of a socket that nobody listens on. The kernel refuses a connection to it at once; whatever else
+/// happens means that somebody does.
+fn remove_dead_socket(path: &Path) -> Result<(), Errno> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = nix::sys::socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    match nix::sys::socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?) {
+        Err(Errno::ECONNREFUSED) => nix::unistd::unlink(path),
+        Ok(()) | Err(_) => Ok(()),
+    }
 }
 
 /// Has the shim's binary kill what the shim left. Says how the init process ended.

@@ -170,3 +170,43 @@ fn the_journal_of_a_dead_shim_tells_how_its_container_ended() {
         world.assert_nothing_left();
     });
 }
+
+#[test]
+fn no_exit_is_lost_however_often_the_daemon_dies() {
+    const CONTAINERS: u32 = 16;
+    const DEATHS: u32 = 8;
+    with(own_shim(), |world| {
+        let mut daemon = world.daemon();
+        for number in 0..CONTAINERS {
+            let script = format!("while ! cat /go{number} 2>/dev/null; do sleep 0.01; done; exit {number}");
+            daemon.run(world.container(&format!("c{number}"), &script));
+        }
+        let mut seen = Vec::new();
+        for death in 0..DEATHS {
+            for number in (0..CONTAINERS).filter(|number| number % DEATHS == death) {
+                std::fs::write(world.path(&format!("busybox/go{number}")), "").unwrap();
+            }
+            // Some end before the death, some while no daemon is there, some under the next.
+            seen.push(daemon.collected());
+            drop(daemon);
+            daemon = world.daemon();
+            // Not waited for: the next death may come while it still looks for shims.
+            daemon.inside(|| daemon.tasks.load(crate::world::every_record()).detach());
+        }
+        let ids: Vec<_> = (0..CONTAINERS).map(|number| format!("c{number}")).collect();
+        for (number, id) in ids.iter().enumerate() {
+            let expected = (id.clone(), number as u32);
+            eventually_equal(&true, || {
+                let before = seen
+                    .iter()
+                    .any(|events| Daemon::exits_in(&events.lock().unwrap(), id).contains(&expected));
+                before || daemon.exits(id).contains(&expected)
+            });
+        }
+        for (number, id) in ids.iter().enumerate() {
+            assert_eq!(daemon.wait(id, "").unwrap(), number as u32);
+            assert_eq!(daemon.delete(id).unwrap(), number as u32);
+        }
+        world.assert_nothing_left();
+    });
+}

@@ -21,6 +21,7 @@ with_both_shims!(
 
 fn member(world: &World, id: &str, group: &str) -> CreateOptions {
     let mut options = world.container(id, "sleep 1000");
+    world.expect_group(group);
     let spec = options.spec.as_mut().unwrap();
     let mut document: serde_json::Value = serde_json::from_slice(&spec.value).unwrap();
     document["annotations"] = serde_json::json!({ "io.containerd.runc.v2.group": group });

@@ -1,5 +1,7 @@
 //! A daemon's runtime in a folder of its own, which can be stopped and started again, and a census of what is left.
 
+use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -11,6 +13,7 @@ use davit_model::{Any, Mount};
 use davit_proto::any;
 use davit_proto::containerd::events::{TaskDelete, TaskExit};
 use davit_proto::containerd::runc::v1::Options;
+use davit_shim_protocol::address::{DEFAULT_SOCKET_DIR, socket_path};
 use davit_supervisor::events::Envelope;
 use davit_supervisor::runtime::{
     Config, CreateOptions, Error, ExecOptions, Records, Status, Stdio, Tasks, Timeouts,
@@ -37,6 +40,8 @@ pub struct World {
     pub namespace: String,
     pub shim: PathBuf,
     pub timeouts: Timeouts,
+    /// The names that shims' sockets are made of.
+    groups: RefCell<BTreeSet<String>>,
 }
 
 /// True when containers can be run here; says so when not.
@@ -68,7 +73,8 @@ impl World {
             symlink("busybox", rootfs.join("bin").join(name)).unwrap();
         }
         let namespace = format!("test-{}-{number}", std::process::id());
-        World { folder, namespace, shim: shim.to_owned(), timeouts: Timeouts::default() }
+        let (shim, groups) = (shim.to_owned(), RefCell::default());
+        World { folder, namespace, shim, timeouts: Timeouts::default(), groups }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -124,6 +130,7 @@ impl World {
 
     /// A container that runs `script`.
     pub fn container(&self, id: &str, script: &str) -> CreateOptions {
+        self.expect_group(id);
         let spec = serde_json::json!({
             "ociVersion": "1.0.2",
             "process": {
@@ -157,6 +164,11 @@ impl World {
             runtime_options: Some(Any { type_url: options.type_url, value: options.value }),
             ..CreateOptions::default()
         }
+    }
+
+    /// A shim may listen for a group of this name.
+    pub fn expect_group(&self, name: &str) {
+        self.groups.borrow_mut().insert(name.to_owned());
     }
 
     /// An exec that runs `script`.
@@ -206,6 +218,13 @@ impl World {
             found.extend(entries.map(|entry| entry.path().display().to_string()));
         }
         found.extend(self.shims().into_iter().map(|pid| format!("process {pid}")));
+        let address = self.config().grpc_address;
+        for group in self.groups.borrow().iter() {
+            let socket = socket_path(Path::new(DEFAULT_SOCKET_DIR), &address, &self.namespace, group);
+            if socket.exists() {
+                found.push(format!("socket {} of {group}", socket.display()));
+            }
+        }
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
         let folder = self.folder.path().to_str().unwrap();
         found.extend(mounts.lines().filter(|line| line.contains(folder)).map(str::to_owned));
@@ -261,11 +280,11 @@ pub struct Daemon {
 }
 
 impl Daemon {
+    #[track_caller]
     pub fn block_on<T>(&self, work: impl Future<Output = T>) -> T {
         let runtime = self.runtime.as_ref().unwrap();
-        runtime
-            .block_on(async { tokio::time::timeout(PATIENCE, work).await })
-            .expect("the work is done in time")
+        let done = runtime.block_on(async { tokio::time::timeout(PATIENCE, work).await });
+        done.expect("the work is done in time")
     }
 
     /// Runs something that needs to be inside of the daemon's tokio.
@@ -281,11 +300,13 @@ impl Daemon {
         self.runtime.as_ref().unwrap().spawn(work)
     }
 
+    #[track_caller]
     pub fn create(&self, options: CreateOptions) -> Result<u32, Error> {
         self.block_on(self.tasks.create(&self.namespace, options))
     }
 
     /// Creates and starts a container.
+    #[track_caller]
     pub fn run(&self, options: CreateOptions) -> u32 {
         let id = options.container_id.clone();
         let pid = self.create(options).unwrap();
@@ -293,24 +314,30 @@ impl Daemon {
         pid
     }
 
+    #[track_caller]
     pub fn start(&self, id: &str, exec_id: &str) -> Result<u32, Error> {
         self.block_on(self.tasks.start(&self.namespace, id, exec_id))
     }
 
+    #[track_caller]
     pub fn kill(&self, id: &str, exec_id: &str) -> Result<(), Error> {
         self.block_on(self.tasks.kill(&self.namespace, id, exec_id, Signal::SIGKILL as u32, false))
     }
 
     /// The exit code.
+    #[track_caller]
     pub fn wait(&self, id: &str, exec_id: &str) -> Result<u32, Error> {
-        self.block_on(self.tasks.wait(&self.namespace, id, exec_id)).map(|exit| exit.status)
+        let exit = self.block_on(self.tasks.wait(&self.namespace, id, exec_id))?;
+        Ok(exit.status)
     }
 
     /// The exit code.
+    #[track_caller]
     pub fn delete(&self, id: &str) -> Result<u32, Error> {
         self.block_on(self.tasks.delete(&self.namespace, id)).map(|exit| exit.status)
     }
 
+    #[track_caller]
     pub fn status(&self, id: &str) -> Result<Status, Error> {
         self.block_on(self.tasks.state(&self.namespace, id, "")).map(|process| process.status)
     }
@@ -327,8 +354,17 @@ impl Daemon {
 
     /// The exits that were published of a container: process and code.
     pub fn exits(&self, id: &str) -> Vec<(String, u32)> {
-        let events = self.events().into_iter().filter_map(|event| unpack::<TaskExit>(&event));
-        events.filter(|exit| exit.container_id == id).map(|exit| (exit.id, exit.exit_status)).collect()
+        Daemon::exits_in(&self.events(), id)
+    }
+
+    pub fn exits_in(events: &[Envelope], id: &str) -> Vec<(String, u32)> {
+        let exits = events.iter().filter_map(unpack::<TaskExit>);
+        exits.filter(|exit| exit.container_id == id).map(|exit| (exit.id, exit.exit_status)).collect()
+    }
+
+    /// Where the events of this daemon are, also after its end.
+    pub fn collected(&self) -> Arc<Mutex<Vec<Envelope>>> {
+        self.events.clone()
     }
 
     /// How often the deletion of the task was published.
