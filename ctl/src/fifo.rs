@@ -18,6 +18,8 @@ use tokio::sync::oneshot;
 use crate::container;
 use crate::error::{Error, Result};
 
+/// The folder of what a reboot may clear, shared with the daemon.
+const STATE: &str = "/run/davit";
 /// Where the folders of FIFOs are.
 const BASE: &str = "/run/davit/fifo";
 /// As much as a pipe holds.
@@ -36,8 +38,8 @@ impl FifoDir {
     /// [`Error::File`].
     pub(crate) fn create() -> Result<FifoDir> {
         let path = Path::new(BASE).join(&container::new_id()?[..16]);
-        make_folder(Path::new(BASE), true)?;
-        make_folder(&path, false)?;
+        make_base()?;
+        make_folder(&path)?;
         Ok(FifoDir { path })
     }
 
@@ -72,16 +74,37 @@ pub(crate) fn detached_stdin(id: &str) -> (PathBuf, PathBuf) {
 /// [`Error::File`].
 pub(crate) fn make_detached_stdin(id: &str) -> Result<PathBuf> {
     let (folder, fifo) = detached_stdin(id);
-    make_folder(&folder, true)?;
+    make_base()?;
+    make_folder(&folder)?;
     if fs::symlink_metadata(&fifo).is_err() {
         make_fifo(&fifo)?;
     }
     Ok(fifo)
 }
 
-fn make_folder(path: &Path, parents: bool) -> Result<()> {
-    let made = DirBuilder::new().mode(0o700).recursive(parents).create(path);
-    made.map_err(|source| Error::File { action: "cannot make the folder", path: path.to_owned(), source })
+/// Makes the folder of all FIFOs. That above it is made as the daemon makes it, so that others can pass through.
+fn make_base() -> Result<()> {
+    private_folder(Path::new(STATE), Path::new(BASE))
+}
+
+/// Makes `folder` and what is missing above it: 0711 down to `public`, 0700 below.
+///
+/// # Errors
+/// [`Error::File`].
+pub(crate) fn private_folder(public: &Path, folder: &Path) -> Result<()> {
+    let make = |path: &Path, mode| DirBuilder::new().mode(mode).recursive(true).create(path);
+    let made = make(public, 0o711).and_then(|()| make(folder, 0o700));
+    made.map_err(|source| Error::File { action: "cannot make the folder", path: folder.to_owned(), source })
+}
+
+/// Makes one folder, unless it is there.
+fn make_folder(path: &Path) -> Result<()> {
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
+            Err(Error::File { action: "cannot make the folder", path: path.to_owned(), source })
+        }
+        _ => Ok(()),
+    }
 }
 
 fn make_fifo(path: &Path) -> Result<()> {

@@ -172,7 +172,12 @@ impl Streams {
                     if ends_client || interrupts >= MAX_INTERRUPTS {
                         return Ok(Ended::Interrupted(number));
                     }
-                    let _ = kill(client, process, number.unsigned_abs(), false).await;
+                    // A signal that does not get through, because the daemon is away, must still end somebody.
+                    if kill(client, process, number.unsigned_abs(), false).await.is_err()
+                        && matches!(number, libc::SIGTERM | libc::SIGHUP | libc::SIGQUIT)
+                    {
+                        return Ok(Ended::Interrupted(number));
+                    }
                 }
             }
         }

@@ -1,7 +1,6 @@
 //! Tasks: the running side of a container. Creating one, starting it, deleting it, and removing a container whole.
 
 use std::fs;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use davit_proto::containerd::services::containers::v1::{Container, DeleteContainerRequest};
@@ -44,13 +43,10 @@ impl TaskIo {
     /// # Errors
     /// When the log's folder or the input cannot be made.
     pub(crate) fn detached(container: &Container, log: &Path) -> Result<TaskIo> {
+        // `<root>/logs/<namespace>/<id>.log`: the root is the daemon's, and others may pass through it.
         if let Some(folder) = log.parent() {
-            let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(folder);
-            made.map_err(|source| Error::File {
-                action: "cannot make the folder",
-                path: folder.to_owned(),
-                source,
-            })?;
+            let root = folder.parent().and_then(Path::parent).unwrap_or(folder);
+            fifo::private_folder(root, folder)?;
         }
         let stdin = match container.labels.get(labels::STDIN) {
             Some(_) => fifo::make_detached_stdin(&container.id)?.display().to_string(),

@@ -54,13 +54,15 @@ pub(crate) async fn upload(
     };
     let what = if expected.is_empty() { "a blob".to_owned() } else { expected.clone() };
     let error = |status| Error::Call { action: format!("store {what}"), status };
-    let mut upload = match open(client, reference, first).await {
-        Ok(upload) => upload,
+    let (mut upload, have) = match open(client, reference, first).await {
+        Ok(opened) => opened,
         Err(status) if status.code() == Code::AlreadyExists => return Ok(None),
         Err(status) => return Err(error(status)),
     };
-    let mut offset: i64 = 0;
-    loop {
+    // Another namespace may have the blob, and a daemon that shares content then has all of it ready for ours.
+    let is_complete = total > 0 && have == total && !expected.is_empty();
+    let mut offset: i64 = if is_complete { total } else { 0 };
+    while !is_complete {
         let mut chunk = Vec::with_capacity(CHUNK_SIZE);
         let count = (&mut reader).take(CHUNK_SIZE as u64).read_to_end(&mut chunk).map_err(&read_error)?;
         if count == 0 {
@@ -92,17 +94,19 @@ pub(crate) async fn upload(
     }
 }
 
+/// Opens an ingest; also returns how many bytes it has.
 async fn open(
     client: &Client,
     reference: &str,
     first: WriteContentRequest,
-) -> std::result::Result<Upload, Status> {
+) -> std::result::Result<(Upload, i64), Status> {
     let (requests, receiver) = mpsc::channel(IN_FLIGHT);
     let lost = || Status::unavailable("the connection was lost");
     requests.send(first).await.map_err(|_| lost())?;
     let mut responses = client.content().write(ReceiverStream::new(receiver)).await?.into_inner();
-    responses.message().await?.ok_or_else(lost)?;
-    Ok(Upload { requests, responses, pending: VecDeque::new(), reference: reference.to_owned() })
+    let status = responses.message().await?.ok_or_else(lost)?;
+    let upload = Upload { requests, responses, pending: VecDeque::new(), reference: reference.to_owned() };
+    Ok((upload, status.offset))
 }
 
 impl Upload {

@@ -298,7 +298,7 @@ fn labels_of(
     Ok(all)
 }
 
-/// A name from that of the image and the id, such as `busybox-3f2a9`.
+/// A name from that of the image and the id, such as `busybox-3f2a9c01`.
 fn default_name(image_name: &str, id: &str) -> String {
     let familiar = image::familiar(image_name);
     let last = familiar
@@ -311,7 +311,7 @@ fn default_name(image_name: &str, id: &str) -> String {
         .split(':')
         .next()
         .unwrap_or("");
-    let name = format!("{last}-{}", &id[..5]);
+    let name = format!("{last}-{}", &id[..8]);
     if davit_model::identifier::validate(&name).is_ok() { name } else { id[..12].to_owned() }
 }
 
@@ -354,9 +354,9 @@ mod tests {
     #[test]
     fn names_come_from_image_and_id() {
         let id = "0123456789abcdef";
-        assert_eq!(default_name("docker.io/library/busybox:latest", id), "busybox-01234");
+        assert_eq!(default_name("docker.io/library/busybox:latest", id), "busybox-01234567");
         assert_eq!(default_name("localhost:5000/a/b__c:1", id), "0123456789ab");
-        assert_eq!(default_name("ghcr.io/a/b@sha256:00", id), "b-01234");
+        assert_eq!(default_name("ghcr.io/a/b@sha256:00", id), "b-01234567");
     }
 
     #[test]
