@@ -22,18 +22,35 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
 
-/// Puts the namespace into every call.
+/// Puts the namespace, and the lease if there is one, into every call.
 #[derive(Clone)]
-pub struct InNamespace(MetadataValue<Ascii>);
+pub struct InNamespace {
+    namespace: MetadataValue<Ascii>,
+    lease: Option<MetadataValue<Ascii>>,
+}
+
+impl InNamespace {
+    /// Calls in `namespace`; what they make is kept by `lease`.
+    ///
+    /// # Errors
+    /// A name that no header can hold.
+    pub fn new(namespace: &str, lease: Option<&str>) -> Result<InNamespace> {
+        Ok(InNamespace { namespace: namespace.parse()?, lease: lease.map(str::parse).transpose()? })
+    }
+}
 
 impl Interceptor for InNamespace {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        request.metadata_mut().insert("containerd-namespace", self.0.clone());
+        request.metadata_mut().insert("containerd-namespace", self.namespace.clone());
+        if let Some(lease) = &self.lease {
+            request.metadata_mut().insert("containerd-lease", lease.clone());
+        }
         Ok(request)
     }
 }
 
-type Conn = InterceptedService<Channel, InNamespace>;
+/// A channel whose calls are in a namespace.
+pub type Conn = InterceptedService<Channel, InNamespace>;
 
 /// A connection to a daemon in one namespace.
 #[derive(Clone)]
@@ -70,7 +87,7 @@ impl Client {
     /// # Errors
     /// Nobody answers.
     pub async fn new(socket: &Path, namespace: &str) -> Result<Client> {
-        let conn = InterceptedService::new(connect(socket).await?, InNamespace(namespace.parse()?));
+        let conn = InterceptedService::new(connect(socket).await?, InNamespace::new(namespace, None)?);
         Ok(Client {
             containers: ContainersClient::new(conn.clone()),
             snapshots: SnapshotsClient::new(conn.clone()),

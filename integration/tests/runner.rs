@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod restart;
+mod suites;
 mod tour;
 
 /// A test in a file that nobody includes is a test that nobody runs.

@@ -1,0 +1,43 @@
+//! The suites that the local content store and the local snapshotters pass, once more: through the services of a
+//! daemon, by adapters that are clients of its socket. Whatever stands between the wire and the disk (namespaces,
+//! leases, garbage collection) must not change what the traits promise.
+
+mod content;
+mod snapshots;
+
+use anyhow::Result;
+use davit_integration::Daemon;
+use davit_snapshotter::testsuite::Traits;
+use nix::sys::signal::Signal;
+
+use crate::root;
+
+#[test]
+fn content_through_the_service() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    // A daemon for each case: they want an empty store, and namespaces share their blobs.
+    davit_content_store::testsuite::run(|_| Box::new(content::Remote::start().expect("the daemon starts")));
+    Ok(())
+}
+
+#[test]
+fn overlayfs_through_the_service() -> Result<()> {
+    snapshots("overlayfs", Traits { renames_folders: false, usage_excludes_parents: true })
+}
+
+#[test]
+fn native_through_the_service() -> Result<()> {
+    snapshots("native", Traits { renames_folders: true, usage_excludes_parents: false })
+}
+
+fn snapshots(name: &str, traits: Traits) -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let mut daemon = Daemon::start()?;
+    let remote = snapshots::Remote::connect(&daemon, name)?;
+    davit_snapshotter::testsuite::run(&daemon.path("suite"), traits, &|_| remote.clone());
+    daemon.stop(Signal::SIGTERM)
+}
