@@ -3,6 +3,8 @@
 //!
 //! They need root. Every test has a folder, ids and cgroups of its own, and leaves nothing behind.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
 #[path = "runner/support.rs"]
 mod support;
 

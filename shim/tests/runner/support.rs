@@ -270,7 +270,7 @@ impl Client {
         stream.write_all(&frame::encode_request(*number, &request).unwrap()).unwrap();
         let mut buffer = [0; 4096];
         loop {
-            while let Some(received) = decoder.next_frame() {
+            if let Some(received) = decoder.next_frame() {
                 let Received::Frame(frame) = received else { panic!("{received:?}") };
                 assert_eq!(frame.stream, *number);
                 *number += 2;
