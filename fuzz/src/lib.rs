@@ -1,0 +1,31 @@
+//! Everything in the project that reads bytes from outside, as one function of bytes each.
+//!
+//! A target panics when a promise is broken: the code under it panicked, something outside of a root was touched,
+//! or what was accepted does not mean the same when it is read again. The programs in `fuzz_targets/` hand these
+//! functions to libFuzzer (`cargo +nightly fuzz run frame`); `tests/smoke.rs` runs all of them on its own inputs for
+//! a few seconds with a stable compiler.
+
+mod entries;
+mod layer;
+mod protocol;
+mod text;
+
+pub use layer::{layer_bytes, layer_entries};
+pub use protocol::{bootstrap, frame, journal};
+pub use text::{documents, filter, names, rootfs};
+
+/// One target: its name and its function.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// All targets.
+pub const TARGETS: [Target; 9] = [
+    ("frame", frame),
+    ("bootstrap", bootstrap),
+    ("journal", journal),
+    ("filter", filter),
+    ("names", names),
+    ("documents", documents),
+    ("rootfs", rootfs),
+    ("layer_bytes", layer_bytes),
+    ("layer_entries", layer_entries),
+];
