@@ -40,7 +40,7 @@ pub(crate) async fn upload(
     reference: &str,
     size: u64,
     expected: Option<&Digest>,
-    mut reader: &mut dyn Read,
+    reader: &mut dyn Read,
     read_error: impl Fn(std::io::Error) -> Error,
 ) -> Result<Option<String>> {
     let total = i64::try_from(size).unwrap_or(i64::MAX);
@@ -61,21 +61,16 @@ pub(crate) async fn upload(
     };
     // Another namespace may have the blob, and a daemon that shares content then has all of it ready for ours.
     let is_complete = total > 0 && have == total && !expected.is_empty();
-    let mut offset: i64 = if is_complete { total } else { 0 };
-    while !is_complete {
-        let mut chunk = Vec::with_capacity(CHUNK_SIZE);
-        let count = (&mut reader).take(CHUNK_SIZE as u64).read_to_end(&mut chunk).map_err(&read_error)?;
-        if count == 0 {
-            break;
-        }
-        let request = WriteContentRequest {
-            action: WriteAction::Write.into(),
-            offset,
-            data: Bytes::from(chunk),
-            ..WriteContentRequest::default()
-        };
-        offset += i64::try_from(count).expect("a chunk is small");
+    let mut offset = if is_complete { total } else { 0 };
+    let mut chunk = if is_complete { Vec::new() } else { read_chunk(reader).map_err(&read_error)? };
+    while !chunk.is_empty() {
+        let count = i64::try_from(chunk.len()).expect("a chunk is small");
+        let data = Bytes::from(chunk);
+        let action = WriteAction::Write.into();
+        let request = WriteContentRequest { action, offset, data, ..WriteContentRequest::default() };
+        offset += count;
         upload.send(request, offset).await.map_err(error)?;
+        chunk = read_chunk(reader).map_err(&read_error)?;
     }
     if size > 0 && offset != total {
         return Err(Error::Archive { reason: format!("it ends within {what}") });
@@ -92,6 +87,13 @@ pub(crate) async fn upload(
         Err(status) if status.code() == Code::AlreadyExists => Ok(None),
         Err(status) => Err(error(status)),
     }
+}
+
+/// The next bytes, none at the end.
+fn read_chunk(reader: &mut dyn Read) -> std::io::Result<Vec<u8>> {
+    let mut chunk = Vec::with_capacity(CHUNK_SIZE);
+    reader.take(CHUNK_SIZE as u64).read_to_end(&mut chunk)?;
+    Ok(chunk)
 }
 
 /// Opens an ingest; also returns how many bytes it has.
