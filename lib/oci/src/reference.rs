@@ -116,6 +116,8 @@ impl Reference {
             return self.name();
         }
         match self.path.strip_prefix(OFFICIAL_PREFIX) {
+            // Without its folder, such a name would be read as the id of an image.
+            Some(rest) if is_identifier(rest) => self.name(),
             Some(rest) if !rest.contains('/') => rest.to_owned(),
             // Without its registry, such a path would be read as one.
             _ if split_domain(&self.path).1 != self.path => self.name(),
@@ -162,7 +164,7 @@ impl FromStr for Reference {
         if text.is_empty() {
             return Err(ReferenceError::Empty);
         }
-        if text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')) {
+        if is_identifier(text) {
             return Err(ReferenceError::Identifier { text: text.to_owned() });
         }
         let (rest, digest) = match text.split_once('@') {
@@ -200,6 +202,11 @@ impl FromStr for Reference {
         }
         Ok(Reference { domain: domain.to_owned(), path, tag: tag.map(str::to_owned), digest })
     }
+}
+
+/// 64 hexadecimal digits: what the id of an image looks like.
+fn is_identifier(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 /// Splits a name into its registry and the rest, by what the first component looks like.
@@ -301,6 +308,8 @@ mod tests {
             assert_eq!(text.parse::<Reference>().unwrap().familiar(), text);
         }
         assert_eq!("docker.io/library/a/b:c".parse::<Reference>().unwrap().familiar(), "library/a/b:c");
+        let like_an_id = format!("docker.io/library/{}", "0a".repeat(32));
+        assert_eq!(like_an_id.parse::<Reference>().unwrap().familiar(), like_an_id);
     }
 
     #[test]
