@@ -1,5 +1,7 @@
 //! Environment variables of a process: merging lists of `KEY=value`, and `--env-file`.
 
+use std::collections::HashMap;
+
 use davit_model::{Coded, ErrorCode};
 
 /// The search path of a process whose image sets none (Docker's and containerd's default).
@@ -24,18 +26,25 @@ impl Coded for EnvironmentError {
 /// Puts `overrides` over `base`: a key that is there keeps its place and takes the new value, a new one is appended,
 /// and an entry without `=` removes its key. Of a key that occurs twice the last value counts.
 pub fn merge(base: &[String], overrides: &[String]) -> Vec<String> {
-    let mut merged: Vec<String> = Vec::with_capacity(base.len() + overrides.len());
+    let mut merged: Vec<Option<&String>> = Vec::with_capacity(base.len() + overrides.len());
+    // Images may have very many variables: each is looked up, not searched for.
+    let mut places: HashMap<&str, usize> = HashMap::with_capacity(merged.capacity());
     for entry in base.iter().chain(overrides) {
         let key = key_of(entry);
-        let place = merged.iter().position(|existing| key_of(existing) == key);
-        match (entry.contains('='), place) {
-            (true, Some(place)) => merged[place] = entry.clone(),
-            (true, None) => merged.push(entry.clone()),
-            (false, Some(place)) => drop(merged.remove(place)),
+        match (entry.contains('='), places.get(key).copied()) {
+            (true, Some(place)) => merged[place] = Some(entry),
+            (true, None) => {
+                places.insert(key, merged.len());
+                merged.push(Some(entry));
+            }
+            (false, Some(place)) => {
+                merged[place] = None;
+                places.remove(key);
+            }
             (false, None) => {}
         }
     }
-    merged
+    merged.into_iter().flatten().cloned().collect()
 }
 
 /// The same with [`DEFAULT_PATH`] put in front when there is no `PATH` at all.
@@ -103,6 +112,13 @@ mod tests {
         let merged = merge(&list(&["A=1", "B=2", "C=3"]), &list(&["B=x=y", "D=4", "A", "E"]));
         assert_eq!(merged, list(&["B=x=y", "C=3", "D=4"]));
         assert_eq!(merge(&list(&["A=1", "A=2"]), &[]), list(&["A=2"]));
+        assert_eq!(merge(&list(&["A=1", "B=2"]), &list(&["A", "A=3"])), list(&["B=2", "A=3"]));
+    }
+
+    #[test]
+    fn as_many_variables_as_a_document_can_hold_are_merged() {
+        let many: Vec<String> = (0..500_000).map(|number| format!("{number}=")).collect();
+        assert_eq!(merge(&many, &many), many);
     }
 
     #[test]
