@@ -21,7 +21,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use davit_model::{Coded, ErrorCode};
@@ -261,8 +261,15 @@ impl Journal {
     /// returned before are void after that.
     ///
     /// # Errors
-    /// The old file stays in place and in use. `NotFound` means that the bundle is gone.
+    /// The old file stays in place and in use. `NotFound` means that the bundle is gone, or that there is another one
+    /// in its place, whose journal is not ours to replace.
     pub fn rewrite(&mut self, records: &[Record]) -> Result<(), JournalError> {
+        let io = |operation, source| JournalError::Io { operation, path: self.path.clone(), source };
+        let named = std::fs::symlink_metadata(&self.path).map_err(|source| io("find", source))?;
+        let ours = self.file.metadata().map_err(|source| io("find", source))?;
+        if (named.dev(), named.ino()) != (ours.dev(), ours.ino()) {
+            return Err(io("find", io::ErrorKind::NotFound.into()));
+        }
         let temporary = self.path.with_extension("new");
         let io = |operation, source| JournalError::Io { operation, path: temporary.clone(), source };
         let mut bytes = header().to_vec();
@@ -456,6 +463,20 @@ mod tests {
         encode(&exit("a", 1), &mut bytes);
         let (contents, length) = parse(Path::new("x"), &bytes).unwrap();
         assert_eq!((contents.exits.len(), contents.torn, length), (1, false, bytes.len() as u64));
+    }
+
+    #[test]
+    fn the_journal_of_a_later_bundle_is_not_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(FILE_NAME);
+        let (mut earlier, _) = Journal::open(&path).unwrap();
+        earlier.append(&[exit("box", 1)]).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert!(earlier.rewrite(&[]).is_err(), "its bundle is gone");
+        let (mut later, _) = Journal::open(&path).unwrap();
+        assert!(earlier.rewrite(&[]).is_err(), "its bundle is gone, and another one is there");
+        later.append(&[exit("box", 2)]).unwrap();
+        assert_eq!(read(&path).unwrap().exits["box"].status, 2);
     }
 
     proptest! {
