@@ -63,6 +63,8 @@ pub(crate) struct Awaited {
     /// Its pid.
     pub(crate) pid: i32,
     pidfd: Async<OwnedFd>,
+    /// The pid is among the awaited ones. Once it is reaped, the kernel may give it to another process of ours.
+    claimed: Cell<bool>,
 }
 
 impl Awaited {
@@ -70,7 +72,7 @@ impl Awaited {
     pub(crate) fn child(child: Child) -> io::Result<Awaited> {
         let pidfd = Async::new(child.pidfd)?;
         REAPER.with(|reaper| reaper.awaited.borrow_mut().insert(child.pid));
-        Ok(Awaited { pid: child.pid, pidfd })
+        Ok(Awaited { pid: child.pid, pidfd, claimed: Cell::new(true) })
     }
 
     /// Claims a process that a runtime has left to us. To be called under [`Starting`].
@@ -90,19 +92,28 @@ impl Awaited {
     pub(crate) async fn exit(&self) -> io::Result<(Exit, SystemTime)> {
         self.pidfd
             .read_with(|pidfd| match process::wait(pidfd.as_fd())? {
-                Some(exit) => Ok((exit, SystemTime::now())),
+                Some(exit) => {
+                    self.give_up();
+                    Ok((exit, SystemTime::now()))
+                }
                 None => Err(io::ErrorKind::WouldBlock.into()),
             })
             .await
+    }
+
+    fn give_up(&self) {
+        if self.claimed.replace(false) {
+            let _ = REAPER.try_with(|reaper| {
+                reaper.awaited.borrow_mut().remove(&self.pid);
+                reaper.look();
+            });
+        }
     }
 }
 
 impl Drop for Awaited {
     fn drop(&mut self) {
-        let _ = REAPER.try_with(|reaper| {
-            reaper.awaited.borrow_mut().remove(&self.pid);
-            reaper.look();
-        });
+        self.give_up();
     }
 }
 
@@ -155,4 +166,29 @@ fn bury() {
             }
         }
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use davit_sys::process::Command;
+
+    use super::*;
+    use crate::executor::run;
+
+    #[test]
+    fn a_pid_that_is_given_out_again_stays_claimed() {
+        run(async {
+            let child = Command::new(Path::new("/bin/true")).unwrap().spawn().unwrap();
+            let first = Awaited::child(child).unwrap();
+            assert!(first.exit().await.unwrap().0.success());
+            let claim = |pid| REAPER.with(|reaper| reaper.awaited.borrow_mut().insert(pid));
+            assert!(claim(first.pid), "nobody claims the pid of a process that is reaped");
+            let pid = first.pid;
+            drop(first);
+            assert!(!claim(pid), "the claim on the next process of this pid is its own");
+            REAPER.with(|reaper| reaper.awaited.borrow_mut().remove(&pid));
+        });
+    }
 }
