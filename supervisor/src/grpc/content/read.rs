@@ -1,5 +1,7 @@
 //! Reading a blob.
 
+use std::io;
+
 use bytes::Bytes;
 use davit_content_store::Reader;
 use davit_model::ErrorCode;
@@ -36,25 +38,84 @@ pub(super) fn stream(
         Ok(size) => size.min(rest),
     };
     let (sender, receiver) = mpsc::channel(2);
-    tokio::task::spawn_blocking(move || {
-        let mut done = 0;
+    tokio::spawn(async move {
+        let (mut reader, mut done) = (reader, 0);
         while done < wanted {
-            let mut data = vec![0; usize::try_from(CHUNK.min(wanted - done)).unwrap_or(0)];
-            let answer = match reader.read_at(&mut data, start + done) {
-                Ok(0) => Err(status(ErrorCode::DataLoss, "the blob is shorter than its record says")),
-                Ok(count) => {
-                    data.truncate(count);
+            // A job for each piece: however long a client takes to read, it holds none of the threads that may block.
+            let (offset, length) = (start + done, CHUNK.min(wanted - done));
+            let job = tokio::task::spawn_blocking(move || {
+                let piece = read_piece(&reader, offset, length);
+                (reader, piece)
+            });
+            // The runtime ends.
+            let Ok((back, piece)) = job.await else { break };
+            reader = back;
+            let answer = match piece {
+                Ok(data) if data.is_empty() => {
+                    Err(status(ErrorCode::DataLoss, "the blob is shorter than its record says"))
+                }
+                Ok(data) => {
                     let answer = ReadContentResponse { offset: bytes(done), data: Bytes::from(data) };
-                    done += count as u64;
+                    done += answer.data.len() as u64;
                     Ok(answer)
                 }
                 Err(error) => Err(status(ErrorCode::Unknown, &format!("cannot read the blob: {error}"))),
             };
             let failed = answer.is_err();
-            if sender.blocking_send(answer).is_err() || failed {
+            if sender.send(answer).await.is_err() || failed {
                 break;
             }
         }
     });
     Ok(ReceiverStream::new(receiver).boxed())
+}
+
+/// Up to `length` bytes at `offset`, none at the end. Blocks.
+fn read_piece(reader: &Reader, offset: u64, length: u64) -> io::Result<Vec<u8>> {
+    let mut data = vec![0; usize::try_from(length).unwrap_or(0)];
+    let count = reader.read_at(&mut data, offset)?;
+    data.truncate(count);
+    Ok(data)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use davit_content_store::Store;
+    use tokio::time::timeout;
+
+    use super::*;
+
+    /// More than a stream keeps ready for its client.
+    const SIZE: usize = 8 << 20;
+
+    #[test]
+    fn clients_that_do_not_read_hold_no_thread() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).unwrap();
+        let mut writer = store.writer("blob", 0, None).unwrap();
+        writer.write(&vec![7; SIZE]).unwrap();
+        let digest = writer.commit(0, None).unwrap();
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().max_blocking_threads(2).enable_all().build().unwrap();
+        let limit = Duration::from_secs(20);
+        runtime.block_on(async {
+            let mut streams: Vec<_> =
+                (0..4).map(|_| stream(store.reader(&digest).unwrap(), 0, 0).unwrap()).collect();
+            for stream in &mut streams {
+                let first = timeout(limit, stream.next()).await.expect("each gets its turn");
+                assert_eq!(first.unwrap().unwrap().offset, 0);
+            }
+            timeout(limit, tokio::task::spawn_blocking(|| ())).await.expect("a thread is free").unwrap();
+            let mut offset = CHUNK as i64;
+            while let Some(piece) = timeout(limit, streams[0].next()).await.unwrap() {
+                let piece = piece.unwrap();
+                assert_eq!(piece.offset, offset);
+                assert!(piece.data.iter().all(|byte| *byte == 7));
+                offset += piece.data.len() as i64;
+            }
+            assert_eq!(offset, SIZE as i64);
+        });
+    }
 }
