@@ -81,6 +81,29 @@ fn a_group_dies_with_its_shim(world: World) {
     world.assert_nothing_left();
 }
 
+#[test]
+fn a_container_joins_the_shim_of_its_sandbox_if_that_can_hold_it() {
+    with(own_shim(), |world| {
+        let daemon = world.daemon();
+        daemon.run(world.container("pod", "sleep 1000"));
+        let member = |id| CreateOptions { sandbox_id: "pod".into(), ..world.container(id, "sleep 1000") };
+        daemon.run(member("inner"));
+        assert_eq!(world.shims().len(), 1);
+        assert_eq!(std::fs::read_to_string(world.bundle("inner").join("sandbox")).unwrap(), "pod");
+        drop(daemon);
+        let daemon = world.next_daemon();
+        end(&daemon, "inner");
+        assert_eq!(daemon.status("pod").unwrap(), Status::Running);
+        daemon.run(member("other"));
+        kill(world.shims()[0], Signal::SIGKILL).unwrap();
+        for id in ["pod", "other"] {
+            eventually_equal(&1, || daemon.deletions(id));
+            assert_eq!(daemon.exits(id).last(), Some(&(id.to_owned(), 137)));
+        }
+        world.assert_nothing_left();
+    });
+}
+
 /// A world with a fake shim at `shim.sock`.
 fn fake_world() -> World {
     let mut world = World::new(std::path::Path::new("/nonexistent"));
