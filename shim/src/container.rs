@@ -93,7 +93,7 @@ impl Container {
             init: Rc::new(Process::new(request.id.clone(), stdio, Vec::new())),
             shim: shim.clone(),
             runtime: options::runtime(&options, &bundle, &shim.namespace, shim.oom_score_adj),
-            journal: Rc::new(ContainerJournal::open(&bundle.join(journal::FILE_NAME))?),
+            journal: Rc::new(ContainerJournal::create(&bundle.join(journal::FILE_NAME))?),
             bundle,
             rootfs,
             cgroup: RefCell::default(),
@@ -283,7 +283,8 @@ impl Container {
             state => return Err(TaskError::State { operation: "exec in", state, what: "state" }),
         }
         let mut execs = self.execs.borrow_mut();
-        if execs.contains_key(&exec.id) {
+        // The container's own id means init, in the journal and in events.
+        if exec.id == self.id || execs.contains_key(&exec.id) {
             return Err(TaskError::ExecExists { id: exec.id });
         }
         let added = events::TaskExecAdded { container_id: self.id.clone(), exec_id: exec.id.clone() };
@@ -316,7 +317,8 @@ impl Container {
         if exec.state() != State::Created {
             return Err(TaskError::State { operation: "start", state: exec.state(), what: "process" });
         }
-        let pid_file = self.bundle.join(format!("{}.pid", exec.id));
+        exec.set_failed(false);
+        let pid_file = self.exec_pid_file(exec);
         let starting = Starting::begin();
         let (console, streams, ends) = self.open_streams(exec).await?;
         let socket = console.as_ref().map(ConsoleSocket::path);
@@ -325,7 +327,7 @@ impl Container {
             if let Some(streams) = streams {
                 streams.close();
             }
-            exec.set_failed();
+            exec.set_failed(true);
             return Err(error.into());
         }
         let awaited = Rc::new(adopt(read_pid(&pid_file)?)?);
@@ -493,14 +495,21 @@ impl Container {
         Ok(())
     }
 
+    /// The name has a prefix because `init` is an exec id like any other.
+    fn exec_pid_file(&self, exec: &Process) -> PathBuf {
+        self.bundle.join(format!("exec-{}.pid", exec.id))
+    }
+
     /// Deletes an exec that does not run.
     pub(crate) async fn delete_exec(&self, exec: &Process) -> Result<(), TaskError> {
+        // One that is being started is no longer what its state says.
+        let _announcing = exec.announcing.lock().await;
         match exec.state() {
             State::Created | State::Stopped => {}
             state => return Err(TaskError::State { operation: "delete", state, what: "process" }),
         }
         exec.close_streams().await;
-        let _ = std::fs::remove_file(self.bundle.join(format!("{}.pid", exec.id)));
+        let _ = std::fs::remove_file(self.exec_pid_file(exec));
         exec.set_state(State::Deleted);
         self.execs.borrow_mut().remove(&exec.id);
         self.journal.forget(&exec.id);

@@ -43,12 +43,14 @@ pub(crate) struct ContainerJournal {
 }
 
 impl ContainerJournal {
-    /// Opens the journal in the bundle.
-    pub(crate) fn open(path: &Path) -> Result<ContainerJournal, JournalError> {
-        let (journal, contents) = Journal::open(path)?;
+    /// Makes the journal of a new container. One of an earlier life in this bundle is replaced: its exits are not
+    /// those of the new one, and a handle that still sends its events keeps the file.
+    pub(crate) fn create(path: &Path) -> Result<ContainerJournal, JournalError> {
+        let _ = std::fs::remove_file(path);
+        let (journal, _) = Journal::open(path)?;
         Ok(ContainerJournal {
             journal: RefCell::new(journal),
-            exits: RefCell::new(contents.exits),
+            exits: RefCell::default(),
             pending: Cell::new(0),
         })
     }

@@ -79,7 +79,7 @@ pub(crate) struct Process {
     state: Cell<State>,
     pid: Cell<i32>,
     ended: Cell<Option<Ended>>,
-    /// True if starting failed for good: nobody must wait for it.
+    /// True if starting failed: nobody must wait for it.
     failed: Cell<bool>,
     changed: Condition,
     awaited: RefCell<Option<Rc<Awaited>>>,
@@ -156,9 +156,9 @@ impl Process {
         self.set_state(State::Stopped);
     }
 
-    /// Says that it will never run.
-    pub(crate) fn set_failed(&self) {
-        self.failed.set(true);
+    /// Says whether starting it has failed, so that nobody must wait for it.
+    pub(crate) fn set_failed(&self, failed: bool) {
+        self.failed.set(failed);
         self.changed.changed();
     }
 

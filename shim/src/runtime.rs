@@ -144,7 +144,7 @@ impl Runtime {
         stdio: ChildStdio,
     ) -> Result<(), RuntimeError> {
         const ACTION: &str = "OCI runtime exec failed";
-        let specification = self.bundle.join(format!("{exec_id}.process.json"));
+        let specification = self.bundle.join(format!("exec-{exec_id}.process.json"));
         let io = |step| move |source| RuntimeError::Io { action: ACTION, step, source };
         write_private(&specification, process).map_err(io("write process specification"))?;
         let mut arguments: Vec<OsString> = vec!["exec".into(), "--process".into(), (&specification).into()];
@@ -154,7 +154,7 @@ impl Runtime {
         arguments.extend(["--detach".into(), "--pid-file".into(), pid_file.into(), id.into()]);
         let io = if console_socket.is_some() { Io::Captured { input: None } } else { Io::Container(stdio) };
         // Execs run in parallel, so each has a log of its own: in a shared one the last error may be another's.
-        let log = self.bundle.join(format!("{exec_id}.log.json"));
+        let log = self.bundle.join(format!("exec-{exec_id}.log.json"));
         let result = self.call(ACTION, &log, &arguments, io).await;
         let _ = std::fs::remove_file(&specification);
         let _ = std::fs::remove_file(&log);

@@ -76,8 +76,11 @@ fn prepare_process() -> io::Result<()> {
     let mut children = SigSet::empty();
     children.add(Signal::SIGCHLD);
     children.thread_block()?;
-    // Only a client that has no containers left ends the shim, no signal that a terminal or an init system sends.
-    for ignored in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGPIPE] {
+    // Only a client that has no containers left ends the shim, no signal that a terminal or an init system sends, or
+    // an operator who knows containerd's shim (it prints its stacks at SIGUSR1).
+    let signals =
+        [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGPIPE, Signal::SIGUSR1, Signal::SIGUSR2];
+    for ignored in signals {
         davit_sys::process::ignore(ignored as i32)?;
     }
     Ok(())

@@ -140,6 +140,10 @@ fn bind_or_join(folder: &Path, path: &Path) -> Result<Option<OwnedFd>, StartErro
 
 fn spawn_server(arguments: &Arguments, input: &StartInput, listener: &OwnedFd) -> Result<(), StartError> {
     let log = open_log();
+    if std::env::var_os("SCHED_CORE").is_some_and(|value| !value.is_empty()) {
+        davit_sys::process::share_core_with_group()
+            .map_err(io_error("enable sched core support of", "/proc/self"))?;
+    }
     let own_score = raise_oom_score();
     let program = std::env::current_exe().map_err(io_error("find", "/proc/self/exe"))?;
     let mut command = Command::new(&program)?;

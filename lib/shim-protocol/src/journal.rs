@@ -438,6 +438,12 @@ mod tests {
         assert_eq!(journal.event(offset).unwrap().sequence, 3);
         let contents = read(&path).unwrap();
         assert_eq!((contents.exits.len(), contents.unsent.len()), (1, 1));
+        // A journal that was put in its place is left alone.
+        std::fs::remove_file(&path).unwrap();
+        let (mut other, _) = Journal::open(&path).unwrap();
+        other.append(&[event(9)]).unwrap();
+        assert!(journal.rewrite(&[]).is_err());
+        assert_eq!(read(&path).unwrap().last_sequence, 9);
         std::fs::remove_dir_all(folder.path()).unwrap();
         assert!(journal.rewrite(&[]).is_err());
         assert_eq!(journal.event(offset).unwrap().sequence, 3);

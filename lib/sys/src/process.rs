@@ -371,6 +371,25 @@ pub fn ignore(signal: i32) -> io::Result<()> {
     if before == libc::SIG_ERR { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Has the processes of this process's group, and their children, share cores only among themselves (core scheduling,
+/// `PR_SCHED_CORE`).
+///
+/// # Errors
+/// That of the kernel: `EINVAL` or `ENODEV` if it has no core scheduling, or the processor no threads.
+pub fn share_core_with_group() -> io::Result<()> {
+    // SAFETY: the call takes integers alone; the pointer for a cookie is null, since none is asked for.
+    let result = unsafe {
+        libc::prctl(
+            libc::PR_SCHED_CORE,
+            libc::PR_SCHED_CORE_CREATE,
+            0,
+            libc::PR_SCHED_CORE_SCOPE_PROCESS_GROUP,
+            0,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Opens a descriptor of a process (pidfd_open(2)). For a child that nobody has reaped, the descriptor is
 /// certain to name it, even when it is dead already.
 ///

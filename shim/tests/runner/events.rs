@@ -105,6 +105,34 @@ fn a_killed_shim_leaves_the_truth() {
 }
 
 #[test]
+fn a_second_life_in_a_bundle_does_not_inherit_the_first() {
+    if cannot_run() {
+        return;
+    }
+    let host = Host::new();
+    let bundle = host.bundle("box", "sleep 1000", |_| ());
+    let client = host.start(&bundle);
+    for _ in 0..2 {
+        client.create(&host.create_request(&bundle)).unwrap();
+        client.start(&bundle.id, "").unwrap();
+        client.kill(&bundle.id, "", 15).unwrap();
+        client.kill(&bundle.id, "", 9).unwrap();
+        client.wait(&bundle.id, "").unwrap();
+        client.delete(&bundle.id, "").unwrap();
+    }
+    client.create(&host.create_request(&bundle)).unwrap();
+    assert_eq!(journal_of(&bundle).exits.len(), 0);
+    // The events of all lives are there, also those whose journal has been replaced.
+    let events = host.receive_events();
+    client.again().finish(&bundle.id);
+    let life = ["create", "start box", "exit box 137", "delete"];
+    let last = ["create", "exit box 137", "delete"];
+    eventually("all events arrive", || events.list().len() == 11);
+    assert_eq!(events.list(), [&life[..], &life, &last].concat());
+    assert!(!journal_of(&bundle).torn);
+}
+
+#[test]
 fn containers_of_a_killed_shim_are_killed_by_delete() {
     if cannot_run() {
         return;

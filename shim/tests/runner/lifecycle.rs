@@ -7,11 +7,11 @@ use davit_model::ErrorCode;
 use davit_proto::any;
 use davit_proto::containerd::runc::v1::Options;
 use davit_proto::containerd::task::v3::{
-    KillRequest, PauseRequest, ResumeRequest, StateRequest, StateResponse,
+    DeleteRequest, DeleteResponse, KillRequest, PauseRequest, ResumeRequest, StateRequest, StateResponse,
 };
 use davit_proto::containerd::v1::types::Status;
 
-use crate::support::{Host, cannot_run, eventually};
+use crate::support::{Client, Host, cannot_run, eventually};
 
 #[test]
 fn a_container_lives_and_dies() {
@@ -313,6 +313,71 @@ fn wrong_requests_get_the_errors_that_clients_know() {
 }
 
 #[test]
+fn no_exec_can_take_the_place_of_init() {
+    if cannot_run() {
+        return;
+    }
+    let host = Host::new();
+    let bundle = host.bundle("box", "sleep 1000", |_| ());
+    let client = host.start(&bundle);
+    let id = bundle.id.as_str();
+    let pid = client.create(&host.create_request(&bundle)).unwrap();
+    client.start(id, "").unwrap();
+    assert_eq!(client.exec(id, id, "true").unwrap_err().code, ErrorCode::AlreadyExists);
+    client.exec(id, "init", "true").unwrap();
+    assert_ne!(client.start(id, "init").unwrap(), pid);
+    let noted = || std::fs::read_to_string(bundle.path.join("init.pid")).unwrap();
+    assert_eq!(noted(), pid.to_string());
+    client.wait(id, "init").unwrap();
+    client.delete(id, "init").unwrap();
+    assert_eq!(noted(), pid.to_string());
+    client.finish(id);
+}
+
+#[test]
+fn an_exec_that_is_being_started_cannot_be_deleted() {
+    if cannot_run() {
+        return;
+    }
+    let host = Host::new();
+    let (begun, go) = (host.path("begun"), host.path("go"));
+    let slow = format!(
+        "#!/bin/sh\ncase \" $* \" in *' exec '*) : > {}; while [ ! -e {} ]; do sleep 0.01; done ;; esac\n\
+         exec {} \"$@\"\n",
+        begun.display(),
+        go.display(),
+        Some(host.options().binary_name).filter(|name| !name.is_empty()).unwrap_or("runc".to_owned()),
+    );
+    let slow = host.script("slow", &slow);
+    let bundle = host.bundle("box", "sleep 1000", |_| ());
+    let client = host.start(&bundle);
+    let id = bundle.id.as_str();
+    let mut request = host.create_request(&bundle);
+    let options = Options { binary_name: slow.display().to_string(), ..host.options() };
+    request.options = Some(any::pack(&options));
+    client.create(&request).unwrap();
+    client.start(id, "").unwrap();
+    client.exec(id, "e1", "exec sleep 1000").unwrap();
+    std::thread::scope(|scope| {
+        let starting = client.again();
+        let started = scope.spawn(move || starting.start(id, "e1"));
+        eventually("the runtime to be called", || begun.exists());
+        let request = DeleteRequest { id: id.to_owned(), exec_id: "e1".to_owned() };
+        let short = Some(Duration::from_millis(100));
+        let deleted: Result<DeleteResponse, _> =
+            client.call_version("containerd.task.v3.Task", "Delete", &request, short);
+        assert_eq!(deleted.unwrap_err().code, ErrorCode::DeadlineExceeded);
+        std::fs::write(&go, "").unwrap();
+        started.join().unwrap().unwrap();
+    });
+    assert_eq!(client.state(id, "e1").unwrap().status(), Status::Running);
+    client.kill(id, "e1", 9).unwrap();
+    client.wait(id, "e1").unwrap();
+    client.delete(id, "e1").unwrap();
+    client.finish(id);
+}
+
+#[test]
 fn a_deadline_ends_the_waiting_alone() {
     if cannot_run() {
         return;
@@ -378,6 +443,54 @@ fn runtimes_that_misbehave_are_explained() {
         assert!(error.message.ends_with(expected), "{error}");
     }
     client.shutdown();
+}
+
+#[test]
+fn a_failed_exec_is_explained_and_can_be_deleted() {
+    if cannot_run() {
+        return;
+    }
+    let host = Host::new();
+    let bundle = host.bundle("box", "sleep 1000", |_| ());
+    let client = host.start(&bundle);
+    client.create(&host.create_request(&bundle)).unwrap();
+    client.start(&bundle.id, "").unwrap();
+    let mut request = Client::exec_request(&bundle.id, "e1", "");
+    request.spec.as_mut().unwrap().value =
+        br#"{"args":["no-such-program"],"cwd":"/","env":["PATH=/bin"],"user":{"uid":0,"gid":0}}"#.to_vec();
+    client.act("Exec", &request).unwrap();
+    let error = client.start(&bundle.id, "e1").unwrap_err();
+    assert!(error.message.starts_with("OCI runtime exec failed: "), "{error}");
+    assert!(error.message.contains("executable file not found in $PATH"), "{error}");
+    // Nobody waits for ever, and init does not wait for it either.
+    assert_eq!(client.wait(&bundle.id, "e1").unwrap().exited_at, None);
+    client.delete(&bundle.id, "e1").unwrap();
+    request.spec.as_mut().unwrap().value = b"no json".to_vec();
+    assert_eq!(client.act("Exec", &request).unwrap_err().code, ErrorCode::InvalidArgument);
+    client.finish(&bundle.id);
+}
+
+#[test]
+fn signals_of_operators_do_not_end_the_shim() {
+    if cannot_run() {
+        return;
+    }
+    let host = Host::new();
+    let bundle = host.bundle("box", "sleep 1000", |_| ());
+    let client = host.start(&bundle);
+    let shim = nix::unistd::Pid::from_raw(client.connect_call(&bundle.id).shim_pid as i32);
+    client.create(&host.create_request(&bundle)).unwrap();
+    client.start(&bundle.id, "").unwrap();
+    use nix::sys::signal::{Signal, kill};
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGPIPE] {
+        kill(shim, signal).unwrap();
+    }
+    assert_eq!(client.state(&bundle.id, "").unwrap().status(), Status::Running);
+    // What the shim ignores, the container does not.
+    client.exec(&bundle.id, "e1", "kill -TERM $$").unwrap();
+    client.start(&bundle.id, "e1").unwrap();
+    assert_eq!(client.wait(&bundle.id, "e1").unwrap().exit_status, 143);
+    client.finish(&bundle.id);
 }
 
 #[test]
