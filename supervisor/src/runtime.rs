@@ -1,19 +1,21 @@
 //! What runs: shims and the tasks in them.
 //!
 //! A *task* is the running side of a container: an init process and any number of execs, held by a shim that
-//! outlives the daemon. [`Tasks`] is the whole interface; the files below it read in the order of a task's life:
+//! outlives the daemon. [`Tasks`] is the whole interface; the files below it read in the order of a task's
+//! life:
 //!
-//! * [`transitions`] decides, synchronously and without any I/O, what state a task is in and what follows from what
-//!   happens to it. The state diagram is there.
-//! * `owner` is the task (of tokio) that owns one container: it feeds the transitions and starts what they ask for.
-//!   It never waits for a shim. Calls run beside it and report back; Kill, State and Wait overtake everything.
-//! * `create`, `teardown` and `load` are the three jobs that take longer: to bring a shim up, to take it down (asked
-//!   for, or after its death), and to find it again after the daemon's restart.
+//! * [`transitions`] decides, synchronously and without any I/O, what state a task is in and what follows
+//!   from what happens to it. The state diagram is there.
+//! * `owner` is the task (of tokio) that owns one container: it feeds the transitions and starts what they
+//!   ask for. It never waits for a shim. Calls run beside it and report back; Kill, State and Wait overtake
+//!   everything.
+//! * `create`, `teardown` and `load` are the three jobs that take longer: to bring a shim up, to take it down
+//!   (asked for, or after its death), and to find it again after the daemon's restart.
 //! * `binary` runs shim binaries; `shim` speaks to a running one; `log` reads its log pipe.
 //! * `forward` is the socket on which shims tell what happened.
 //!
-//! A call that changes something runs in its own task of tokio to its end, whether or not its caller still waits.
-//! Stopping the daemon touches no container.
+//! A call that changes something runs in its own task of tokio to its end, whether or not its caller still
+//! waits. Stopping the daemon touches no container.
 
 mod binary;
 mod create;
@@ -62,13 +64,15 @@ pub struct Config {
     pub ttrpc_address: String,
     /// The daemon's own binary, which old shims run to publish events.
     pub daemon_binary: PathBuf,
-    /// Where our own shim is looked for before `PATH`, and any other after it: the folder of the daemon's binary.
+    /// Where our own shim is looked for before `PATH`, and any other after it: the folder of the daemon's
+    /// binary.
     pub shim_directory: PathBuf,
     /// The shim that answers to `io.containerd.runc.v2` and `io.containerd.davit.v2`; `None` for our own.
     pub default_shim: Option<PathBuf>,
     /// The OCI runtime for containers whose options name none; `None` leaves the choice to the shim.
     pub default_runtime_binary: Option<String>,
-    /// The folder of shim sockets, for shims that can be told (`None`: the shim's default, `/run/containerd/s`).
+    /// The folder of shim sockets, for shims that can be told (`None`: the shim's default,
+    /// `/run/containerd/s`).
     pub socket_directory: Option<PathBuf>,
     /// More variables for shims.
     pub environment: Vec<(String, String)>,
@@ -83,8 +87,8 @@ pub struct Config {
 pub struct Timeouts {
     /// `shim start`, until its output ends.
     pub start: Duration,
-    /// The shim's Create, which mounts the root filesystem and runs the OCI runtime. containerd has no bound here,
-    /// and so keeps the name of a container whose Create hangs for ever.
+    /// The shim's Create, which mounts the root filesystem and runs the OCI runtime. containerd has no bound
+    /// here, and so keeps the name of a container whose Create hangs for ever.
     pub create: Duration,
     /// For a shim found at start to answer, before it counts as unreachable.
     pub load: Duration,
@@ -92,8 +96,9 @@ pub struct Timeouts {
     pub cleanup: Duration,
     /// The shim's Shutdown.
     pub shutdown: Duration,
-    /// Any other call that changes something or asks for something, but for Wait and Checkpoint. containerd leaves this
-    /// to its clients; but the calls of a client that goes away go on here, and must not pile up on a shim that hangs.
+    /// Any other call that changes something or asks for something, but for Wait and Checkpoint. containerd
+    /// leaves this to its clients; but the calls of a client that goes away go on here, and must not pile up
+    /// on a shim that hangs.
     pub call: Duration,
     /// The shim's State.
     pub state: Duration,
@@ -145,23 +150,23 @@ impl Tasks {
         Ok(Tasks { shared: Arc::new(registry::Shared::new(config, sink)) })
     }
 
-    /// Finds the shims of an earlier daemon by their bundles. Every task is known when this returns, and calls for it
-    /// wait (for [`Timeouts::load`] at most) until its shim has answered; nothing else waits. The rest happens in the
-    /// background and is over when [`Loading::finished`] returns.
+    /// Finds the shims of an earlier daemon by their bundles. Every task is known when this returns, and
+    /// calls for it wait (for [`Timeouts::load`] at most) until its shim has answered; nothing else waits.
+    /// The rest happens in the background and is over when [`Loading::finished`] returns.
     ///
     /// `records` says of which containers there is a record.
     pub fn load(&self, records: Records) -> Loading {
         load::load(&self.shared, records)
     }
 
-    /// Serves the socket that shims report to until the future is dropped. Only processes of the daemon's own user
-    /// are heard.
+    /// Serves the socket that shims report to until the future is dropped. Only processes of the daemon's own
+    /// user are heard.
     pub async fn serve_events(&self, listener: UnixListener) {
         forward::serve(self.shared.clone(), listener).await;
     }
 
-    /// Makes the bundle, starts the shim and has it create the container. Gives the number of the init process, which
-    /// waits for [`start`](Tasks::start).
+    /// Makes the bundle, starts the shim and has it create the container. Gives the number of the init
+    /// process, which waits for [`start`](Tasks::start).
     ///
     /// # Errors
     /// Any of [`Error`]; nothing is left behind then: no bundle, work folder, shim, pipe or mount.
@@ -252,8 +257,8 @@ impl Tasks {
         self.state_of(&task, id, exec_id).await
     }
 
-    /// The states of the init processes of a namespace. A task that vanishes meanwhile is left out; one whose shim does
-    /// not answer is there with [`Status::Unknown`].
+    /// The states of the init processes of a namespace. A task that vanishes meanwhile is left out; one whose
+    /// shim does not answer is there with [`Status::Unknown`].
     pub async fn list(&self, namespace: &str) -> Vec<Process> {
         let states = self.shared.in_namespace(namespace).into_iter().map(|(id, task)| async move {
             match self.state_of(&task, &id, "").await {
@@ -351,7 +356,8 @@ impl Tasks {
         detached(async move { task.ready(&id).await?.update(options).await }).await
     }
 
-    /// Writes a checkpoint of the container into the folder `path`. Turning it into content is the caller's work.
+    /// Writes a checkpoint of the container into the folder `path`. Turning it into content is the caller's
+    /// work.
     ///
     /// # Errors
     /// The shim's.
@@ -366,8 +372,8 @@ impl Tasks {
         detached(async move { task.ready(&id).await?.checkpoint(path, options).await }).await
     }
 
-    /// The counters of every task of a namespace that `wanted` (asked with the container's id) chooses. A task without
-    /// any, or whose shim does not answer in time, is left out.
+    /// The counters of every task of a namespace that `wanted` (asked with the container's id) chooses. A
+    /// task without any, or whose shim does not answer in time, is left out.
     pub async fn metrics(&self, namespace: &str, wanted: impl Fn(&str) -> bool) -> Vec<Metric> {
         let tasks = self.shared.in_namespace(namespace).into_iter().filter(|(id, _)| wanted(id));
         let metrics = tasks.map(|(id, task)| async move {
@@ -386,8 +392,9 @@ impl Tasks {
         futures::future::join_all(metrics).await.into_iter().flatten().collect()
     }
 
-    /// Waits for the end of the init process, or with `exec_id` of the exec; at once if it has ended and is not yet
-    /// deleted. Dropping the future gives the wait up. A shim's death answers too, with the exit of its process.
+    /// Waits for the end of the init process, or with `exec_id` of the exec; at once if it has ended and is
+    /// not yet deleted. Dropping the future gives the wait up. A shim's death answers too, with the exit of
+    /// its process.
     ///
     /// # Errors
     /// [`Error::Shim`] with NotFound for an unknown exec.
@@ -409,8 +416,8 @@ impl Tasks {
         binary::resolve(&self.shared.config, runtime).map_err(|source| Error::StartShim { source })
     }
 
-    /// What a runtime can do, as its shim says it: an encoded `containerd.types.RuntimeInfo`. `options` are those of the
-    /// runtime, such as the OCI runtime to ask.
+    /// What a runtime can do, as its shim says it: an encoded `containerd.types.RuntimeInfo`. `options` are
+    /// those of the runtime, such as the OCI runtime to ask.
     ///
     /// # Errors
     /// [`Error::StartShim`] when there is no such shim or it does not say.

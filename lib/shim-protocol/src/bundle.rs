@@ -33,8 +33,8 @@ use crate::journal;
 /// Everything about the shim itself is small; what is larger is no file of ours.
 const MAX_SMALL_FILE: u64 = 64 * 1024;
 
-/// The names of what is out of use and waits to be removed. No bundle and no half of one is named so: an identifier
-/// has no two separators in a row.
+/// The names of what is out of use and waits to be removed. No bundle and no half of one is named so: an
+/// identifier has no two separators in a row.
 const STALE: &str = ".stale--";
 
 /// Why a bundle cannot be made, read or deleted.
@@ -92,8 +92,8 @@ impl Coded for BundleError {
     }
 }
 
-/// One bundle, whether or not it exists. The id and the namespace must be identifiers; so no path of it can leave the
-/// two roots. All calls block.
+/// One bundle, whether or not it exists. The id and the namespace must be identifiers; so no path of it can
+/// leave the two roots. All calls block.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bundle {
     namespace: String,
@@ -198,8 +198,8 @@ impl Bundle {
         })
     }
 
-    /// Unmounts what is mounted in it and removes it and its work folder. It is renamed first, so that a daemon that
-    /// dies here leaves no half of a bundle. Idempotent.
+    /// Unmounts what is mounted in it and removes it and its work folder. It is renamed first, so that a
+    /// daemon that dies here leaves no half of a bundle. Idempotent.
     ///
     /// # Errors
     /// It is still there, whole or under its hidden name, which the next daemon clears.
@@ -230,8 +230,8 @@ impl Bundle {
         self.write_file("bootstrap.json", &shim.to_json())
     }
 
-    /// How to reach the shim: `bootstrap.json`, else `address`. `None` when there is neither: no shim has said yet
-    /// where it listens.
+    /// How to reach the shim: `bootstrap.json`, else `address`. `None` when there is neither: no shim has
+    /// said yet where it listens.
     ///
     /// # Errors
     /// The file cannot be read or understood.
@@ -331,7 +331,8 @@ impl Bundle {
     }
 }
 
-/// Makes a folder and those above it, 0711 where they are missing: a container's mapped root passes through them.
+/// Makes a folder and those above it, 0711 where they are missing: a container's mapped root passes through
+/// them.
 ///
 /// # Errors
 /// The system's answer.
@@ -340,9 +341,9 @@ pub fn make_parents(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o711).create(path)
 }
 
-/// Puts what an earlier daemon left in the folder of a namespace out of the way of everything that is made from now on,
-/// by renaming it, and gives the new names for [`remove_stale`]: what has a hidden name (it was just being made or
-/// removed), and what `keep` does not know.
+/// Puts what an earlier daemon left in the folder of a namespace out of the way of everything that is made
+/// from now on, by renaming it, and gives the new names for [`remove_stale`]: what has a hidden name (it was
+/// just being made or removed), and what `keep` does not know.
 ///
 /// # Errors
 /// The folder cannot be read, or an entry not be renamed; entries before it are renamed then.

@@ -1,12 +1,12 @@
 //! A ttrpc client on tokio: the daemon's end of the connection to a shim.
 //!
-//! One connection carries any number of unary calls at once. A reading task hands each response to its call; a
-//! writing task takes frames from a short queue. So a shim that does not read (it is stopped, say) makes calls wait
-//! at most until their own deadline, and never anything else. Dropping a call gives it up; its answer is ignored when
-//! it comes. There is no word in ttrpc to tell the other end so.
+//! One connection carries any number of unary calls at once. A reading task hands each response to its call;
+//! a writing task takes frames from a short queue. So a shim that does not read (it is stopped, say) makes
+//! calls wait at most until their own deadline, and never anything else. Dropping a call gives it up; its
+//! answer is ignored when it comes. There is no word in ttrpc to tell the other end so.
 //!
-//! **Invariant.** A connection ends only when the other end closes it, breaks the protocol, or [`Client::close`] is
-//! called; never because of slowness.
+//! **Invariant.** A connection ends only when the other end closes it, breaks the protocol, or
+//! [`Client::close`] is called; never because of slowness.
 
 use std::collections::HashMap;
 use std::io;
@@ -161,8 +161,8 @@ impl Client {
     /// Connects to the socket at `path`.
     ///
     /// # Errors
-    /// `ECONNREFUSED` and `ENOENT` when nobody listens there; `WouldBlock` (`EAGAIN`) when somebody does and has more
-    /// connections waiting than it takes.
+    /// `ECONNREFUSED` and `ENOENT` when nobody listens there; `WouldBlock` (`EAGAIN`) when somebody does and
+    /// has more connections waiting than it takes.
     pub async fn connect(path: &Path) -> io::Result<Client> {
         Ok(Client::new(UnixStream::connect(path).await?))
     }
@@ -228,7 +228,8 @@ impl Client {
         *self.shared.closed.borrow()
     }
 
-    /// Resolves when the connection has ended, by whichever side. The future does not keep the connection open.
+    /// Resolves when the connection has ended, by whichever side. The future does not keep the connection
+    /// open.
     pub fn closed(&self) -> impl Future<Output = ()> + Send + 'static {
         let mut closed = self.shared.closed.subscribe();
         async move {
@@ -287,7 +288,8 @@ fn deliver(shared: &Shared, received: Received) {
 
 async fn write_frames(mut stream: OwnedWriteHalf, mut queue: mpsc::Receiver<Vec<u8>>, shared: Arc<Shared>) {
     loop {
-        // A frame that is dropped between the queue and the socket is never half written: the connection ends then.
+        // A frame that is dropped between the queue and the socket is never half written: the connection ends
+        // then.
         let written = tokio::select! {
             frame = queue.recv() => match frame {
                 Some(bytes) => tokio::select! {
@@ -300,8 +302,8 @@ async fn write_frames(mut stream: OwnedWriteHalf, mut queue: mpsc::Receiver<Vec<
         };
         if let Err(error) = written {
             tracing::debug!(%error, "ttrpc connection broke");
-            // New calls are refused from here on. Answers that are on their way are still read; the end of file
-            // behind them ends the connection.
+            // New calls are refused from here on. Answers that are on their way are still read; the end of
+            // file behind them ends the connection.
             break;
         }
     }

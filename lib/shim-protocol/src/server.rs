@@ -1,5 +1,5 @@
-//! A small ttrpc server on tokio: the daemon's socket on which shims report events. Unary calls only, and those of
-//! one connection in the order in which they come, because events have an order.
+//! A small ttrpc server on tokio: the daemon's socket on which shims report events. Unary calls only, and
+//! those of one connection in the order in which they come, because events have an order.
 //!
 //! Memory is bounded: so many connections, and of each at most one frame.
 

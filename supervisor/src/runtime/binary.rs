@@ -1,15 +1,17 @@
 //! Shim binaries: finding the one of a runtime, and running it to start a shim or to clean up after one.
 //!
 //! # What a shim is told on stdin
-//! There are three generations of shims, and none says beforehand which it is. containerd up to 2.2 writes the runtime's
-//! options as an `Any`, or nothing; 2.3 writes `BootstrapParams`, which shims of 1.6 refuse. A shim of 2.3 that gets
-//! an `Any` reads it as `BootstrapParams`, with the type for its id, and joins all containers in one shim. So:
+//! There are three generations of shims, and none says beforehand which it is. containerd up to 2.2 writes
+//! the runtime's options as an `Any`, or nothing; 2.3 writes `BootstrapParams`, which shims of 1.6 refuse. A
+//! shim of 2.3 that gets an `Any` reads it as `BootstrapParams`, with the type for its id, and joins all
+//! containers in one shim. So:
 //!
 //! * our own shim gets `BootstrapParams`;
-//! * any other gets nothing when there are no options, which all of them take for "see the flags and the environment";
-//! * any other gets options as an `Any` with one more field, number 5, which is no text. Who reads an `Any` skips
-//!   the unknown field; to who reads `BootstrapParams` it is a string that is not UTF-8, so the message is refused and
-//!   read again as an `Any`.
+//! * any other gets nothing when there are no options, which all of them take for "see the flags and the
+//!   environment";
+//! * any other gets options as an `Any` with one more field, number 5, which is no text. Who reads an `Any`
+//!   skips the unknown field; to who reads `BootstrapParams` it is a string that is not UTF-8, so the message
+//!   is refused and read again as an `Any`.
 
 use std::ffi::OsString;
 use std::io;
@@ -117,7 +119,8 @@ fn command(config: &Config, bundle: &Bundle, binary: &Path) -> Command {
         .arg(&config.daemon_binary)
         .args(["-id", bundle.id()])
         .current_dir(bundle.path())
-        // A process group of its own: a signal to the daemon's does not reach it, and it can be killed as one.
+        // A process group of its own: a signal to the daemon's does not reach it, and it can be killed as
+        // one.
         .process_group(0)
         .env("GOMAXPROCS", "2")
         .env("MAX_SHIM_VERSION", "2")
@@ -134,8 +137,8 @@ fn command(config: &Config, bundle: &Bundle, binary: &Path) -> Command {
     command
 }
 
-/// Runs `start` and reads where the shim is. Everything that it prints counts, on stdout and stderr, until both are
-/// closed: that is how shims are written.
+/// Runs `start` and reads where the shim is. Everything that it prints counts, on stdout and stderr, until
+/// both are closed: that is how shims are written.
 pub(super) async fn start(
     config: &Config,
     bundle: &Bundle,

@@ -1,5 +1,5 @@
-//! The job of creating a task: bundle, shim, container. It runs to its end whether or not anyone waits for it, and a
-//! failure at any step leaves nothing.
+//! The job of creating a task: bundle, shim, container. It runs to its end whether or not anyone waits for
+//! it, and a failure at any step leaves nothing.
 
 use std::path::{Path, PathBuf};
 
@@ -117,8 +117,8 @@ async fn bring_up(
     Ok((shim, pid))
 }
 
-/// The shim that the container is to join instead of getting its own: the one that a sandbox controller named, or that
-/// of its sandbox if it is one that can hold several.
+/// The shim that the container is to join instead of getting its own: the one that a sandbox controller
+/// named, or that of its sandbox if it is one that can hold several.
 fn existing_shim(
     context: &Context,
     sandbox_id: &str,
@@ -145,8 +145,8 @@ fn existing_shim(
     Ok(told.filter(|told| told.version >= VERSION_3))
 }
 
-/// Adds the configured OCI runtime to options that name none. Protobuf merges what is appended, so nothing else of the
-/// options is touched.
+/// Adds the configured OCI runtime to options that name none. Protobuf merges what is appended, so nothing
+/// else of the options is touched.
 fn with_default_runtime(options: Option<Any>, runtime: &str, default: Option<&str>) -> Option<Any> {
     use davit_proto::containerd::runc::v1::Options;
     use prost::Message as _;
@@ -178,7 +178,8 @@ async fn undo(context: &Context, binary: &Path, made: Made) {
         // The binary failed or said nothing that makes sense, but may have left a shim where one would be.
         shim = load::find_unannounced(context).await;
     }
-    // Until the shim has said itself that it holds nothing of the container, its binary is asked to make sure.
+    // Until the shim has said itself that it holds nothing of the container, its binary is asked to make
+    // sure.
     let mut clean = !made.started;
     if let Some(shim) = &shim {
         clean = match shim.delete_within(timeouts.cleanup, "").await {

@@ -1,7 +1,7 @@
 //! What the calls of [`Tasks`](super::Tasks) fail with.
 //!
-//! The answer of a shim reaches the client with its code and its text untouched: clients read exit codes 126 and 127
-//! out of runc's words.
+//! The answer of a shim reaches the client with its code and its text untouched: clients read exit codes 126
+//! and 127 out of runc's words.
 
 use std::io;
 use std::path::PathBuf;

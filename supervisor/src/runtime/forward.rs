@@ -1,8 +1,8 @@
 //! What shims tell: the Events service on the daemon's ttrpc socket.
 //!
-//! A shim repeats an event until it is acknowledged, so an event may come twice; a second report of the same exit is
-//! acknowledged and dropped. The daemon publishes nothing that a shim publishes: of `/tasks/*` it makes up the exit and
-//! the deletion of a task whose shim died, and no more.
+//! A shim repeats an event until it is acknowledged, so an event may come twice; a second report of the same
+//! exit is acknowledged and dropped. The daemon publishes nothing that a shim publishes: of `/tasks/*` it
+//! makes up the exit and the deletion of a task whose shim died, and no more.
 
 use std::sync::Arc;
 use std::time::SystemTime;

@@ -1,8 +1,8 @@
 //! Finding the shims of an earlier daemon.
 //!
-//! Every bundle becomes a task at once; then each is looked at beside all others, so that a shim that does not answer
-//! delays nobody. What counts as dead is only what the kernel says is: a socket that refuses, or none that listens. All
-//! else is doubt, and in doubt a task stays, `Unreachable`, and is tried again.
+//! Every bundle becomes a task at once; then each is looked at beside all others, so that a shim that does
+//! not answer delays nobody. What counts as dead is only what the kernel says is: a socket that refuses, or
+//! none that listens. All else is doubt, and in doubt a task stays, `Unreachable`, and is tried again.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -49,8 +49,8 @@ impl Loading {
         self.tasks
     }
 
-    /// Returns when of each task it is known what became of it, or that its shim does not answer, and what else was
-    /// left is removed.
+    /// Returns when of each task it is known what became of it, or that its shim does not answer, and what
+    /// else was left is removed.
     pub async fn finished(mut self) {
         while self.jobs.join_next().await.is_some() {}
     }
@@ -149,7 +149,8 @@ impl Job {
     /// Looks, and reports what is found. A shim that does not answer is looked at again in the background.
     pub(super) async fn run(self, context: Context) {
         let Ok(place) = self.places.clone().acquire_owned().await else { return };
-        // A shim that was just starting when the daemon died waits for a reader of its log before it serves anyone.
+        // A shim that was just starting when the daemon died waits for a reader of its log before it serves
+        // anyone.
         let log = follow_log(&context);
         let mut connection = None;
         let limit = context.shared.config.timeouts.load;
@@ -202,7 +203,8 @@ impl Job {
                     }
                 }
             }
-            // Nobody was told of the exit of a process, for there was none, or it was deleted with all reports made.
+            // Nobody was told of the exit of a process, for there was none, or it was deleted with all
+            // reports made.
             Probe::NoTask(_) => context.report(Message::Dead { pid: 0 }).await,
             Probe::Gone => {
                 let pid = init_pid(context).await;
@@ -214,8 +216,8 @@ impl Job {
     }
 }
 
-/// Looks at a shim, and ends one that is there without the task: the daemon that started it died before it had
-/// created the container, or after it had deleted it.
+/// Looks at a shim, and ends one that is there without the task: the daemon that started it died before it
+/// had created the container, or after it had deleted it.
 async fn look(context: &Context, connection: &mut Option<Shim>) -> Probe {
     let probe = probe(context, connection).await;
     let Probe::NoTask(shim) = probe else { return probe };
@@ -264,7 +266,8 @@ pub(super) async fn probe(context: &Context, connection: &mut Option<Shim>) -> P
     }
 }
 
-/// The connection ended while the shim was asked: it may have ended itself at that moment, or only the connection.
+/// The connection ended while the shim was asked: it may have ended itself at that moment, or only the
+/// connection.
 async fn lost(context: &Context) -> Probe {
     match reach(context).await {
         Ok(_) => Probe::Silent,
@@ -279,8 +282,9 @@ async fn reach(context: &Context) -> Result<Shim, Probe> {
     let (told, sandbox) = match read.await {
         Ok((Some(told), sandbox)) => (told, sandbox),
         Ok((None, _)) => {
-            // A daemon died while it created the task. Its `shim start` may go on: what starts is not gone. It is looked
-            // for first, for it may be over, and the shim be there, when it is looked for second.
+            // A daemon died while it created the task. Its `shim start` may go on: what starts is not gone.
+            // It is looked for first, for it may be over, and the shim be there, when it is looked for
+            // second.
             let starting = is_starting(context).await;
             return match find_unannounced(context).await {
                 Some(shim) => Ok(shim),
@@ -371,7 +375,8 @@ async fn listens(path: &Path) -> bool {
     read.await.ok().flatten().unwrap_or(true)
 }
 
-/// `Num: RefCount Protocol Flags Type St Inode Path`; bit 16 of the flags is a listening socket (unix(7), `net/unix.h`).
+/// `Num: RefCount Protocol Flags Type St Inode Path`; bit 16 of the flags is a listening socket (unix(7),
+/// `net/unix.h`).
 fn is_listener(line: &str, path: &Path) -> bool {
     let mut fields = line.split_ascii_whitespace();
     let flags = fields.nth(3).and_then(|flags| u32::from_str_radix(flags, 16).ok());

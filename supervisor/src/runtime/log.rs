@@ -1,5 +1,5 @@
-//! The pipe in which a shim writes its own log. The daemon opens it for both directions, so that it never blocks and
-//! never ends; it is read as long as the shim is connected.
+//! The pipe in which a shim writes its own log. The daemon opens it for both directions, so that it never
+//! blocks and never ends; it is read as long as the shim is connected.
 
 use std::io;
 

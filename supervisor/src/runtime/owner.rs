@@ -1,5 +1,5 @@
-//! The owner of one container: a task of tokio with a mailbox. It feeds the [`Machine`], starts what the machine asks
-//! for beside itself, and never waits for anything but its mailbox.
+//! The owner of one container: a task of tokio with a mailbox. It feeds the [`Machine`], starts what the
+//! machine asks for beside itself, and never waits for anything but its mailbox.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -21,8 +21,8 @@ const MAILBOX: usize = 128;
 /// Who waits for an answer.
 pub(super) type Reply<T> = oneshot::Sender<Result<T, Error>>;
 
-/// What an owner is told. Most of it goes on to the machine as it is; this holds what the machine does not: replies,
-/// connections, errors.
+/// What an owner is told. Most of it goes on to the machine as it is; this holds what the machine does not:
+/// replies, connections, errors.
 pub(super) enum Message {
     /// The job of creating is over.
     Created(Result<(Shim, u32), Error>),
@@ -86,8 +86,8 @@ impl Context {
     }
 }
 
-/// Enters the container and starts to create its task. The answer comes through the receiver, but the work goes on
-/// without it.
+/// Enters the container and starts to create its task. The answer comes through the receiver, but the work
+/// goes on without it.
 pub(super) async fn create(
     shared: &Arc<Shared>,
     namespace: &str,
@@ -111,12 +111,14 @@ pub(super) async fn create(
                 return Ok(answer);
             }
             Err(existing) => {
-                // What an earlier daemon left may turn out to be nothing. A task that is being cleaned up still exists.
+                // What an earlier daemon left may turn out to be nothing. A task that is being cleaned up
+                // still exists.
                 let mut view = existing.view.clone();
                 if view.borrow_and_update().phase != Phase::Loading {
                     return Err(Error::AlreadyExists { id });
                 }
-                // An error means that the owner is gone; the next turn of the loop sees what is there instead.
+                // An error means that the owner is gone; the next turn of the loop sees what is there
+                // instead.
                 let _ =
                     view.wait_for(|view| view.phase != Phase::Loading && view.phase != Phase::Cleaning).await;
             }

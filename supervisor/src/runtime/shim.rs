@@ -1,5 +1,5 @@
-//! A running shim, as one container sees it: the Task service over ttrpc. The only file (with `forward`) that knows its
-//! messages.
+//! A running shim, as one container sees it: the Task service over ttrpc. The only file (with `forward`) that
+//! knows its messages.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -38,13 +38,14 @@ struct Inner {
     /// The bound of calls that have none of their own.
     limit: Duration,
     client: Client,
-    /// Set when the shim does not know the service of version 3. A binary that was replaced under a running shim
-    /// claims for it what only the new one can.
+    /// Set when the shim does not know the service of version 3. A binary that was replaced under a running
+    /// shim claims for it what only the new one can.
     downgraded: AtomicBool,
 }
 
 impl Shim {
-    /// Connects the container of a bundle to a shim that said where it is; `sandbox` when it is that of its sandbox.
+    /// Connects the container of a bundle to a shim that said where it is; `sandbox` when it is that of its
+    /// sandbox.
     ///
     /// # Errors
     /// [`ShimError::Unsupported`], or [`ShimError::Connect`] when nobody listens or accepts there within

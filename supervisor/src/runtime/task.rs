@@ -5,8 +5,8 @@ use std::time::SystemTime;
 
 use davit_model::{Any, Mount};
 
-/// Where the standard streams of a process go: paths of FIFOs, or URIs (`fifo://`, `file://`, `binary://`). An empty
-/// text is `/dev/null`. The shim carries them out; the daemon only passes them on.
+/// Where the standard streams of a process go: paths of FIFOs, or URIs (`fifo://`, `file://`, `binary://`).
+/// An empty text is `/dev/null`. The shim carries them out; the daemon only passes them on.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Stdio {
     /// Standard input.
@@ -24,8 +24,8 @@ pub struct Stdio {
 pub struct CreateOptions {
     /// The container; also the id of its task and of its init process.
     pub container_id: String,
-    /// The runtime spec of the container's record: its value is JSON and becomes `config.json` byte for byte. `None`
-    /// for sandboxes that have none.
+    /// The runtime spec of the container's record: its value is JSON and becomes `config.json` byte for byte.
+    /// `None` for sandboxes that have none.
     pub spec: Option<Any>,
     /// The mounts of the root filesystem, in order; the shim mounts them on the bundle's `rootfs`.
     pub rootfs: Vec<Mount>,
@@ -33,16 +33,18 @@ pub struct CreateOptions {
     pub stdio: Stdio,
     /// A folder with a checkpoint to restore from; empty for a fresh start.
     pub checkpoint: String,
-    /// `io.containerd.runc.v2` and the like, or the absolute path of a shim: the container's runtime, or the request's
-    /// `runtime_path` when that is not empty.
+    /// `io.containerd.runc.v2` and the like, or the absolute path of a shim: the container's runtime, or the
+    /// request's `runtime_path` when that is not empty.
     pub runtime: String,
-    /// The options of the request. They win over [`runtime_options`](Self::runtime_options) when their value is not empty.
+    /// The options of the request. They win over [`runtime_options`](Self::runtime_options) when their value
+    /// is not empty.
     pub task_options: Option<Any>,
     /// The options of the container's record.
     pub runtime_options: Option<Any>,
     /// The sandbox that the container belongs to; empty for none.
     pub sandbox_id: String,
-    /// `protocol+scheme://…` of a task API that exists, as sandbox controllers hand it out; empty to start a shim.
+    /// `protocol+scheme://…` of a task API that exists, as sandbox controllers hand it out; empty to start a
+    /// shim.
     pub task_api_address: String,
     /// The version of the API at [`task_api_address`](Self::task_api_address): 2 or 3.
     pub task_api_version: u32,

@@ -1,4 +1,5 @@
-//! The two jobs that take a task down: the deletion that someone asked for, and the cleaning after the death of a shim.
+//! The two jobs that take a task down: the deletion that someone asked for, and the cleaning after the death
+//! of a shim.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -63,7 +64,8 @@ fn shared_shim(context: &Context, shim: &Shim) -> bool {
     context.shared.address_shared(context.namespace(), context.id(), shim.address())
 }
 
-/// Kills a shim that does not end by itself, after a creation that failed. It holds no container that anyone knows of.
+/// Kills a shim that does not end by itself, after a creation that failed. It holds no container that anyone
+/// knows of.
 pub(super) async fn kill_shim(context: &Context, binary: &Path, shim: &Shim) {
     if shared_shim(context, shim) {
         return;
@@ -80,8 +82,8 @@ fn kill_shims(namespace: &str, id: &str, binary: &Path) -> usize {
     shim_processes(namespace, id, Some(binary)).iter().filter(|pidfd| kill(pidfd)).count()
 }
 
-/// The processes that run a shim's binary (`None`: any program) with the flags of the container: its `start`, or the
-/// shim itself. They are opened before they are looked at, so that they stay what was looked at.
+/// The processes that run a shim's binary (`None`: any program) with the flags of the container: its `start`,
+/// or the shim itself. They are opened before they are looked at, so that they stay what was looked at.
 pub(super) fn shim_processes(namespace: &str, id: &str, binary: Option<&Path>) -> Vec<OwnedFd> {
     let Ok(processes) = std::fs::read_dir("/proc") else { return Vec::new() };
     let pids = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
@@ -96,7 +98,8 @@ pub(super) fn shim_processes(namespace: &str, id: &str, binary: Option<&Path>) -
             return None;
         }
         let runs = |binary: &Path| {
-            // A binary that is a script is its interpreter's first argument; a new one may have replaced a running one.
+            // A binary that is a script is its interpreter's first argument; a new one may have replaced a
+            // running one.
             let exe = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
             let replaced = format!("{} (deleted)", binary.display());
             exe == binary
@@ -108,7 +111,8 @@ pub(super) fn shim_processes(namespace: &str, id: &str, binary: Option<&Path>) -
     pids.filter_map(shim).collect()
 }
 
-/// Cleans up after a shim whose connection has ended. First it is made sure that it is gone: a live one is gone back to.
+/// Cleans up after a shim whose connection has ended. First it is made sure that it is gone: a live one is
+/// gone back to.
 pub(super) async fn clean_up(context: Context) {
     loop {
         let mut connection = None;
@@ -165,8 +169,8 @@ pub(super) async fn remove_socket(context: &Context) {
     }
 }
 
-/// Removes the file of a socket that nobody listens on. The kernel refuses a connection to it at once; whatever else
-/// happens means that somebody does.
+/// Removes the file of a socket that nobody listens on. The kernel refuses a connection to it at once;
+/// whatever else happens means that somebody does.
 fn remove_dead_socket(path: &Path) -> Result<(), Errno> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = nix::sys::socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
@@ -179,8 +183,8 @@ fn remove_dead_socket(path: &Path) -> Result<(), Errno> {
 /// Has the shim's binary kill what the shim left. Says how the init process ended.
 async fn kill_container(context: &Context) -> Option<Exit> {
     let binary = remembered_binary(context).await?;
-    // A second try, for a machine that is so busy that the first ran out of time: what is not killed here runs on
-    // without anyone who knows it.
+    // A second try, for a machine that is so busy that the first ran out of time: what is not killed here
+    // runs on without anyone who knows it.
     for _ in 0..2 {
         match binary::delete(&context.shared.config, &context.bundle, &binary).await {
             Ok(exit) => return Some(exit),

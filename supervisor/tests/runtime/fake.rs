@@ -1,5 +1,5 @@
-//! A shim in the test's own process: a ttrpc server that does what it is told, so that tests can see what reaches a shim
-//! and answer anything. Its binary is a shell script.
+//! A shim in the test's own process: a ttrpc server that does what it is told, so that tests can see what
+//! reaches a shim and answer anything. Its binary is a shell script.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -70,8 +70,8 @@ pub fn serve(path: &Path, shim: Arc<FakeShim>) -> tokio::task::JoinHandle<()> {
     tokio::spawn(server::serve(listener, nix::unistd::geteuid(), shim))
 }
 
-/// A script that passes for a shim's binary. It keeps its arguments and its input in files beside itself, for each
-/// action.
+/// A script that passes for a shim's binary. It keeps its arguments and its input in files beside itself, for
+/// each action.
 pub fn script(folder: &Path, body: &str) -> PathBuf {
     let path = folder.join("containerd-shim-fake-v1");
     let text = format!(

@@ -122,7 +122,8 @@ fn a_connection_that_is_lost_is_no_death() {
     let shim = Arc::new(FakeShim::new());
     let state = wire::StateResponse { pid: 77, status: WireStatus::Running as i32, ..Default::default() };
     shim.answer("State", Ok(state.encode_to_vec()));
-    // Two listeners on one socket: ending the first server ends its connections, while somebody still listens.
+    // Two listeners on one socket: ending the first server ends its connections, while somebody still
+    // listens.
     let listener = std::os::unix::net::UnixListener::bind(world.path("shim.sock")).unwrap();
     listener.set_nonblocking(true).unwrap();
     let serve = |listener: std::os::unix::net::UnixListener| {

@@ -1,4 +1,5 @@
-//! A daemon's runtime in a folder of its own, which can be stopped and started again, and a census of what is left.
+//! A daemon's runtime in a folder of its own, which can be stopped and started again, and a census of what is
+//! left.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -238,7 +239,8 @@ impl World {
         found
     }
 
-    /// Waits until nothing of any container is left: bundles, work folders, runc's state, processes, mounts, cgroups.
+    /// Waits until nothing of any container is left: bundles, work folders, runc's state, processes, mounts,
+    /// cgroups.
     #[track_caller]
     pub fn assert_nothing_left(&self) {
         eventually("nothing is left", || {
