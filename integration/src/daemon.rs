@@ -141,6 +141,15 @@ impl Daemon {
         Ok(())
     }
 
+    /// Sends the daemon a signal that does not end it.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let Some(child) = &self.child else { bail!("the daemon does not run") };
+        Ok(kill(Pid::from_raw(child.id() as i32), signal)?)
+    }
+
     /// `davit` against this daemon.
     ///
     /// # Errors

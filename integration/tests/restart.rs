@@ -62,6 +62,11 @@ async fn scenario(daemon: &mut Daemon, signal: Signal) -> Result<()> {
     ensure!(before.len() == CONTAINERS, "{before:?}");
     wait::until("the writer writes", || (reader.lines() > 1000).then_some(()))?;
 
+    for ignored in [Signal::SIGHUP, Signal::SIGUSR1] {
+        daemon.signal(ignored)?;
+        ensure!(pids(&mut client).await? == before, "{ignored} has an effect");
+    }
+
     daemon.stop(signal)?;
     let down = SystemTime::now();
     kill(Pid::from_raw(before["c-1"] as i32), Signal::SIGTERM)?;

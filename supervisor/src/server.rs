@@ -199,11 +199,17 @@ async fn serve(
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    // Tools send these two to containerd for a new configuration and for its stacks; neither may end the daemon.
+    let mut ignored = (signal(SignalKind::hangup())?, signal(SignalKind::user_defined1())?);
     // Every arm only waits for a state that stays until it is seen: dropping the others loses nothing.
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-        failure = db.failed() => return Err(failure).context("the metadata can no longer be written"),
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            _ = ignored.0.recv() => tracing::warn!("SIGHUP is ignored: a changed configuration takes a restart"),
+            _ = ignored.1.recv() => tracing::warn!("SIGUSR1 is ignored"),
+            failure = db.failed() => return Err(failure).context("the metadata can no longer be written"),
+        }
     }
     tracing::info!("stopping; containers go on");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
