@@ -237,6 +237,9 @@ impl Tasks {
         let task = self.task(namespace, id)?;
         identifier::validate(&options.exec_id)
             .map_err(|source| Error::ExecId { id: options.exec_id.clone(), source })?;
+        if options.exec_id == id {
+            return Err(Error::ExecExists { id: options.exec_id });
+        }
         let id = id.to_owned();
         detached(async move {
             let shim = task.ready(&id).await?;

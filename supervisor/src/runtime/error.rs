@@ -55,6 +55,12 @@ pub enum Error {
         /// The rule that it breaks.
         source: IdentifierError,
     },
+    /// The container's own id is that of its init process.
+    #[error("exec {id}")]
+    ExecExists {
+        /// What was given.
+        id: String,
+    },
     /// The shim of a container that was found at start does not answer; it is tried again and again.
     #[error("the shim of task {id} does not answer")]
     Unreachable {
@@ -136,7 +142,7 @@ impl Coded for Error {
     fn code(&self) -> ErrorCode {
         match self {
             Error::NotFound { .. } => ErrorCode::NotFound,
-            Error::AlreadyExists { .. } => ErrorCode::AlreadyExists,
+            Error::AlreadyExists { .. } | Error::ExecExists { .. } => ErrorCode::AlreadyExists,
             Error::TaskId { .. }
             | Error::Namespace { .. }
             | Error::NoExecId

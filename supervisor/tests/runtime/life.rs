@@ -99,6 +99,7 @@ fn execs(world: World) {
     let exec = |options| daemon.block_on(daemon.tasks.exec(&namespace, "one", options));
     exec(world.exec("e1", "exit 5")).unwrap();
     assert_eq!(code(exec(world.exec("e1", "exit 5"))), ErrorCode::AlreadyExists);
+    assert_eq!(code(exec(world.exec("one", "exit 5"))), ErrorCode::AlreadyExists);
     let pid = daemon.start("one", "e1").unwrap();
     assert_ne!(pid, 0);
     assert_eq!(daemon.wait("one", "e1").unwrap(), 5);
