@@ -1,5 +1,7 @@
-//! The command line, in the form of Go's `flag` package, which every daemon writes: one dash or two, values after
-//! `=` or as the next argument, booleans alone or with `=`, and the first word that is no flag ends the flags.
+//! The command line, in the form of Go's `flag` package, which every daemon writes: one dash or two, values
+//! after
+//! `=` or as the next argument, booleans alone or with `=`, and the first word that is no flag ends the
+//! flags.
 
 use std::path::PathBuf;
 

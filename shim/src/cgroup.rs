@@ -17,8 +17,8 @@ const ROOT: &str = "/sys/fs/cgroup";
 /// Where the processes of a container are accounted.
 #[derive(Debug, Clone)]
 pub(crate) enum Cgroup {
-    /// A hierarchy per controller; pairs of controller and folder. Also on hosts that have a second version beside
-    /// it: the controllers are in the first.
+    /// A hierarchy per controller; pairs of controller and folder. Also on hosts that have a second version
+    /// beside it: the controllers are in the first.
     V1(Vec<(String, PathBuf)>),
     /// The unified hierarchy.
     V2(PathBuf),
@@ -50,8 +50,8 @@ impl Cgroup {
         found.into_iter().collect()
     }
 
-    /// The folder whose tree has all processes: any hierarchy of the first version will do, preferably one that
-    /// every runtime uses.
+    /// The folder whose tree has all processes: any hierarchy of the first version will do, preferably one
+    /// that every runtime uses.
     fn tree(&self) -> Option<&Path> {
         match self {
             Cgroup::V2(folder) => Some(folder),

@@ -1,7 +1,7 @@
 //! Moves the bytes of containers: from pipes and terminals to where clients want them, and back.
 //!
-//! Between pipes the bytes are spliced and never enter this process. Otherwise they go through one small buffer
-//! that all copies share; a copy has memory of its own only while its receiver has taken just a part.
+//! Between pipes the bytes are spliced and never enter this process. Otherwise they go through one small
+//! buffer that all copies share; a copy has memory of its own only while its receiver has taken just a part.
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -37,8 +37,8 @@ pub(crate) enum Sink {
     File(Rc<OwnedFd>),
 }
 
-/// Tells copies that it is time to end: one from a terminal, when the process has exited, since processes that it
-/// left behind may keep the terminal open.
+/// Tells copies that it is time to end: one from a terminal, when the process has exited, since processes
+/// that it left behind may keep the terminal open.
 #[derive(Default)]
 pub(crate) struct Closing {
     closing: Cell<bool>,

@@ -1,5 +1,5 @@
-//! The `delete` action: a daemon calls it when a shim is dead, or when a bundle was never started. It removes what
-//! is left of the container and tells how it ended.
+//! The `delete` action: a daemon calls it when a shim is dead, or when a bundle was never started. It removes
+//! what is left of the container and tells how it ended.
 
 use std::ffi::OsStr;
 use std::io::{self, Write};

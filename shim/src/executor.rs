@@ -1,7 +1,8 @@
 //! A single-threaded executor: tasks, a queue of those that can go on, and the reactor to wait in.
 //!
-//! The shim must not cost a thread, so there is exactly one, and it sleeps in `epoll_wait`. Tasks are only ever
-//! polled between two such sleeps, one at a time: state shared by tasks needs no lock, and a method without
+//! The shim must not cost a thread, so there is exactly one, and it sleeps in `epoll_wait`. Tasks are only
+//! ever polled between two such sleeps, one at a time: state shared by tasks needs no lock, and a method
+//! without
 //! `.await` is atomic.
 
 use std::cell::{Cell, RefCell};
@@ -14,7 +15,8 @@ use std::task::{Context, Poll, Wake, Waker};
 
 use crate::reactor;
 
-/// The ids of the tasks to poll. Behind a mutex because a `Waker` is `Send` by its type; here it never contends.
+/// The ids of the tasks to poll. Behind a mutex because a `Waker` is `Send` by its type; here it never
+/// contends.
 type Ready = Arc<Mutex<VecDeque<u64>>>;
 
 struct Task {

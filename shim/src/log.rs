@@ -1,5 +1,5 @@
-//! The shim's log: lines on stderr, which is the bundle's `log` FIFO that the daemon reads. A daemon that does
-//! not read must not stop the shim: a line that finds no room is dropped.
+//! The shim's log: lines on stderr, which is the bundle's `log` FIFO that the daemon reads. A daemon that
+//! does not read must not stop the shim: a line that finds no room is dropped.
 
 use std::cell::Cell;
 use std::io::Write;

@@ -1,8 +1,8 @@
 //! Logging programs: a client names one as `binary:///program?key=value`, and it gets the container's output.
 //!
-//! The program finds standard output of the container at descriptor 3, standard error at 4, and at 5 a pipe that it
-//! closes when it is ready (`binary`), or writes a byte to (`binary-v2`). Its arguments are the keys and values of the
-//! query; `CONTAINER_ID` and `CONTAINER_NAMESPACE` are all of its environment.
+//! The program finds standard output of the container at descriptor 3, standard error at 4, and at 5 a pipe
+//! that it closes when it is ready (`binary`), or writes a byte to (`binary-v2`). Its arguments are the keys
+//! and values of the query; `CONTAINER_ID` and `CONTAINER_NAMESPACE` are all of its environment.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -121,7 +121,8 @@ pub(crate) struct Logger {
 }
 
 impl Logger {
-    /// Starts the program and waits until it is ready. Returns the writing ends for standard output and error.
+    /// Starts the program and waits until it is ready. Returns the writing ends for standard output and
+    /// error.
     pub(crate) async fn start(
         program: &Program,
         id: &str,
@@ -161,8 +162,8 @@ impl Logger {
         Ok((Logger { process }, out, err))
     }
 
-    /// Waits for the end of the program, which comes by itself when all writers have closed the pipes; asks for
-    /// it after some time, and enforces it after some more.
+    /// Waits for the end of the program, which comes by itself when all writers have closed the pipes; asks
+    /// for it after some time, and enforces it after some more.
     pub(crate) async fn stop(self) {
         let process = &self.process;
         let ended =

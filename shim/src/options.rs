@@ -1,4 +1,5 @@
-//! The runtime's options, as a client gives them with `Create`, and as they are kept in the bundle for `delete`.
+//! The runtime's options, as a client gives them with `Create`, and as they are kept in the bundle for
+//! `delete`.
 
 use std::io;
 use std::path::Path;

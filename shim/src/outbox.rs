@@ -3,9 +3,10 @@
 //! ```text
 //! publish → journal of the container's bundle → queue (an offset per event) → Forward → journal: sent
 //! ```
-//! The queue holds no event, only where it lies in its journal; an event that the journal did not take, for want of
-//! space, is kept in memory. While the daemon is away nothing is lost and nothing is reordered: the shim tries
-//! again after 1, 2, 4, … 30 seconds, and at once when a client connects, for that is a daemon that has come back.
+//! The queue holds no event, only where it lies in its journal; an event that the journal did not take, for
+//! want of space, is kept in memory. While the daemon is away nothing is lost and nothing is reordered: the
+//! shim tries again after 1, 2, 4, … 30 seconds, and at once when a client connects, for that is a daemon
+//! that has come back.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
@@ -43,8 +44,8 @@ pub(crate) struct ContainerJournal {
 }
 
 impl ContainerJournal {
-    /// Makes the journal of a new container. One of an earlier life in this bundle is replaced: its exits are not
-    /// those of the new one, and a handle that still sends its events keeps the file.
+    /// Makes the journal of a new container. One of an earlier life in this bundle is replaced: its exits are
+    /// not those of the new one, and a handle that still sends its events keeps the file.
     pub(crate) fn create(path: &Path) -> Result<ContainerJournal, JournalError> {
         let _ = std::fs::remove_file(path);
         let (journal, _) = Journal::open(path)?;
@@ -113,7 +114,8 @@ pub(crate) struct Outbox {
 }
 
 impl Outbox {
-    /// An empty queue. Its numbers begin with the time, so that they rise also from shim to shim of one bundle.
+    /// An empty queue. Its numbers begin with the time, so that they rise also from shim to shim of one
+    /// bundle.
     pub(crate) fn new(namespace: String) -> Outbox {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         Outbox {
@@ -176,7 +178,8 @@ impl Outbox {
                     retry = FIRST_RETRY;
                 }
                 Err(error) if refused(&error) => {
-                    // It would be refused for ever, and with it all that come after it. It stays in the journal.
+                    // It would be refused for ever, and with it all that come after it. It stays in the
+                    // journal.
                     log::error(format_args!("daemon refuses event: {error}"));
                     self.sent(false);
                 }

@@ -8,8 +8,8 @@
 //!    │                 Paused ────────────────────────┤   (init only)
 //!    └────────────────────────────────────────────────┘   (init killed before its start)
 //! ```
-//! A process may be dead for a while before it is `Stopped`: its exit is published only after its start, and that of
-//! an init after those of all execs.
+//! A process may be dead for a while before it is `Stopped`: its exit is published only after its start, and
+//! that of an init after those of all execs.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;

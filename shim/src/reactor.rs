@@ -136,8 +136,8 @@ impl<T: AsFd> Async<T> {
         Async::with_interest(io, EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLRDHUP)
     }
 
-    /// Registers a descriptor that is only written to. Of a FIFO that we keep open in both directions this keeps
-    /// away the events of our own input.
+    /// Registers a descriptor that is only written to. Of a FIFO that we keep open in both directions this
+    /// keeps away the events of our own input.
     pub(crate) fn for_writing(io: T) -> io::Result<Async<T>> {
         Async::with_interest(io, EpollFlags::EPOLLOUT)
     }

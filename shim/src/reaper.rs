@@ -1,9 +1,9 @@
 //! Waits for children, and buries the orphans that come to us as their subreaper.
 //!
 //! A process that somebody waits for is reaped through its own pidfd, by that waiter alone. All others are
-//! orphans: processes of containers whose parents have died. They are reaped when `SIGCHLD` says that there may be
-//! one, but not while a runtime is starting a process: the new process is an orphan too until its pid file
-//! has been read, and it must stay a zombie until then, so that its pid is not given to another one.
+//! orphans: processes of containers whose parents have died. They are reaped when `SIGCHLD` says that there
+//! may be one, but not while a runtime is starting a process: the new process is an orphan too until its pid
+//! file has been read, and it must stay a zombie until then, so that its pid is not given to another one.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -63,7 +63,8 @@ pub(crate) struct Awaited {
     /// Its pid.
     pub(crate) pid: i32,
     pidfd: Async<OwnedFd>,
-    /// The pid is among the awaited ones. Once it is reaped, the kernel may give it to another process of ours.
+    /// The pid is among the awaited ones. Once it is reaped, the kernel may give it to another process of
+    /// ours.
     claimed: Cell<bool>,
 }
 

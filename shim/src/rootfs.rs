@@ -1,5 +1,5 @@
-//! The mounts of root filesystems. They are made and removed by short-lived copies of the shim: a filesystem that
-//! does not answer must stop the one container that needs it, not the others that share the shim.
+//! The mounts of root filesystems. They are made and removed by short-lived copies of the shim: a filesystem
+//! that does not answer must stop the one container that needs it, not the others that share the shim.
 
 use std::io::Read;
 use std::os::unix::fs::DirBuilderExt;

@@ -143,8 +143,8 @@ impl Connection {
         });
     }
 
-    /// The result of a call, `None` if nobody is there to receive it. A caller that gives up or leaves does not
-    /// stop what it has begun, only its waiting.
+    /// The result of a call, `None` if nobody is there to receive it. A caller that gives up or leaves does
+    /// not stop what it has begun, only its waiting.
     async fn call(&self, shim: Rc<Shim>, request: Request) -> Option<Result<Vec<u8>, RpcError>> {
         let timeout = frame::timeout(&request);
         let only_waits = service::only_waits(&request);

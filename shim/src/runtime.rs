@@ -153,7 +153,8 @@ impl Runtime {
         }
         arguments.extend(["--detach".into(), "--pid-file".into(), pid_file.into(), id.into()]);
         let io = if console_socket.is_some() { Io::Captured { input: None } } else { Io::Container(stdio) };
-        // Execs run in parallel, so each has a log of its own: in a shared one the last error may be another's.
+        // Execs run in parallel, so each has a log of its own: in a shared one the last error may be
+        // another's.
         let log = self.bundle.join(format!("exec-{exec_id}.log.json"));
         let result = self.call(ACTION, &log, &arguments, io).await;
         let _ = std::fs::remove_file(&specification);

@@ -24,8 +24,8 @@ use crate::{reaper, rpc};
 
 /// The time that clients have to take their last replies.
 const LAST_REPLIES: Duration = Duration::from_millis(100);
-/// The time that the daemon has to take the last events after it has asked the shim to end. What it does not take
-/// stays in the journal.
+/// The time that the daemon has to take the last events after it has asked the shim to end. What it does not
+/// take stays in the journal.
 const LAST_EVENTS: Duration = Duration::from_secs(30);
 
 /// Serves until a client asks for the end and no container is left.
@@ -67,8 +67,8 @@ pub(crate) fn run(arguments: Arguments) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes the process what it has to be as long as it serves. What it changes here is undone for each program that it
-/// executes, see [`davit_sys::process::Command`].
+/// Makes the process what it has to be as long as it serves. What it changes here is undone for each program
+/// that it executes, see [`davit_sys::process::Command`].
 fn prepare_process() -> io::Result<()> {
     prctl::set_child_subreaper(true)?;
     // Some of the smallest processes grow by half where huge pages are given out always.
@@ -76,8 +76,8 @@ fn prepare_process() -> io::Result<()> {
     let mut children = SigSet::empty();
     children.add(Signal::SIGCHLD);
     children.thread_block()?;
-    // Only a client that has no containers left ends the shim, no signal that a terminal or an init system sends, or
-    // an operator who knows containerd's shim (it prints its stacks at SIGUSR1).
+    // Only a client that has no containers left ends the shim, no signal that a terminal or an init system
+    // sends, or an operator who knows containerd's shim (it prints its stacks at SIGUSR1).
     let signals =
         [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGPIPE, Signal::SIGUSR1, Signal::SIGUSR2];
     for ignored in signals {

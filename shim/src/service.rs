@@ -1,6 +1,7 @@
 //! The task service: decodes requests, calls the container, encodes replies.
 //!
-//! `containerd.task.v2.Task` and `containerd.task.v3.Task` have the same methods and messages; both are served.
+//! `containerd.task.v2.Task` and `containerd.task.v3.Task` have the same methods and messages; both are
+//! served.
 
 use std::path::Path;
 use std::rc::Rc;

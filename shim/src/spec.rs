@@ -7,7 +7,8 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-/// The annotations that put containers into one shim, the first that is there counts (containerd `groupLabels`).
+/// The annotations that put containers into one shim, the first that is there counts (containerd
+/// `groupLabels`).
 const GROUP_ANNOTATIONS: [&str; 2] = ["io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id"];
 
 /// The part of an OCI runtime specification that is read.
@@ -52,7 +53,8 @@ impl Specification {
     }
 }
 
-/// The process document of an exec, with `terminal` set as the request says. All else stays as the client wrote it.
+/// The process document of an exec, with `terminal` set as the request says. All else stays as the client
+/// wrote it.
 ///
 /// # Errors
 /// The document is no JSON object.

@@ -1,8 +1,8 @@
 //! The `start` action: finds or makes the shim of a container's group, and prints where it listens.
 //!
-//! It binds the socket, and executes itself again with it: the daemon can connect as soon as it knows the address,
-//! and need not wait until the new process is ready. Nothing of this process stays behind, above all no descriptor
-//! of its output, whose end the daemon waits for.
+//! It binds the socket, and executes itself again with it: the daemon can connect as soon as it knows the
+//! address, and need not wait until the new process is ready. Nothing of this process stays behind, above all
+//! no descriptor of its output, whose end the daemon waits for.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -174,8 +174,8 @@ fn open_log() -> Option<File> {
     File::options().read(true).write(true).custom_flags(OFlag::O_NONBLOCK.bits()).open("log").ok()
 }
 
-/// Makes this process, and so the serving one, a likelier victim of the kernel than the daemon by one point. Returns
-/// the score from before, if it was changed. What is not permitted is left.
+/// Makes this process, and so the serving one, a likelier victim of the kernel than the daemon by one point.
+/// Returns the score from before, if it was changed. What is not permitted is left.
 fn raise_oom_score() -> Option<i32> {
     let read = |path: String| std::fs::read_to_string(path).ok()?.trim().parse::<i32>().ok();
     let daemon = read(format!("/proc/{}/oom_score_adj", nix::unistd::getppid()))?;

@@ -7,8 +7,8 @@
 //! | `file:///path` | a file to append to, made with mode 0644, for stdout and stderr alike |
 //! | `binary:///program?key=value` | a logger, see [`crate::logger`] |
 //!
-//! The shim holds every FIFO open in both directions, so that readers come and go without breaking the container's
-//! pipe. A terminal has one stream, which goes to the address of stdout.
+//! The shim holds every FIFO open in both directions, so that readers come and go without breaking the
+//! container's pipe. A terminal has one stream, which goes to the address of stdout.
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -175,8 +175,8 @@ impl Streams {
         }
     }
 
-    /// Opens the streams of a process without a terminal. The other ends are for the runtime. Nothing is copied
-    /// before [`Streams::start`]: what a runtime that fails has printed is not the container's output.
+    /// Opens the streams of a process without a terminal. The other ends are for the runtime. Nothing is
+    /// copied before [`Streams::start`]: what a runtime that fails has printed is not the container's output.
     pub(crate) async fn pipes(
         request: &Request,
         owner: &Owner<'_>,
@@ -301,8 +301,9 @@ impl Streams {
 
     /// Begins to copy. Each copy runs until it ends by itself or its process is deleted.
     ///
-    /// The FIFO of standard input is opened only now: a client's own opening of it waits for ours, and with that its
-    /// reading of its input, so that it cannot reach its end and close it before the process is there.
+    /// The FIFO of standard input is opened only now: a client's own opening of it waits for ours, and with
+    /// that its reading of its input, so that it cannot reach its end and close it before the process is
+    /// there.
     pub(crate) fn start(&self, stdin: &str) -> Result<(), StdioError> {
         if let Some(sink) = self.stdin_sink.borrow_mut().take() {
             self.later(copy::input(self.hold_stdin(stdin)?, sink));
@@ -316,7 +317,8 @@ impl Streams {
         Ok(())
     }
 
-    /// Closes the shim's own end of standard input: when the client's is closed too, the process reads the end.
+    /// Closes the shim's own end of standard input: when the client's is closed too, the process reads the
+    /// end.
     pub(crate) fn close_stdin(&self) {
         self.stdin_hold.borrow_mut().take();
     }

@@ -1,5 +1,5 @@
-//! What tasks wait for each other with. All of it lives on one thread, so there is nothing to lock: these types
-//! only keep the wakers of who waits.
+//! What tasks wait for each other with. All of it lives on one thread, so there is nothing to lock: these
+//! types only keep the wakers of who waits.
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;

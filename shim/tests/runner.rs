@@ -1,5 +1,5 @@
-//! Tests of the shim's binary with a real OCI runtime: they speak ttrpc to it as a daemon does, and are a daemon for
-//! its events.
+//! Tests of the shim's binary with a real OCI runtime: they speak ttrpc to it as a daemon does, and are a
+//! daemon for its events.
 //!
 //! They need root. Every test has a folder, ids and cgroups of its own, and leaves nothing behind.
 

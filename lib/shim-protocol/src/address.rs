@@ -56,8 +56,8 @@ pub fn unix_address(path: &Path) -> String {
     format!("unix://{}", path.display())
 }
 
-/// The socket path of an address that a shim printed: `unix:///path`, `ttrpc+unix:///path`, or a bare absolute
-/// path.
+/// The socket path of an address that a shim printed: `unix:///path`, `ttrpc+unix:///path`, or a bare
+/// absolute path.
 ///
 /// # Errors
 /// [`AddressError`] for another transport, and for a path that no socket can have.

@@ -6,8 +6,8 @@
 //! | 1.7 to 2.2 | and `GRPC_ADDRESS`, `NAMESPACE` | the same | bare address; JSON (1.7: of a version up to 2) |
 //! | 2.3 and later, davitd | the same | `BootstrapParams` | and `BootstrapResult` |
 //!
-//! The daemon reads stdout and stderr of `start` together until both are closed, so a shim prints nothing else.
-//! Both directions are here: what a shim parses and prints, and what a daemon writes and parses.
+//! The daemon reads stdout and stderr of `start` together until both are closed, so a shim prints nothing
+//! else. Both directions are here: what a shim parses and prints, and what a daemon writes and parses.
 
 use std::path::PathBuf;
 
@@ -74,8 +74,8 @@ pub struct StartInput {
 impl StartInput {
     /// Reads what a daemon wrote to the stdin of `start`.
     ///
-    /// `BootstrapParams` and `Any` overlap on the wire: both begin with a string in field 1. The former is it if
-    /// that string is the id of the `-id` flag. Bytes that are neither are ignored, as containerd's shims
+    /// `BootstrapParams` and `Any` overlap on the wire: both begin with a string in field 1. The former is it
+    /// if that string is the id of the `-id` flag. Bytes that are neither are ignored, as containerd's shims
     /// do it, since all that they could hold comes with `Create` again.
     pub fn parse(stdin: &[u8], environment: &StartEnvironment) -> StartInput {
         let mut input = StartInput {
@@ -225,8 +225,8 @@ impl StartResult {
         serde_json::to_vec(self).unwrap_or_default()
     }
 
-    /// Reads what a shim printed, in the order in which containerd 2.3 tries: protobuf, JSON, bare address. Also
-    /// reads `bootstrap.json` and the `address` file of a bundle.
+    /// Reads what a shim printed, in the order in which containerd 2.3 tries: protobuf, JSON, bare address.
+    /// Also reads `bootstrap.json` and the `address` file of a bundle.
     ///
     /// # Errors
     /// [`StartResultError`].

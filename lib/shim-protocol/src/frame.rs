@@ -4,8 +4,8 @@
 //! ```text
 //! length u32 | stream u32 | type u8 | flags u8 | payload      all integers big endian
 //! ```
-//! A client opens a stream, of an odd and rising number, with a request; a server answers with one response on
-//! the same stream. This project makes and serves unary calls alone.
+//! A client opens a stream, of an odd and rising number, with a request; a server answers with one response
+//! on the same stream. This project makes and serves unary calls alone.
 //!
 //! This file is also the only place where the project's error codes become a `google.rpc.Status` on a ttrpc
 //! connection, and back.
@@ -58,7 +58,8 @@ pub struct Frame {
 pub enum Received {
     /// A whole frame.
     Frame(Frame),
-    /// A frame that is longer than [`MAX_PAYLOAD`]; its payload is dropped as it arrives. A server answers with
+    /// A frame that is longer than [`MAX_PAYLOAD`]; its payload is dropped as it arrives. A server answers
+    /// with
     /// `ResourceExhausted` and goes on, as Go's does.
     Oversized {
         /// The number of its stream.
@@ -86,8 +87,8 @@ impl Decoder {
         Decoder::default()
     }
 
-    /// Takes in bytes from the connection. Call [`Decoder::next_frame`] until it returns `None` before feeding
-    /// more: then memory stays bounded by one frame.
+    /// Takes in bytes from the connection. Call [`Decoder::next_frame`] until it returns `None` before
+    /// feeding more: then memory stays bounded by one frame.
     pub fn feed(&mut self, bytes: &[u8]) {
         let dropped = self.to_drop.min(bytes.len());
         self.to_drop -= dropped;

@@ -1,13 +1,13 @@
 //! The shim's journal: what it knows that must survive it, in a file of the container's bundle.
 //!
 //! A shim appends each exit before it tells anyone, and each event before it sends it; when the daemon has
-//! acknowledged an event, it appends that too. So whoever reads the file later (the shim's `delete` action, or
-//! a daemon that finds a dead shim) knows how every process ended and which events nobody has received.
+//! acknowledged an event, it appends that too. So whoever reads the file later (the shim's `delete` action,
+//! or a daemon that finds a dead shim) knows how every process ended and which events nobody has received.
 //!
 //! # Durability
 //! A record is one `write` to a file in the bundle, which lies on tmpfs where the host's `/run` does. It
-//! survives the death of the shim and of the daemon. It is not synced: after a power cut the containers are gone
-//! with everything that the record is about.
+//! survives the death of the shim and of the daemon. It is not synced: after a power cut the containers are
+//! gone with everything that the record is about.
 //!
 //! # Format
 //! ```text
@@ -261,8 +261,8 @@ impl Journal {
     /// returned before are void after that.
     ///
     /// # Errors
-    /// The old file stays in place and in use. `NotFound` means that the bundle is gone, or that there is another one
-    /// in its place, whose journal is not ours to replace.
+    /// The old file stays in place and in use. `NotFound` means that the bundle is gone, or that there is
+    /// another one in its place, whose journal is not ours to replace.
     pub fn rewrite(&mut self, records: &[Record]) -> Result<(), JournalError> {
         let io = |operation, source| JournalError::Io { operation, path: self.path.clone(), source };
         let named = std::fs::symlink_metadata(&self.path).map_err(|source| io("find", source))?;

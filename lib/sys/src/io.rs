@@ -19,8 +19,8 @@ pub fn inherited(number: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
-/// Receives one message with a descriptor from a unix socket (`SCM_RIGHTS`), as OCI runtimes send the master of
-/// a terminal; `None` if a message came without one, or the peer has closed.
+/// Receives one message with a descriptor from a unix socket (`SCM_RIGHTS`), as OCI runtimes send the master
+/// of a terminal; `None` if a message came without one, or the peer has closed.
 ///
 /// # Errors
 /// That of the kernel; `WouldBlock` if nothing has come yet and the socket does not block.

@@ -1,8 +1,8 @@
 //! Processes by file descriptor: spawn, signal and reap without the races that bare pids have.
 //!
 //! A child is spawned as `posix_spawn` does it, by a `clone` that shares the parent's memory until the child
-//! executes (`CLONE_VM | CLONE_VFORK`), so the cost does not grow with the parent; `CLONE_PIDFD` hands out the
-//! descriptor in the same step. Everything that the child needs is prepared before, since it may neither
+//! executes (`CLONE_VM | CLONE_VFORK`), so the cost does not grow with the parent; `CLONE_PIDFD` hands out
+//! the descriptor in the same step. Everything that the child needs is prepared before, since it may neither
 //! allocate nor lock.
 
 use std::ffi::{CStr, CString, NulError, OsStr};
@@ -60,7 +60,8 @@ pub struct SpawnError {
     pub source: io::Error,
 }
 
-/// What to execute, and in which surroundings. A descriptor that is not named here is not inherited (before Linux
+/// What to execute, and in which surroundings. A descriptor that is not named here is not inherited (before
+/// Linux
 /// 5.11 only if it has the close-on-exec flag); 0, 1 and 2 become `/dev/null` unless they are named.
 ///
 /// The signal mask is emptied and every signal gets its default disposition, whatever the parent has.
@@ -263,9 +264,10 @@ fn clone_and_run(plan: &mut Plan<'_>) -> io::Result<Child> {
         return Err(io::Error::last_os_error());
     }
     let mut pidfd: RawFd = -1;
-    // SAFETY: the child runs `run_child` on the top of its own stack, which stays mapped until after the call:
-    // CLONE_VFORK suspends us until the child has executed or exited. `plan` outlives the call for the same
-    // reason, and nobody else touches it meanwhile. With CLONE_PIDFD the fifth argument receives a descriptor.
+    // SAFETY: the child runs `run_child` on the top of its own stack, which stays mapped until after the
+    // call: CLONE_VFORK suspends us until the child has executed or exited. `plan` outlives the call for the
+    // same reason, and nobody else touches it meanwhile. With CLONE_PIDFD the fifth argument receives a
+    // descriptor.
     let pid = unsafe {
         libc::clone(
             run_child,
@@ -348,8 +350,8 @@ fn errno() -> i32 {
     nix::errno::Errno::last_raw()
 }
 
-/// Looks for an executable file as `execvp` does: a name with a slash is taken as it is, another is searched in
-/// the folders of `path` (a `PATH` variable).
+/// Looks for an executable file as `execvp` does: a name with a slash is taken as it is, another is searched
+/// in the folders of `path` (a `PATH` variable).
 pub fn find_program(name: &OsStr, path: &OsStr) -> Option<PathBuf> {
     let executable = |candidate: &Path| {
         candidate.is_file() && nix::unistd::access(candidate, nix::unistd::AccessFlags::X_OK).is_ok()
@@ -366,12 +368,14 @@ pub fn find_program(name: &OsStr, path: &OsStr) -> Option<PathBuf> {
 /// # Errors
 /// `EINVAL` for what is no signal, or cannot be ignored.
 pub fn ignore(signal: i32) -> io::Result<()> {
-    // SAFETY: SIG_IGN is a valid disposition for every signal, and replaces no handler of this project's programs.
+    // SAFETY: SIG_IGN is a valid disposition for every signal, and replaces no handler of this project's
+    // programs.
     let before = unsafe { libc::signal(signal, libc::SIG_IGN) };
     if before == libc::SIG_ERR { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Has the processes of this process's group, and their children, share cores only among themselves (core scheduling,
+/// Has the processes of this process's group, and their children, share cores only among themselves (core
+/// scheduling,
 /// `PR_SCHED_CORE`).
 ///
 /// # Errors
@@ -475,7 +479,8 @@ fn waitid(kind: libc::idtype_t, id: libc::id_t, flags: i32) -> io::Result<Option
     if unsafe { libc::waitid(kind, id, &mut info, flags) } < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: after waitid the SIGCHLD fields of the union are the valid ones; zeros mean that there was none.
+    // SAFETY: after waitid the SIGCHLD fields of the union are the valid ones; zeros mean that there was
+    // none.
     let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
     if pid == 0 {
         return Ok(None);
@@ -493,8 +498,8 @@ pub struct Helper {
     pub report: OwnedFd,
 }
 
-/// Forks a copy of this process, which runs `work` and exits with code 0, or with 1 and the error as a text in
-/// [`Helper::report`]. The copy dies with the thread that made it.
+/// Forks a copy of this process, which runs `work` and exits with code 0, or with 1 and the error as a text
+/// in [`Helper::report`]. The copy dies with the thread that made it.
 ///
 /// Only for a process of a single thread: `work` may then use anything, for no lock can be held by a thread
 /// that the copy lacks.

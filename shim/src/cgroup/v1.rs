@@ -9,7 +9,8 @@ use davit_proto::io::containerd::cgroups::v1::{
 
 use super::{huge_page_sizes, number, pairs};
 
-/// Nanoseconds of a tick: `cpuacct.stat` counts in `USER_HZ`, which is 100 on every architecture of Linux today.
+/// Nanoseconds of a tick: `cpuacct.stat` counts in `USER_HZ`, which is 100 on every architecture of Linux
+/// today.
 const TICK: u64 = 10_000_000;
 
 /// Reads what the controllers tell. One that is missing leaves its part out, as containerd does it.

@@ -1,0 +1,122 @@
+//! The execs of a container: processes that are added to it while it runs.
+
+use std::rc::Rc;
+
+use davit_proto::containerd::events;
+
+use super::{Container, adopt, observe, read_pid};
+use crate::console::ConsoleSocket;
+use crate::error::TaskError;
+use crate::executor::spawn;
+use crate::process::{Process, State};
+use crate::reaper::{Awaited, Starting};
+
+impl Container {
+    /// Registers an exec.
+    pub(crate) fn add_exec(&self, exec: Process) -> Result<(), TaskError> {
+        match self.init.state() {
+            State::Created | State::Running => {}
+            state => return Err(TaskError::State { operation: "exec in", state, what: "state" }),
+        }
+        let mut execs = self.execs.borrow_mut();
+        // The container's own id means init, in the journal and in events.
+        if exec.id == self.id || execs.contains_key(&exec.id) {
+            return Err(TaskError::ExecExists { id: exec.id });
+        }
+        let added = events::TaskExecAdded { container_id: self.id.clone(), exec_id: exec.id.clone() };
+        execs.insert(exec.id.clone(), Rc::new(exec));
+        drop(execs);
+        self.publish("/tasks/exec-added", &added);
+        Ok(())
+    }
+
+    /// Starts an exec. Several can be started at once.
+    pub(crate) async fn start_exec(self: &Rc<Container>, exec: &Rc<Process>) -> Result<u32, TaskError> {
+        if self.init_dead.get() {
+            return Err(TaskError::InitNotRunning { id: self.id.clone() });
+        }
+        self.running_execs.set(self.running_execs.get() + 1);
+        let result = self.start_exec_process(exec).await;
+        if result.is_err() {
+            self.exec_gone();
+        }
+        result
+    }
+
+    fn exec_gone(&self) {
+        self.running_execs.set(self.running_execs.get() - 1);
+        self.changed.changed();
+    }
+
+    async fn start_exec_process(self: &Rc<Container>, exec: &Rc<Process>) -> Result<u32, TaskError> {
+        let _announcing = exec.announcing.lock().await;
+        if exec.state() != State::Created {
+            return Err(TaskError::State { operation: "start", state: exec.state(), what: "process" });
+        }
+        exec.set_failed(false);
+        let pid_file = self.exec_pid_file(exec);
+        let starting = Starting::begin();
+        let (console, streams, ends) = self.open_streams(exec).await?;
+        let socket = console.as_ref().map(ConsoleSocket::path);
+        let started = self.runtime.exec(&self.id, &exec.id, &exec.document, &pid_file, socket, ends).await;
+        if let Err(error) = started {
+            if let Some(streams) = streams {
+                streams.close();
+            }
+            exec.set_failed(true);
+            return Err(error.into());
+        }
+        let awaited = Rc::new(adopt(read_pid(&pid_file)?)?);
+        drop(starting);
+        exec.adopt(awaited.clone());
+        let streams = self.take_streams(exec, console, streams).await;
+        if streams.is_err() {
+            let _ = awaited.signal(nix::libc::SIGKILL);
+        }
+        exec.set_state(State::Running);
+        let pid = exec.pid().unsigned_abs();
+        if streams.is_ok() {
+            let started =
+                events::TaskExecStarted { container_id: self.id.clone(), exec_id: exec.id.clone(), pid };
+            self.publish("/tasks/exec-started", &started);
+            self.watch_exec(exec.clone(), awaited);
+        } else {
+            exec.set_ended(observe(&awaited).await);
+        }
+        streams.map(|()| pid)
+    }
+
+    fn watch_exec(self: &Rc<Container>, exec: Rc<Process>, awaited: Rc<Awaited>) {
+        let container = self.clone();
+        spawn(async move {
+            let ended = observe(&awaited).await;
+            drop(awaited);
+            container.record(&exec, ended);
+            let _announced = exec.announcing.lock().await;
+            container.finish(&exec, ended);
+            container.exec_gone();
+        });
+    }
+
+    /// Deletes an exec that does not run.
+    pub(crate) async fn delete_exec(&self, exec: &Process) -> Result<(), TaskError> {
+        // One that is being started is no longer what its state says.
+        let _announcing = exec.announcing.lock().await;
+        match exec.state() {
+            State::Created | State::Stopped => {}
+            state => return Err(TaskError::State { operation: "delete", state, what: "process" }),
+        }
+        exec.close_streams().await;
+        let _ = std::fs::remove_file(self.exec_pid_file(exec));
+        exec.set_state(State::Deleted);
+        self.execs.borrow_mut().remove(&exec.id);
+        self.journal.forget(&exec.id);
+        Ok(())
+    }
+
+    /// The id of the exec with this pid.
+    pub(crate) fn exec_of_pid(&self, pid: u32) -> Option<String> {
+        let execs = self.execs.borrow();
+        execs.values().find(|exec| exec.pid().unsigned_abs() == pid && pid != 0).map(|exec| exec.id.clone())
+    }
+}
