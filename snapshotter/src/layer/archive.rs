@@ -9,6 +9,7 @@
 //! Memory is bounded by [`EXTENDED_HEADER_LIMIT`] per extended header, three of which can describe an entry, and
 //! by [`EXTENT_LIMIT`].
 
+use std::collections::BTreeMap;
 use std::io::{self, BufRead, ErrorKind};
 
 use tar::{EntryType, GnuExtSparseHeader, Header};
@@ -37,7 +38,7 @@ pub(super) struct Entry {
     pub(super) modified: Time,
     pub(super) accessed: Option<Time>,
     /// Extended attributes by name.
-    pub(super) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    pub(super) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
 }
 
 /// What an entry is.

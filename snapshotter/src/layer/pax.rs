@@ -4,6 +4,8 @@
 //! `security.capability` is binary and may hold one, and a reader that splits there takes attacker-chosen bytes
 //! for records. The last record of a key wins, as in GNU tar and Go.
 
+use std::collections::BTreeMap;
+
 use super::error::ArchiveFault;
 
 /// What the records of one entry say. Absent keys leave the fields of the header as they are.
@@ -16,8 +18,8 @@ pub(super) struct Records {
     pub(super) gid: Option<u64>,
     pub(super) modified: Option<Time>,
     pub(super) accessed: Option<Time>,
-    /// Extended attributes by name, in the order of the records.
-    pub(super) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Extended attributes by name. One header may have tens of thousands, which a list would be searched for.
+    pub(super) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
     pub(super) sparse: SparseRecords,
 }
 
@@ -114,8 +116,7 @@ impl Records {
             b"GNU.sparse.offset" | b"GNU.sparse.numbytes" => return Err(ArchiveFault::Sparse),
             _ => {
                 if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
-                    self.xattrs.retain(|(known, _)| known != name);
-                    self.xattrs.push((name.to_vec(), value.to_vec()));
+                    self.xattrs.insert(name.to_vec(), value.to_vec());
                 }
             }
         }
@@ -172,7 +173,8 @@ mod tests {
         data.extend_from_slice(&hidden[3..]);
         let records = Records::parse(&data).unwrap();
         assert_eq!(records.path, None);
-        assert_eq!(records.xattrs, [(b"user.a".to_vec(), b"\n20 path=../../etc/x".to_vec())]);
+        let xattrs = BTreeMap::from([(b"user.a".to_vec(), b"\n20 path=../../etc/x".to_vec())]);
+        assert_eq!(records.xattrs, xattrs);
     }
 
     #[test]
@@ -181,6 +183,9 @@ mod tests {
         assert_eq!(records.path.as_deref(), Some(b"b".as_slice()));
         assert_eq!((records.uid, records.gid), (None, Some(7)));
         assert_eq!(Records::parse(b"9 path=a\n8 path=\n").unwrap().path, None);
+        let records = Records::parse(b"25 SCHILY.xattr.user.a=1\n25 SCHILY.xattr.user.a=2\n");
+        let xattrs: Vec<_> = records.unwrap().xattrs.into_iter().collect();
+        assert_eq!(xattrs, [(b"user.a".to_vec(), b"2".to_vec())]);
     }
 
     #[test]
