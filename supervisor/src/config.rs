@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use tracing_subscriber::filter::LevelFilter;
 
 /// Where the daemon looks for its configuration when no flag names a file.
 pub const DEFAULT_PATH: &str = "/etc/davit/config.toml";
@@ -199,6 +200,12 @@ impl Config {
         if self.root == self.state {
             let value = self.state.display().to_string();
             return Err(ConfigError::Value { key: "state", value, reason: "want another folder than root" });
+        }
+        // A bare word that is no level would be a filter for a module of that name, and silence all others.
+        if !self.log.level.contains('=') && self.log.level.parse::<LevelFilter>().is_err() {
+            let (key, value) = ("log.level", self.log.level.clone());
+            let reason = "want trace, debug, info, warn, error, or a filter with `=`";
+            return Err(ConfigError::Value { key, value, reason });
         }
         // sockaddr_un holds 108 bytes with the final NUL (unix(7)), and `.ttrpc` goes behind the path.
         if self.grpc.address.as_os_str().len() + ".ttrpc".len() > 104 {

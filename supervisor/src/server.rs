@@ -64,6 +64,8 @@ pub async fn run(config: Config) -> Result<()> {
     let config = Arc::new(config);
     listen::folder(&config.root, 0o711)?;
     listen::folder(&config.state, 0o711)?;
+    // The database locks the root. Two daemons of one state folder would share its tasks, and each collect the other's.
+    let _state = listen::lock(&config.state)?;
     for name in [CONTENT, METADATA, IDENTITY, LOGS] {
         listen::folder(&config.root.join(name), 0o700)?;
     }
@@ -165,7 +167,7 @@ fn open_runtime(config: &Config, hub: &Hub) -> Result<Tasks> {
         shim_directory,
         default_shim: own(&config.runtime.shim),
         default_runtime_binary: None,
-        socket_directory: own(&config.runtime.socket_dir).map(|folder| folder.join("s")),
+        socket_directory: own(&config.runtime.socket_dir),
         environment: Vec::new(),
         debug: config.log.level.contains("debug"),
         timeouts: runtime::Timeouts::default(),

@@ -1,6 +1,6 @@
 //! The daemon's sockets and folders, with their owners and modes.
 
-use std::fs::{self, DirBuilder, Permissions};
+use std::fs::{self, DirBuilder, File, Permissions, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream as BlockingStream;
@@ -21,6 +21,12 @@ pub(super) enum ListenError {
     #[error("{} is in the way and is no socket", path.display())]
     NoSocket {
         /// What is there.
+        path: PathBuf,
+    },
+    /// Another daemon has locked the folder.
+    #[error("{} is in use by another daemon; stop it, or choose another folder with --state", path.display())]
+    InUse {
+        /// The folder.
         path: PathBuf,
     },
     /// A call of the kernel failed.
@@ -54,6 +60,19 @@ pub(super) fn folder(path: &Path, mode: u32) -> Result<(), ListenError> {
     }
     // The umask may have taken bits away, and a folder of an older daemon may have more.
     fs::set_permissions(path, Permissions::from_mode(mode)).map_err(failed("set the mode of", path))
+}
+
+/// Locks a folder for as long as the file lives (flock(2)), so until this process ends in whatever way.
+///
+/// # Errors
+/// [`ListenError::InUse`] when another process holds the lock.
+pub(super) fn lock(path: &Path) -> Result<File, ListenError> {
+    let folder = File::open(path).map_err(failed("open", path))?;
+    match folder.try_lock() {
+        Ok(()) => Ok(folder),
+        Err(TryLockError::WouldBlock) => Err(ListenError::InUse { path: path.to_owned() }),
+        Err(TryLockError::Error(error)) => Err(failed("lock", path)(error)),
+    }
 }
 
 /// Listens on a unix socket that only `uid` and the members of `gid` can open.
