@@ -101,7 +101,7 @@ impl Client {
     /// # Errors
     /// The daemon refuses a step.
     pub async fn start(&mut self, id: &str, parent: &str, args: &[&str]) -> Result<u32> {
-        self.start_writing(id, parent, args, "").await
+        self.start_on(id, parent, args, "", "").await
     }
 
     /// The same, with a FIFO or a URI for its standard output.
@@ -113,6 +113,21 @@ impl Client {
         id: &str,
         parent: &str,
         args: &[&str],
+        stdout: &str,
+    ) -> Result<u32> {
+        self.start_on(id, parent, args, "", stdout).await
+    }
+
+    /// The same, with a FIFO for its standard input as well.
+    ///
+    /// # Errors
+    /// The daemon refuses a step.
+    pub async fn start_on(
+        &mut self,
+        id: &str,
+        parent: &str,
+        args: &[&str],
+        stdin: &str,
         stdout: &str,
     ) -> Result<u32> {
         let prepared = self
@@ -141,6 +156,7 @@ impl Client {
         let request = CreateTaskRequest {
             container_id: id.into(),
             rootfs: prepared.mounts,
+            stdin: stdin.into(),
             stdout: stdout.into(),
             ..Default::default()
         };

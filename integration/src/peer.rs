@@ -1,5 +1,6 @@
 //! Debian's containerd as a peer: a private one, beside ours, with the same runc.
 
+use std::env;
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -9,7 +10,7 @@ use anyhow::{Context, Result};
 use tempfile::TempDir;
 
 use crate::ctr::Ctr;
-use crate::{census, image, wait};
+use crate::{bins, census, image, wait};
 
 /// A running containerd and its folder.
 pub struct Containerd {
@@ -26,7 +27,10 @@ impl Containerd {
         let dir = tempfile::Builder::new().prefix("davit-peer-").tempdir_in("/tmp")?;
         let path = |name: &str| dir.path().join(name);
         fs::write(path("config.toml"), "version = 2\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n")?;
+        // Our shim is one of its runtimes: it looks for shims on its PATH.
+        let path_variable = format!("{}:{}", bins::folder()?.display(), env::var("PATH").unwrap_or_default());
         let child = Command::new("containerd")
+            .env("PATH", path_variable)
             .arg("--config")
             .arg(path("config.toml"))
             .arg("--root")

@@ -1,6 +1,9 @@
 //! The black-box tests, in one binary. They know sockets and binaries only.
 
 mod bad_input;
+mod limits;
+mod operations;
+mod peers;
 mod restart;
 mod suites;
 mod tour;

@@ -1,0 +1,72 @@
+//! Parts of ours among parts of others: whoever changes over does it piece by piece.
+
+use std::fs;
+
+use anyhow::{Result, ensure};
+use davit_integration::census::Census;
+use davit_integration::ctr::{Ctr, text};
+use davit_integration::peer::Containerd;
+use davit_integration::{bins, image, memory, wait};
+
+use crate::root;
+
+const IMAGE: &str = image::BUSYBOX;
+
+/// Our shim under Debian's containerd: what an operator does with one container.
+#[test]
+fn our_shim_under_containerd() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    if bins::on_path("containerd").is_none() {
+        eprintln!("skipped: containerd is not installed");
+        return Ok(());
+    }
+    let peer = Containerd::start()?;
+    peer.import_busybox()?;
+    let ctr = Ctr::new(&peer.address(), &peer.namespace());
+    let before = Census::take(peer.folder());
+    tour(&ctr).map_err(|error| error.context(log(&peer)))?;
+    let left = || Census::take(peer.folder()).since(&before);
+    wait::until("nothing is left behind", || left().is_empty().then_some(()))
+        .map_err(|error| error.context(format!("{:#?}", left())))
+}
+
+fn log(peer: &Containerd) -> String {
+    fs::read_to_string(peer.folder().join("log")).unwrap_or_default()
+}
+
+fn tour(ctr: &Ctr) -> Result<()> {
+    let runtime = "--runtime io.containerd.davit.v2";
+    let hello = ctr.run(&format!("run --rm {runtime} {IMAGE} hello echo hello"))?;
+    ensure!(hello == "hello\n", "{hello}");
+    let seven = ctr.command(&["run", "--rm", "--runtime", "io.containerd.davit.v2", IMAGE, "seven"]);
+    let mut seven = seven;
+    let seven = seven.args(["sh", "-c", "exit 7"]).output()?;
+    ensure!(seven.status.code() == Some(7), "{}", text(&seven));
+    let terminal = ctr.on_terminal(&format!("run --rm -t {runtime} {IMAGE} tty tty"))?;
+    ensure!(terminal.contains("/dev/pts/0"), "{terminal}");
+
+    ctr.run(&format!("run -d {runtime} --memory-limit 67108864 {IMAGE} long sleep 3600"))?;
+    ensure!(!memory::named("containerd-shim-davit-v2", "-id\0long").is_empty(), "another shim serves");
+    ensure!(ctr.run("tasks ls")?.contains("RUNNING"));
+    let inside = ctr.run("tasks exec --exec-id e1 long echo inside")?;
+    ensure!(inside == "inside\n", "{inside}");
+    let code = ctr.words("tasks exec --exec-id e2 long false").status()?.code();
+    ensure!(code == Some(1), "{code:?}");
+    let inside = ctr.on_terminal("tasks exec -t --exec-id e3 long tty")?;
+    ensure!(inside.contains("/dev/pts/"), "{inside}");
+    ensure!(ctr.run("tasks ps long")?.lines().count() == 2);
+    ctr.run("tasks pause long")?;
+    ensure!(ctr.run("tasks ls")?.contains("PAUSED"));
+    ctr.run("tasks resume long")?;
+    ensure!(ctr.run("tasks ls")?.contains("RUNNING"));
+    let metrics = ctr.run("tasks metrics long")?;
+    ensure!(metrics.contains("memory.") && metrics.contains("pids."), "{metrics}");
+    ctr.run("tasks kill -s SIGKILL long")?;
+    wait::until("the task is stopped", || ctr.run("tasks ls").ok()?.contains("STOPPED").then_some(()))?;
+    let removed = text(&ctr.words("tasks rm long").output()?);
+    ensure!(removed.contains("137"), "{removed}");
+    ctr.run("containers rm long")?;
+    Ok(())
+}
