@@ -61,6 +61,8 @@ pub struct Client {
     pub snapshots: SnapshotsClient<Conn>,
     /// The Tasks service.
     pub tasks: TasksClient<Conn>,
+    /// The runtime of the containers to come; at first containerd's default.
+    pub runtime: String,
     namespace: String,
 }
 
@@ -92,6 +94,7 @@ impl Client {
             containers: ContainersClient::new(conn.clone()),
             snapshots: SnapshotsClient::new(conn.clone()),
             tasks: TasksClient::new(conn),
+            runtime: "io.containerd.runc.v2".into(),
             namespace: namespace.to_owned(),
         })
     }
@@ -143,7 +146,7 @@ impl Client {
         let spec = serde_json::to_vec(&spec(&format!("/{}/{id}", self.namespace), args))?;
         let container = Container {
             id: id.into(),
-            runtime: Some(Runtime { name: "io.containerd.runc.v2".into(), options: None }),
+            runtime: Some(Runtime { name: self.runtime.clone(), options: None }),
             spec: Some(prost_types::Any {
                 type_url: "types.containerd.io/opencontainers/runtime-spec/1/Spec".into(),
                 value: spec,

@@ -2,11 +2,16 @@
 
 use std::fs;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use davit_integration::census::Census;
+use davit_integration::client::Client;
 use davit_integration::ctr::{Ctr, text};
 use davit_integration::peer::Containerd;
-use davit_integration::{bins, image, memory, wait};
+use davit_integration::{Daemon, bins, image, memory, wait};
+use davit_proto::containerd::services::tasks::v1::GetRequest;
+use davit_proto::containerd::v1::types::Status;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::root;
 
@@ -40,8 +45,7 @@ fn tour(ctr: &Ctr) -> Result<()> {
     let runtime = "--runtime io.containerd.davit.v2";
     let hello = ctr.run(&format!("run --rm {runtime} {IMAGE} hello echo hello"))?;
     ensure!(hello == "hello\n", "{hello}");
-    let seven = ctr.command(&["run", "--rm", "--runtime", "io.containerd.davit.v2", IMAGE, "seven"]);
-    let mut seven = seven;
+    let mut seven = ctr.words(&format!("run --rm {runtime} {IMAGE} seven"));
     let seven = seven.args(["sh", "-c", "exit 7"]).output()?;
     ensure!(seven.status.code() == Some(7), "{}", text(&seven));
     let terminal = ctr.on_terminal(&format!("run --rm -t {runtime} {IMAGE} tty tty"))?;
@@ -68,5 +72,51 @@ fn tour(ctr: &Ctr) -> Result<()> {
     let removed = text(&ctr.words("tasks rm long").output()?);
     ensure!(removed.contains("137"), "{removed}");
     ctr.run("containers rm long")?;
+    Ok(())
+}
+
+/// A shim made with the crate that makers of other runtimes use, under our daemon: named by its path, it runs, outlives
+/// a daemon that is killed, and is found again with what happened meanwhile.
+#[test]
+fn a_shim_of_others_under_our_daemon() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let shim = bins::folder()?.join("davit-peer-shim");
+    if !shim.exists() {
+        eprintln!("skipped: {} is not built; `cargo xtask test` builds it", shim.display());
+        return Ok(());
+    }
+    let mut daemon = Daemon::start()?;
+    daemon.import_busybox()?;
+    let before = Census::take(&daemon.path(""));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(others(&mut daemon, &shim.display().to_string()))?;
+    let left = || Census::take(&daemon.path("")).since(&before);
+    wait::until("nothing is left behind", || left().is_empty().then_some(()))
+        .map_err(|error| error.context(format!("{:#?}", left())))
+}
+
+async fn others(daemon: &mut Daemon, shim: &str) -> Result<()> {
+    let parent = image::digest(&image::busybox_layer()?);
+    let mut client = Client::new(&daemon.address(), &daemon.namespace()).await?;
+    client.runtime = shim.to_owned();
+    client.run("short", &parent).await?;
+    let lasting = client.start("lasting", &parent, &["sleep", "3600"]).await?;
+    let ending = client.start("ending", &parent, &["sleep", "3600"]).await?;
+    ensure!(client.kill("nothing").await.is_err());
+
+    daemon.stop(Signal::SIGKILL)?;
+    kill(Pid::from_raw(ending as i32), Signal::SIGTERM)?;
+    let gone = || fs::metadata(format!("/proc/{ending}")).is_err().then_some(());
+    wait::until("a process ends without a daemon", gone)?;
+    daemon.restart()?;
+
+    let mut client = Client::new(&daemon.address(), &daemon.namespace()).await?;
+    let get = |id: &str| GetRequest { container_id: id.into(), ..Default::default() };
+    let process = client.tasks.get(get("lasting")).await?.into_inner().process.context("no process")?;
+    ensure!(process.pid == lasting && process.status() == Status::Running, "{process:?}");
+    ensure!(client.finish("ending").await? == 143);
+    ensure!(client.kill("lasting").await? == 137);
     Ok(())
 }

@@ -46,7 +46,8 @@ pub(crate) fn run_with(program: &str, args: &[&str], env: &[(&str, &str)]) -> Re
 /// The build fails.
 pub(crate) fn all(release: bool) -> Result<PathBuf> {
     // Not the whole workspace: the shim follows in its own profile, and this program runs already.
-    let mut args = vec!["build", "--bins", "-p", "davit-supervisor", "-p", "davit-ctl", "-p", "davit-integration"];
+    let mut args =
+        vec!["build", "--bins", "-p", "davit-supervisor", "-p", "davit-ctl", "-p", "davit-integration"];
     if release {
         args.push("--release");
     }
@@ -60,6 +61,15 @@ pub(crate) fn all(release: bool) -> Result<PathBuf> {
     fs::copy(target.join("shim").join(shim), &new).context("cannot copy the shim")?;
     fs::rename(&new, folder.join(shim)).context("cannot put the shim in place")?;
     Ok(folder)
+}
+
+/// Builds the shim that the tests run as a peer, into the folder of the debug build. It is a workspace of its own.
+///
+/// # Errors
+/// The build fails.
+pub(crate) fn peer_shim() -> Result<()> {
+    let target = target_folder().display().to_string();
+    run("cargo", &["build", "--manifest-path", "integration/peer-shim/Cargo.toml", "--target-dir", &target])
 }
 
 fn target_folder() -> PathBuf {

@@ -64,6 +64,7 @@ fn quickstart() -> Result<()> {
 fn test(args: &[&str]) -> Result<()> {
     packages::install(packages::TEST)?;
     let folder = build::all(false)?.display().to_string();
+    build::peer_shim()?;
     let mut command = vec!["test", "--workspace", "--no-fail-fast"];
     command.extend(args);
     build::run_with("cargo", &command, &[("DAVIT_BIN_DIR", &folder)])
