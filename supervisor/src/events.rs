@@ -167,7 +167,7 @@ mod tests {
     fn filters_and_order() {
         let hub = hub();
         let mut all = hub.subscribe(filter(""));
-        let mut some = hub.subscribe(filter("topic==/b,event.id==x"));
+        let mut some = hub.subscribe(filter(r#"topic=="/b",event.id==x"#));
         for topic in ["/a", "/b"] {
             hub.publish(envelope(topic, SystemTime::now()));
         }
