@@ -3,11 +3,12 @@
 //! Reading order: [`server`] builds everything and is the one place where the parts meet; [`metadata`] holds what
 //! the daemon knows (namespaces, content, images, containers, snapshots, leases) and collects garbage;
 //! [`runtime`] holds what runs (shims and tasks); [`events`] tells what happened; [`grpc`] translates between all
-//! of these and the wire.
+//! of these and the wire. What blocks goes through a [`lane`].
 
 pub mod config;
 pub mod events;
 pub mod grpc;
+pub mod lane;
 pub mod metadata;
 pub mod plugins;
 pub mod publish;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use davit_supervisor::config::{Config, LogFormat};
-use davit_supervisor::{publish, server};
+use davit_supervisor::{lane, publish, server};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 
@@ -97,7 +97,11 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         None => {
             start_logs(&config)?;
             let workers = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8);
-            runtime(workers)?.block_on(server::run(config))
+            let runtime = runtime(workers)?;
+            let ended = runtime.block_on(server::run(config));
+            // A backend that hangs must not keep the daemon from ending; what it was at is as after a crash.
+            runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+            ended
         }
     }
 }
@@ -117,7 +121,7 @@ fn configuration(flags: Flags) -> anyhow::Result<Config> {
 fn runtime(workers: usize) -> anyhow::Result<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_multi_thread()
         .worker_threads(workers)
-        .max_blocking_threads(128)
+        .max_blocking_threads(lane::THREADS)
         .thread_keep_alive(std::time::Duration::from_secs(2))
         .enable_all()
         .build()?)

@@ -18,8 +18,8 @@
 //! metadata.leases(&scope).delete("id", true).await?;         // with `true`, waits for a whole collection
 //! ```
 //!
-//! An `async` call may be awaited anywhere; what blocks in it runs on a blocking thread. A change goes on when its
-//! caller goes away in the middle, and is on disk when the call returns. Events are sent after that.
+//! An `async` call may be awaited anywhere; what blocks in it runs in the lane of its backend ([`crate::lane`]). A change
+//! that has begun goes on when its caller goes away, and is on disk when the call returns. Events are sent after that.
 //!
 //! # Invariants
 //!
@@ -61,6 +61,7 @@ pub use namespaces::{Namespace, Namespaces};
 pub use sandboxes::{Sandbox, Sandboxes};
 pub use snapshots::{SnapshotInfo, Snapshots};
 
+use crate::lane::Lane;
 use claims::Claims;
 
 /// Whether a namespace may have a blob because another one has it.
@@ -127,6 +128,9 @@ struct Inner {
     db: Db,
     store: Store,
     snapshotters: BTreeMap<String, Arc<dyn Snapshotter>>,
+    content_lane: Lane,
+    /// Of each snapshotter.
+    lanes: BTreeMap<String, Lane>,
     sharing: Sharing,
     events: EventSink,
     schedule: gc::Schedule,
@@ -196,10 +200,13 @@ impl Metadata {
         // A crash may have come between the loss of a record and that of what it named: the first collection
         // looks everywhere.
         let dirty = Dirty { content: true, snapshotters: snapshotters.keys().cloned().collect() };
+        let lanes = snapshotters.keys().map(|name| (name.clone(), Lane::snapshotter())).collect();
         let inner = Inner {
             db,
             store,
             snapshotters,
+            content_lane: Lane::content(),
+            lanes,
             sharing,
             events,
             schedule: gc::Schedule::default(),
@@ -244,9 +251,12 @@ impl Metadata {
         if snapshotter.is_empty() {
             return Err(Error::Invalid { rule: "snapshotter argument missing" });
         }
-        match self.inner.snapshotters.get(snapshotter) {
-            Some(backend) => Ok(Snapshots::new(self.clone(), scope.clone(), snapshotter, backend.clone())),
-            None => Err(Error::SnapshotterUnknown { name: snapshotter.to_owned() }),
+        match (self.inner.snapshotters.get(snapshotter), self.inner.lanes.get(snapshotter)) {
+            (Some(backend), Some(lane)) => {
+                let (backend, lane) = (backend.clone(), lane.clone());
+                Ok(Snapshots::new(self.clone(), scope.clone(), snapshotter, backend, lane))
+            }
+            _ => Err(Error::SnapshotterUnknown { name: snapshotter.to_owned() }),
         }
     }
 
@@ -317,11 +327,12 @@ impl Inner {
     }
 }
 
-/// Runs what blocks where that is allowed; it runs to its end even if the caller goes away.
+/// Runs what blocks on a backend in that backend's lane.
 async fn blocking<T: Send + 'static>(
+    lane: &Lane,
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
-    tokio::task::spawn_blocking(work).await.map_err(|source| Error::Interrupted { source })?
+    lane.run(work).await.map_err(|source| Error::Interrupted { source })?
 }
 
 #[cfg(test)]

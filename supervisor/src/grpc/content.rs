@@ -116,8 +116,9 @@ impl Content for ContentService {
         let scope = Context::of(&request).scope()?;
         let request = request.into_inner();
         let digest = digest(&request.digest)?;
-        let reader = self.metadata.content(&scope).reader(&digest).await.map_err(from)?;
-        Ok(Response::new(read::stream(reader, request.offset, request.size)?))
+        let content = self.metadata.content(&scope);
+        let reader = content.reader(&digest).await.map_err(from)?;
+        Ok(Response::new(read::stream(content.lane().clone(), reader, request.offset, request.size)?))
     }
 
     async fn status(

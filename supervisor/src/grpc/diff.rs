@@ -12,6 +12,7 @@ use tonic::{Request, Response, Status};
 use super::context::Context;
 use super::convert::{mount_from_wire, time_from_wire};
 use super::status::{from, invalid};
+use crate::lane::Lane;
 use crate::metadata::{self, Content, Metadata, NsWriter};
 
 /// The type of a layer once it is unpacked, and of one that is asked for without naming a type.
@@ -24,12 +25,13 @@ const UNCOMPRESSED: &str = "containerd.io/uncompressed";
 /// Serves the applying and the making of layers.
 pub struct DiffService {
     metadata: Metadata,
+    lane: Lane,
 }
 
 impl DiffService {
     /// A service over `metadata`, which holds the layers.
     pub fn new(metadata: Metadata) -> DiffService {
-        DiffService { metadata }
+        DiffService { metadata, lane: Lane::layers() }
     }
 }
 
@@ -37,13 +39,12 @@ fn mounts(mounts: Vec<types::Mount>) -> Vec<Mount> {
     mounts.into_iter().map(mount_from_wire).collect()
 }
 
-/// Runs what blocks on a thread where that is allowed.
+/// Runs what blocks in the lane of layers.
 async fn blocking<T: Send + 'static>(
+    lane: &Lane,
     work: impl FnOnce() -> Result<T, Status> + Send + 'static,
 ) -> Result<T, Status> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|error| Status::internal(format!("the call was interrupted: {error}")))?
+    lane.run(work).await.map_err(|error| Status::internal(format!("the call was interrupted: {error}")))?
 }
 
 /// Lets a layer be written into an ingest.
@@ -121,7 +122,7 @@ impl Diff for DiffService {
         // Layers are always synced, whether or not the request asks for it: what is acknowledged survives a power cut.
         let work =
             move || layer::apply(reader, &diff.media_type, &target, &ApplyOptions::default()).map_err(from);
-        let applied = blocking(work).await?;
+        let applied = blocking(&self.lane, work).await?;
         let applied = types::Descriptor {
             media_type: OCI_LAYER.to_owned(),
             digest: applied.digest.to_string(),
@@ -156,7 +157,7 @@ impl Diff for DiffService {
         };
         let made = {
             let content = content.clone();
-            blocking(move || make(&content, writer, wanted)).await
+            blocking(&self.lane, move || make(&content, writer, wanted)).await
         };
         if made.is_err() {
             // What is half made is of no use to a second try.

@@ -30,6 +30,7 @@ use super::schema::{
     self, BlobRecord, IngestRecord, NAMESPACE_PREFIX, NamespaceRecord, Table, time, timestamp,
 };
 use super::{Effects, Metadata, Scope, Sharing, blocking, fields, leases};
+use crate::lane::Lane;
 
 /// How long an ingest that no lease holds is kept after a writer was opened.
 const INGEST_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
@@ -84,6 +85,11 @@ impl Content {
 
     fn store(&self) -> &Store {
         &self.metadata.inner.store
+    }
+
+    /// Where what blocks on the store has to run; a caller needs it for a reader and for a writer.
+    pub fn lane(&self) -> &Lane {
+        &self.metadata.inner.content_lane
     }
 
     /// A blob.
@@ -174,7 +180,7 @@ impl Content {
     pub async fn reader(&self, digest: &Digest) -> Result<Reader, Error> {
         self.info(digest)?;
         let (store, digest) = (self.store().clone(), digest.clone());
-        blocking(move || Ok(store.reader(&digest)?)).await
+        blocking(self.lane(), move || Ok(store.reader(&digest)?)).await
     }
 
     /// How far an ingest has come.
@@ -186,7 +192,7 @@ impl Content {
         let record: IngestRecord =
             schema::load(&self.metadata.view(), &key)?.ok_or_else(|| no_ingest(reference))?;
         let (store, reference) = (self.store().clone(), reference.to_owned());
-        blocking(move || Ok(IngestStatus { reference, ..store.status(&record.backend)? })).await
+        blocking(self.lane(), move || Ok(IngestStatus { reference, ..store.status(&record.backend)? })).await
     }
 
     /// The ingests that match one of the filters (`ref`), by reference; those without data are left out.
@@ -216,7 +222,7 @@ impl Content {
             }
             Ok(statuses)
         };
-        blocking(read).await
+        blocking(self.lane(), read).await
     }
 
     /// Removes an ingest. A writer that has it open can no longer commit.
@@ -225,7 +231,7 @@ impl Content {
     /// [`Error::NotFound`].
     pub async fn abort(&self, reference: &str) -> Result<(), Error> {
         let (content, reference) = (self.clone(), reference.to_owned());
-        blocking(move || content.abort_blocking(&reference)).await
+        blocking(self.lane(), move || content.abort_blocking(&reference)).await
     }
 
     fn abort_blocking(&self, reference: &str) -> Result<(), Error> {
@@ -263,7 +269,7 @@ impl Content {
         expected: Option<&Digest>,
     ) -> Result<NsWriter, Error> {
         let (content, reference, expected) = (self.clone(), reference.to_owned(), expected.cloned());
-        blocking(move || content.writer_blocking(reference, total, expected)).await
+        blocking(self.lane(), move || content.writer_blocking(reference, total, expected)).await
     }
 
     fn writer_blocking(

@@ -27,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::error::Error;
 use super::event::Event;
-use super::{Dirty, Metadata, blocking};
+use super::{Dirty, Metadata};
 
 pub use schedule::Config;
 pub(super) use schedule::Schedule;
@@ -77,29 +77,34 @@ impl Metadata {
     /// Those of the database. A backend that fails is logged, and tried again the next time.
     pub async fn collect(&self) -> Result<Stats, Error> {
         let metadata = self.clone();
-        let (stats, dirty) = blocking(move || metadata.collect_records()).await?;
+        // No backend takes part in this, so it needs no lane.
+        let marking = tokio::task::spawn_blocking(move || metadata.collect_records());
+        let (stats, dirty) = marking.await.map_err(|source| Error::Interrupted { source })??;
         let mut backends = JoinSet::new();
         if dirty.content {
-            let metadata = self.clone();
-            backends.spawn_blocking(move || {
+            let (metadata, lane) = (self.clone(), self.inner.content_lane.clone());
+            let work = move || {
                 if let Err(error) = sweep::content(&metadata) {
                     tracing::warn!(%error, "cannot collect content");
                     metadata.inner.mark_dirty(Dirty { content: true, ..Dirty::default() });
                 }
-            });
+            };
+            backends.spawn(async move { lane.run(work).await });
         }
         for name in dirty.snapshotters {
+            let Some(lane) = self.inner.lanes.get(&name).cloned() else { continue };
             let metadata = self.clone();
-            backends.spawn_blocking(move || {
+            let work = move || {
                 if let Err(error) = sweep::snapshots(&metadata, &name) {
                     tracing::warn!(%error, snapshotter = name, "cannot collect snapshots");
                     let dirty = Dirty { snapshotters: [name].into(), ..Dirty::default() };
                     metadata.inner.mark_dirty(dirty);
                 }
-            });
+            };
+            backends.spawn(async move { lane.run(work).await });
         }
         while let Some(ended) = backends.join_next().await {
-            ended.map_err(|source| Error::Interrupted { source })?;
+            ended.and_then(|ended| ended).map_err(|source| Error::Interrupted { source })?;
         }
         Ok(stats)
     }

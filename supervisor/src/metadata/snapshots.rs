@@ -23,6 +23,7 @@ pub use davit_snapshotter::Info as SnapshotInfo;
 use super::error::{Error, Object};
 use super::schema::{self, SnapshotRecord, child_key, snapshot_key, time};
 use super::{Effects, Metadata, Scope, blocking, leases};
+use crate::lane::Lane;
 
 /// The label with the name that an unpacked layer will be committed under. A snapshotter that can fetch the layer
 /// by itself answers Prepare with "already exists", and has it.
@@ -52,6 +53,7 @@ pub struct Snapshots {
     scope: Scope,
     name: Arc<str>,
     backend: Arc<dyn Snapshotter>,
+    lane: Lane,
 }
 
 impl Snapshots {
@@ -60,8 +62,9 @@ impl Snapshots {
         scope: Scope,
         name: &str,
         backend: Arc<dyn Snapshotter>,
+        lane: Lane,
     ) -> Snapshots {
-        Snapshots { metadata, scope, name: Arc::from(name), backend }
+        Snapshots { metadata, scope, name: Arc::from(name), backend, lane }
     }
 
     /// What is known of a snapshot: its record, and the labels that the snapshotter added.
@@ -71,7 +74,7 @@ impl Snapshots {
     pub async fn stat(&self, key: &str) -> Result<SnapshotInfo, Error> {
         let record = self.record(key)?;
         let (backend, key) = (self.backend.clone(), key.to_owned());
-        blocking(move || Ok(overlay(backend.stat(&record.backend)?, &key, record))).await
+        blocking(&self.lane, move || Ok(overlay(backend.stat(&record.backend)?, &key, record))).await
     }
 
     /// The mounts of an active snapshot or a view.
@@ -81,7 +84,7 @@ impl Snapshots {
     pub async fn mounts(&self, key: &str) -> Result<Vec<Mount>, Error> {
         let record = self.record(key)?;
         let backend = self.backend.clone();
-        blocking(move || Ok(backend.mounts(&record.backend)?)).await
+        blocking(&self.lane, move || Ok(backend.mounts(&record.backend)?)).await
     }
 
     /// What a snapshot takes on disk, without its parents.
@@ -91,7 +94,7 @@ impl Snapshots {
     pub async fn usage(&self, key: &str) -> Result<Usage, Error> {
         let record = self.record(key)?;
         let backend = self.backend.clone();
-        blocking(move || Ok(backend.usage(&record.backend)?)).await
+        blocking(&self.lane, move || Ok(backend.usage(&record.backend)?)).await
     }
 
     /// The snapshots that match one of the filters (`kind`, `name`, `parent`, `labels.*`), by key.
@@ -118,7 +121,7 @@ impl Snapshots {
             }
             Ok(infos)
         };
-        blocking(read).await
+        blocking(&self.lane, read).await
     }
 
     /// Makes an active snapshot on a committed `parent`, or an empty one, and answers its mounts.
@@ -159,7 +162,7 @@ impl Snapshots {
     ) -> Result<(), Error> {
         let (snapshots, name, key) = (self.clone(), name.to_owned(), key.to_owned());
         let parent = some(parent).map(str::to_owned);
-        blocking(move || snapshots.commit_blocking(&name, &key, labels, parent.as_deref())).await
+        blocking(&self.lane, move || snapshots.commit_blocking(&name, &key, labels, parent.as_deref())).await
     }
 
     /// Forgets a snapshot that has no children. Its files are the collector's.
@@ -168,7 +171,7 @@ impl Snapshots {
     /// [`Error::NotFound`], [`Error::HasChildren`].
     pub async fn remove(&self, key: &str) -> Result<(), Error> {
         let (snapshots, key) = (self.clone(), key.to_owned());
-        blocking(move || snapshots.remove_blocking(key)).await
+        blocking(&self.lane, move || snapshots.remove_blocking(key)).await
     }
 
     /// Changes labels: those that `paths` names as `labels` or `labels.KEY`, or all of them when it is empty.
@@ -177,7 +180,7 @@ impl Snapshots {
     /// [`Error::NotFound`], [`Error::Field`], [`Error::Label`].
     pub async fn update(&self, key: &str, labels: Labels, paths: &[String]) -> Result<SnapshotInfo, Error> {
         let (snapshots, key, paths) = (self.clone(), key.to_owned(), paths.to_vec());
-        blocking(move || snapshots.update_blocking(&key, &labels, &paths)).await
+        blocking(&self.lane, move || snapshots.update_blocking(&key, &labels, &paths)).await
     }
 
     async fn create(
@@ -189,7 +192,7 @@ impl Snapshots {
     ) -> Result<Vec<Mount>, Error> {
         let (snapshots, key) = (self.clone(), key.to_owned());
         let parent = some(parent).map(str::to_owned);
-        blocking(move || snapshots.create_blocking(key, parent, labels, kind)).await
+        blocking(&self.lane, move || snapshots.create_blocking(key, parent, labels, kind)).await
     }
 
     /// The record of a key, as it is now.

@@ -15,6 +15,7 @@ use super::shim::Shim;
 use super::task::CreateOptions;
 use super::transitions::Phase;
 use super::{Error, ShimError, binary, load, teardown};
+use crate::lane::Lane;
 
 /// What has been made and must be undone on failure.
 #[derive(Default)]
@@ -35,7 +36,7 @@ pub(super) async fn run(context: Context, binary: PathBuf, options: CreateOption
 async fn create(context: &Context, binary: &Path, mut options: CreateOptions) -> Result<(Shim, u32), Error> {
     let bundle_error = |source| Error::Bundle { id: context.id().to_owned(), source };
     let (bundle, spec, remembered) = (context.bundle.clone(), options.spec.take(), binary.to_owned());
-    blocking(move || {
+    blocking(&context.shared.lane, move || {
         bundle.create(spec.as_ref().map(|spec| spec.value.as_slice()))?;
         // From here on a daemon that finds the bundle can clean up.
         bundle.write_binary(&remembered).inspect_err(|_| {
@@ -89,7 +90,7 @@ async fn bring_up(
     // Before anything else is done with the shim: a daemon that dies from here on finds it again.
     let (bundle, recorded, sandbox) = (context.bundle.clone(), told.clone(), options.sandbox_id.clone());
     let joined = made.joined;
-    blocking(move || {
+    blocking(&context.shared.lane, move || {
         if joined {
             bundle.write_sandbox(&sandbox)?;
         }
@@ -199,16 +200,17 @@ async fn undo(context: &Context, binary: &Path, made: Made) {
         }
     }
     let bundle = context.bundle.clone();
-    if let Err(error) = blocking(move || bundle.delete()).await {
+    if let Err(error) = blocking(&context.shared.lane, move || bundle.delete()).await {
         warn!(error = chain(&error), "cannot delete the bundle of a task that could not be created");
     }
 }
 
-/// Runs work that may block on a thread that may.
+/// Runs work that may block in the lane of the runtime.
 pub(super) async fn blocking<T: Send + 'static>(
+    lane: &Lane,
     work: impl FnOnce() -> Result<T, BundleError> + Send + 'static,
 ) -> Result<T, BundleError> {
-    match tokio::task::spawn_blocking(work).await {
+    match lane.run(work).await {
         Ok(result) => result,
         Err(error) => Err(BundleError::Io {
             operation: "work on",

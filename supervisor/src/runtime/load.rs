@@ -24,6 +24,7 @@ use super::registry::Shared;
 use super::shim::Shim;
 use super::task::{Process, Status};
 use super::{Error, ShimError, teardown};
+use crate::lane::Lane;
 
 /// Says whether there is a record of a container, by namespace and id.
 pub type Records = Arc<dyn Fn(&str, &str) -> bool + Send + Sync>;
@@ -89,9 +90,10 @@ pub(super) fn load(shared: &Arc<Shared>, records: Records) -> Loading {
         let folder = shared.config.root.join(&namespace);
         put_aside(&folder, &mut stale, |id| shared.get(&namespace, id).is_some());
     }
+    let lane = shared.lane.clone();
     jobs.spawn(async move {
         for path in stale {
-            if let Err(error) = blocking(move || bundle::remove_stale(&path)).await {
+            if let Err(error) = blocking(&lane, move || bundle::remove_stale(&path)).await {
                 warn!(error = chain(&error), "cannot remove what an earlier daemon left");
             }
         }
@@ -278,7 +280,9 @@ async fn lost(context: &Context) -> Probe {
 /// Connects to the shim of a bundle, or says that it is gone or silent.
 async fn reach(context: &Context) -> Result<Shim, Probe> {
     let bundle = context.bundle.clone();
-    let read = blocking(move || Ok((bundle.read_bootstrap()?, bundle.read_sandbox()?.is_some())));
+    let read = blocking(&context.shared.lane, move || {
+        Ok((bundle.read_bootstrap()?, bundle.read_sandbox()?.is_some()))
+    });
     let (told, sandbox) = match read.await {
         Ok((Some(told), sandbox)) => (told, sandbox),
         Ok((None, _)) => {
@@ -303,7 +307,7 @@ async fn reach(context: &Context) -> Result<Shim, Probe> {
             std::io::ErrorKind::ConnectionRefused => Probe::Gone,
             // Its file may have been removed under a shim that lives.
             std::io::ErrorKind::NotFound => match address::parse(&told.address) {
-                Ok(path) if !listens(&path).await => Probe::Gone,
+                Ok(path) if !listens(&context.shared.lane, &path).await => Probe::Gone,
                 Ok(_) | Err(_) => Probe::Silent,
             },
             _ => {
@@ -334,7 +338,7 @@ pub(super) async fn find_unannounced(context: &Context) -> Option<Shim> {
 async fn customary(context: &Context) -> Vec<StartResult> {
     let config = &context.shared.config;
     let bundle = context.bundle.clone();
-    let group = blocking(move || bundle.annotation(&GROUPS)).await.ok().flatten();
+    let group = blocking(&context.shared.lane, move || bundle.annotation(&GROUPS)).await.ok().flatten();
     let group = group.as_deref().unwrap_or(context.id());
     let own = config.socket_directory.as_deref().filter(|own| *own != Path::new(DEFAULT_SOCKET_DIR));
     let directories = own.into_iter().chain([Path::new(DEFAULT_SOCKET_DIR)]);
@@ -349,7 +353,7 @@ async fn customary(context: &Context) -> Vec<StartResult> {
 /// The addresses at which the container's shim listens, or would.
 pub(super) async fn addresses(context: &Context) -> Vec<String> {
     let bundle = context.bundle.clone();
-    match blocking(move || bundle.read_bootstrap()).await {
+    match blocking(&context.shared.lane, move || bundle.read_bootstrap()).await {
         Ok(Some(told)) => vec![told.address],
         Ok(None) | Err(_) => customary(context).await.into_iter().map(|told| told.address).collect(),
     }
@@ -358,7 +362,7 @@ pub(super) async fn addresses(context: &Context) -> Vec<String> {
 /// Whether a shim for the container is just being started, or runs.
 async fn is_starting(context: &Context) -> bool {
     let bundle = context.bundle.clone();
-    let looked = tokio::task::spawn_blocking(move || {
+    let looked = context.shared.lane.run(move || {
         let binary = bundle.read_binary().ok().flatten();
         !teardown::shim_processes(bundle.namespace(), bundle.id(), binary.as_deref()).is_empty()
     });
@@ -366,9 +370,9 @@ async fn is_starting(context: &Context) -> bool {
 }
 
 /// Whether any process listens on a socket of this name, its file or no file. True when that cannot be told.
-async fn listens(path: &Path) -> bool {
+async fn listens(lane: &Lane, path: &Path) -> bool {
     let path = path.to_owned();
-    let read = tokio::task::spawn_blocking(move || {
+    let read = lane.run(move || {
         let table = std::fs::read_to_string("/proc/net/unix").ok()?;
         Some(table.lines().any(|line| is_listener(line, &path)))
     });
@@ -386,7 +390,7 @@ fn is_listener(line: &str, path: &Path) -> bool {
 
 async fn init_pid(context: &Context) -> u32 {
     let bundle = context.bundle.clone();
-    tokio::task::spawn_blocking(move || bundle.init_pid()).await.unwrap_or(0)
+    context.shared.lane.run(move || bundle.init_pid()).await.unwrap_or(0)
 }
 
 /// A log that is being read until this is dropped.
@@ -444,8 +448,8 @@ mod tests {
         let path = folder.path().join("socket");
         let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
-        assert!(listens(&path).await);
+        assert!(listens(&Lane::runtime(), &path).await);
         drop(listener);
-        assert!(!listens(&path).await);
+        assert!(!listens(&Lane::runtime(), &path).await);
     }
 }

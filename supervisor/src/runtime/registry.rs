@@ -10,6 +10,7 @@ use super::owner::Message;
 use super::shim::Shim;
 use super::transitions::Phase;
 use super::{Config, Error, EventSink};
+use crate::lane::Lane;
 
 /// Exits that are remembered so that a second report of one is known.
 const RECENT_EXITS: usize = 4096;
@@ -18,6 +19,8 @@ const RECENT_EXITS: usize = 4096;
 pub(super) struct Shared {
     pub(super) config: Config,
     pub(super) sink: EventSink,
+    /// Where what blocks runs.
+    pub(super) lane: Lane,
     /// Short sections only; never held over an await.
     tasks: Mutex<BTreeMap<Key, Handle>>,
     recent_exits: Mutex<Recent<ExitKey>>,
@@ -87,6 +90,7 @@ impl Shared {
         Shared {
             config,
             sink,
+            lane: Lane::runtime(),
             tasks: Mutex::new(BTreeMap::new()),
             recent_exits: Mutex::new(Recent::new(RECENT_EXITS)),
         }

@@ -41,7 +41,7 @@ pub(super) async fn delete(context: Context, shim: Shim) {
     }
     shim.close();
     let bundle = context.bundle.clone();
-    if let Err(error) = blocking(move || bundle.delete()).await {
+    if let Err(error) = blocking(&context.shared.lane, move || bundle.delete()).await {
         warn!(error = chain(&error), "cannot delete the bundle");
     }
     context.report(Message::Deleted(exit)).await;
@@ -72,7 +72,7 @@ pub(super) async fn kill_shim(context: &Context, binary: &Path, shim: &Shim) {
     }
     let (namespace, id) = (context.namespace().to_owned(), context.id().to_owned());
     let binary = binary.to_owned();
-    let killed = tokio::task::spawn_blocking(move || kill_shims(&namespace, &id, &binary)).await;
+    let killed = context.shared.lane.run(move || kill_shims(&namespace, &id, &binary)).await;
     info!(processes = killed.unwrap_or(0), "killed a shim that did not end");
 }
 
@@ -148,7 +148,7 @@ pub(super) async fn clean_up(context: Context) {
     let killed = kill_container(&context).await;
     remove_socket(&context).await;
     let bundle = context.bundle.clone();
-    if let Err(error) = blocking(move || bundle.delete()).await {
+    if let Err(error) = blocking(&context.shared.lane, move || bundle.delete()).await {
         warn!(error = chain(&error), "cannot delete the bundle of a dead shim");
     }
     let journal = journal.exits.into_values().map(exit).collect();
@@ -162,7 +162,7 @@ pub(super) async fn remove_socket(context: &Context) {
             continue;
         }
         let Ok(path) = address::parse(&address) else { continue };
-        match tokio::task::spawn_blocking(move || remove_dead_socket(&path)).await {
+        match context.shared.lane.run(move || remove_dead_socket(&path)).await {
             Ok(Ok(())) | Err(_) => {}
             Ok(Err(errno)) => debug!(address, %errno, "cannot remove the socket of a dead shim"),
         }
@@ -196,7 +196,7 @@ async fn kill_container(context: &Context) -> Option<Exit> {
 
 async fn read_journal(context: &Context) -> Contents {
     let path = context.bundle.journal();
-    let read = tokio::task::spawn_blocking(move || journal::read(&path)).await;
+    let read = context.shared.lane.run(move || journal::read(&path)).await;
     match read {
         Ok(Ok(contents)) => contents,
         Ok(Err(error)) => {
@@ -210,7 +210,7 @@ async fn read_journal(context: &Context) -> Contents {
 /// The binary that the shim was started with, or the one that would be started today.
 async fn remembered_binary(context: &Context) -> Option<PathBuf> {
     let bundle = context.bundle.clone();
-    match blocking(move || bundle.read_binary()).await {
+    match blocking(&context.shared.lane, move || bundle.read_binary()).await {
         Ok(Some(binary)) => Some(binary),
         Ok(None) | Err(_) => binary::resolve(&context.shared.config, "io.containerd.runc.v2").ok(),
     }

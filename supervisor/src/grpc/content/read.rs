@@ -13,6 +13,7 @@ use tonic::Status;
 
 use super::bytes;
 use crate::grpc::status::{invalid, status};
+use crate::lane::Lane;
 
 /// The most bytes of one message, as in containerd.
 const CHUNK: u64 = 1 << 20;
@@ -21,6 +22,7 @@ const CHUNK: u64 = 1 << 20;
 ///
 /// Offsets in the answers count from the start of the answer, not of the blob: containerd's client relies on that.
 pub(super) fn stream(
+    lane: Lane,
     reader: Reader,
     offset: i64,
     size: i64,
@@ -43,7 +45,7 @@ pub(super) fn stream(
         while done < wanted {
             // A job for each piece: however long a client takes to read, it holds none of the threads that may block.
             let (offset, length) = (start + done, CHUNK.min(wanted - done));
-            let job = tokio::task::spawn_blocking(move || {
+            let job = lane.run(move || {
                 let piece = read_piece(&reader, offset, length);
                 (reader, piece)
             });
@@ -101,8 +103,9 @@ mod tests {
             tokio::runtime::Builder::new_multi_thread().max_blocking_threads(2).enable_all().build().unwrap();
         let limit = Duration::from_secs(20);
         runtime.block_on(async {
-            let mut streams: Vec<_> =
-                (0..4).map(|_| stream(store.reader(&digest).unwrap(), 0, 0).unwrap()).collect();
+            let mut streams: Vec<_> = (0..4)
+                .map(|_| stream(Lane::content(), store.reader(&digest).unwrap(), 0, 0).unwrap())
+                .collect();
             for stream in &mut streams {
                 let first = timeout(limit, stream.next()).await.expect("each gets its turn");
                 assert_eq!(first.unwrap().unwrap().offset, 0);

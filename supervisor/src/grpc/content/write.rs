@@ -64,15 +64,16 @@ async fn serve(
             session.total = size(request.total)?;
         }
         let commit = request.action == WriteAction::Commit as i32;
-        // The writer blocks: it works on a thread of its own and comes back.
+        // The writer blocks: it works in the lane of the content and comes back.
         let step = session.clone();
         let work = move || {
             let answer = step.carry_out(&mut writer, request);
             (writer, answer)
         };
-        let (back, answer) = tokio::task::spawn_blocking(work)
-            .await
-            .map_err(|error| status(ErrorCode::Internal, &format!("the write was interrupted: {error}")))?;
+        let (back, answer) =
+            content.lane().run(work).await.map_err(|error| {
+                status(ErrorCode::Internal, &format!("the write was interrupted: {error}"))
+            })?;
         writer = back;
         let answer = answer?;
         session.previous = Some(answer.clone());

@@ -19,7 +19,8 @@ const COPY_BUFFER_SIZE: usize = 1 << 20;
 /// The one writer of an ingest. Dropping it frees the reference and keeps what was written.
 ///
 /// [`write`](NsWriter::write), [`truncate`](NsWriter::truncate) and [`commit`](NsWriter::commit) block: they write
-/// and sync files. An asynchronous caller moves the writer to a blocking thread and back for each of them.
+/// and sync files. An asynchronous caller moves the writer into the lane of the content ([`Content::lane`]) and back
+/// for each of them.
 /// [`status`](NsWriter::status) and [`digest`](NsWriter::digest) do not block.
 pub struct NsWriter {
     content: Content,
