@@ -1,5 +1,6 @@
 //! The daemon's sockets and folders, with their owners and modes.
 
+use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, Permissions, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
@@ -97,20 +98,54 @@ pub(super) fn socket(path: &Path, mode: u32, uid: u32, gid: u32) -> Result<UnixL
         Ok(_) => fs::remove_file(path).map_err(failed("remove the stale socket", path))?,
         Err(_) => {}
     }
-    // Bound under another name and renamed, the socket is never reachable with a wider mode than it should have.
-    let mut hidden = path.as_os_str().to_owned();
-    hidden.push(".new");
-    let hidden = PathBuf::from(hidden);
-    let _ = fs::remove_file(&hidden);
-    let listener = UnixListener::bind(&hidden).map_err(failed("listen on", path))?;
-    std::os::unix::fs::chown(&hidden, Some(uid), Some(gid)).map_err(failed("set the owner of", path))?;
-    fs::set_permissions(&hidden, Permissions::from_mode(mode)).map_err(failed("set the mode of", path))?;
-    fs::rename(&hidden, path).map_err(failed("put in place", path))?;
+    // bind(2) makes the file with a mode of its own, and connect(2) asks nothing but that mode. So the socket begins in a folder
+    // that only we can enter, and comes out with its owner and mode. The folder lies beside it because a rename stays on one
+    // filesystem; the names are short because a socket's path has 107 bytes at most.
+    let hidden = Hidden::make(path)?;
+    let inside = hidden.folder.join("s");
+    let listener = UnixListener::bind(&inside).map_err(failed("listen on", path))?;
+    std::os::unix::fs::chown(&inside, Some(uid), Some(gid)).map_err(failed("set the owner of", path))?;
+    fs::set_permissions(&inside, Permissions::from_mode(mode)).map_err(failed("set the mode of", path))?;
+    fs::rename(&inside, path).map_err(failed("put in place", path))?;
     Ok(listener)
+}
+
+/// A folder beside a socket that nobody else can enter; dropping it removes it.
+struct Hidden {
+    folder: PathBuf,
+}
+
+impl Hidden {
+    fn make(socket: &Path) -> Result<Hidden, ListenError> {
+        let mut name = OsString::from(".");
+        name.push(socket.file_name().unwrap_or_default());
+        let folder = socket.with_file_name(name);
+        let hidden = Hidden { folder };
+        // Left by a daemon that was killed right here.
+        hidden.remove();
+        let make = DirBuilder::new().mode(0o700).create(&hidden.folder);
+        match make {
+            Ok(()) => Ok(hidden),
+            Err(error) => Err(failed("create", &hidden.folder)(error)),
+        }
+    }
+
+    fn remove(&self) {
+        let _ = fs::remove_file(self.folder.join("s"));
+        let _ = fs::remove_dir(&self.folder);
+    }
+}
+
+impl Drop for Hidden {
+    fn drop(&mut self) {
+        self.remove();
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use super::*;
 
     fn me() -> (u32, u32) {
@@ -128,6 +163,48 @@ mod tests {
         drop(first);
         socket(&path, 0o600, uid, gid).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[tokio::test]
+    async fn nobody_ever_sees_a_socket_with_another_mode() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s.sock");
+        let (uid, gid) = me();
+        let done = AtomicBool::new(false);
+        let looks = std::thread::scope(|scope| {
+            let watcher = scope.spawn(|| {
+                let mut looks = 0;
+                while !done.load(Ordering::Relaxed) {
+                    for entry in fs::read_dir(dir.path()).unwrap().flatten() {
+                        // What is gone by now could not be opened either.
+                        let Ok(found) = fs::symlink_metadata(entry.path()) else { continue };
+                        let mode = if found.is_dir() { 0o700 } else { 0o600 };
+                        assert_eq!(found.permissions().mode() & 0o777, mode, "{entry:?}");
+                        looks += 1;
+                    }
+                }
+                looks
+            });
+            for _ in 0..200 {
+                drop(socket(&path, 0o600, uid, gid).unwrap());
+            }
+            done.store(true, Ordering::Relaxed);
+            watcher.join().unwrap()
+        });
+        assert!(looks > 0);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing but the socket is left");
+    }
+
+    #[tokio::test]
+    async fn what_a_killed_daemon_left_is_in_nobodys_way() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s.sock");
+        let left = Hidden::make(&path).unwrap();
+        let _bound = std::os::unix::net::UnixListener::bind(left.folder.join("s")).unwrap();
+        std::mem::forget(left);
+        let (uid, gid) = me();
+        socket(&path, 0o660, uid, gid).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 
     #[tokio::test]
