@@ -6,8 +6,13 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use davit_supervisor::config::{Config, LogFormat};
 use davit_supervisor::{lane, publish, server};
+use nix::sys::resource::{Resource, getrlimit};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
+
+/// Open files that are enough for some thousand containers: the daemon has one connection for each shim, and some files
+/// for each layer that is being unpacked.
+const ENOUGH_FILES: u64 = 8192;
 
 /// The container supervisor: containerd's API, a shim per container, and containers that outlive both.
 #[derive(Parser)]
@@ -96,6 +101,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         }
         None => {
             start_logs(&config)?;
+            check_open_files();
             let workers = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8);
             let runtime = runtime(workers)?;
             let ended = runtime.block_on(server::run(config));
@@ -125,6 +131,21 @@ fn runtime(workers: usize) -> anyhow::Result<tokio::runtime::Runtime> {
         .thread_keep_alive(std::time::Duration::from_secs(2))
         .enable_all()
         .build()?)
+}
+
+/// Says when few files may be open. The limit is not raised here, although it could be: shims and runtimes inherit it, and
+/// with them every container whose spec sets none; and it can be undone for a child only in a fork of the whole
+/// daemon, for each start of a container. The unit file sets it instead.
+fn check_open_files() {
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < ENOUGH_FILES
+    {
+        tracing::warn!(
+            soft,
+            hard,
+            "few files may be open at once; raise the soft limit (LimitNOFILE=, ulimit -n)"
+        );
+    }
 }
 
 fn start_logs(config: &Config) -> anyhow::Result<()> {
