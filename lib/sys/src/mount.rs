@@ -129,6 +129,34 @@ pub fn unmount(target: &Path, flags: MntFlags) -> Result<(), Error> {
     take_off(target, flags).map(drop)
 }
 
+/// Takes every mount off `target` at once, with all that is mounted below it, and gives descriptors that keep their
+/// filesystems. Closing the last descriptor is what unmounting costs: overlayfs, for one, syncs the whole filesystem
+/// that its upper folder is on (`sync_filesystem` in the kernel's `ovl_sync_fs`), which may take long.
+///
+/// # Errors
+/// [`Error::Syscall`].
+pub fn detach_all(target: &Path) -> Result<Vec<OwnedFd>, Error> {
+    let mut kept = Vec::new();
+    detach_stack(target, &mut kept)?;
+    if kept.is_empty() {
+        for point in mount_points_below(target)? {
+            detach_stack(&point, &mut kept)?;
+        }
+    }
+    Ok(kept)
+}
+
+fn detach_stack(point: &Path, kept: &mut Vec<OwnedFd>) -> Result<(), Error> {
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    while let Ok(held) = open(point, flags, Mode::empty()) {
+        if !take_off(point, MntFlags::MNT_DETACH)? {
+            break;
+        }
+        kept.push(held);
+    }
+    Ok(())
+}
+
 /// Takes every mount off `target`, and all that is mounted below it; what is in use is detached and ends with its
 /// last user. A target with no mounts, or not there, is no error.
 ///

@@ -494,20 +494,28 @@ fn waitid(kind: libc::idtype_t, id: libc::id_t, flags: i32) -> io::Result<Option
 pub struct Helper {
     /// The process: code 0 for success.
     pub child: Child,
-    /// Where the text of an error arrives, at most a pipe's worth. To be read after the exit.
+    /// Where it says that it is done, with [`DONE`], or else what went wrong, as a text of at most 32 KiB. Nothing
+    /// arrives from a helper that died. Not blocking.
     pub report: OwnedFd,
 }
 
-/// Forks a copy of this process, which runs `work` and exits with code 0, or with 1 and the error as a text
-/// in [`Helper::report`]. The copy dies with the thread that made it.
+/// The one byte in [`Helper::report`] of a helper that has done its work.
+pub const DONE: u8 = 0;
+
+/// Forks a copy of this process, which runs `work`, says in [`Helper::report`] how it went, and exits with code 0, or 1
+/// after an error. The copy dies with the thread that made it.
+///
+/// What `work` returns is kept until the copy has ended, behind its report: descriptors whose closing takes long
+/// delay nobody.
 ///
 /// Only for a process of a single thread: `work` may then use anything, for no lock can be held by a thread
 /// that the copy lacks.
 ///
 /// # Errors
 /// That of the kernel.
-pub fn fork_helper(work: impl FnOnce() -> Result<(), String>) -> io::Result<Helper> {
-    let (report, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+pub fn fork_helper<T>(work: impl FnOnce() -> Result<T, String>) -> io::Result<Helper> {
+    let flags = nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK;
+    let (report, writer) = nix::unistd::pipe2(flags)?;
     // SAFETY: the process has one thread (see above), so the copy is a complete one; it leaves by `_exit`.
     let pid = unsafe { libc::fork() };
     if pid < 0 {
@@ -518,7 +526,11 @@ pub fn fork_helper(work: impl FnOnce() -> Result<(), String>) -> io::Result<Help
     }
     let _ = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
     let code = match std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) {
-        Ok(Ok(())) => 0,
+        Ok(Ok(kept)) => {
+            let _ = nix::unistd::write(&writer, &[DONE]);
+            std::mem::forget(kept);
+            0
+        }
         Ok(Err(text)) => {
             // The pipe is empty and takes 64 KiB: this does not block.
             let bytes = text.as_bytes();
@@ -620,7 +632,10 @@ mod tests {
     fn a_helper_reports_its_error() {
         let helper = fork_helper(|| Ok(())).unwrap();
         assert!(wait_blocking(&helper.child).unwrap().success());
-        let helper = fork_helper(|| Err("no luck".to_owned())).unwrap();
+        let mut byte = Vec::new();
+        std::fs::File::from(helper.report).read_to_end(&mut byte).unwrap();
+        assert_eq!(byte, [DONE]);
+        let helper = fork_helper(|| Err::<(), _>("no luck".to_owned())).unwrap();
         assert_eq!(wait_blocking(&helper.child).unwrap(), Exit::Code(1));
         let mut text = String::new();
         std::fs::File::from(helper.report).read_to_string(&mut text).unwrap();

@@ -285,6 +285,31 @@ fn id_mappings_shift_owners_of_binds_and_lower_layers() {
 }
 
 #[test]
+fn detach_all_takes_all_and_keeps_the_filesystems_for_as_long_as_asked() {
+    isolated(|path| {
+        let target = folder(path, "target");
+        mount_all(&[mount("tmpfs", path, &[])], &target).unwrap();
+        write(target.join("first"), "1").unwrap();
+        mount_all(&[mount("tmpfs", path, &[])], &target).unwrap();
+        let below = folder(&target, "below");
+        mount_all(&[mount("tmpfs", path, &[])], &below).unwrap();
+        let kept = detach_all(&target).unwrap();
+        assert_eq!(kept.len(), 2, "one for each mount on the target");
+        assert_eq!(mounts_at(&target), Vec::<String>::new());
+        let lower =
+            fs::File::open(format!("/proc/self/fd/{}/first", std::os::fd::AsRawFd::as_raw_fd(&kept[1])));
+        lower.unwrap();
+        assert!(detach_all(&target).unwrap().is_empty(), "nothing is left to take");
+
+        let deep = folder(&target, "deep");
+        mount_all(&[mount("tmpfs", path, &[])], &deep).unwrap();
+        assert_eq!(detach_all(&target).unwrap().len(), 1, "a mount below a target that has none itself");
+        assert_eq!(mounts_at(&target), Vec::<String>::new());
+        assert!(detach_all(&target.join("absent")).unwrap().is_empty());
+    });
+}
+
+#[test]
 fn unmount_all_takes_stacks_submounts_and_busy_ones() {
     isolated(|dir| {
         let tmpfs = mount("tmpfs", Path::new("tmpfs"), &[]);
