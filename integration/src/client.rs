@@ -1,5 +1,6 @@
 //! A plain gRPC client of a daemon, ours or another, and the short life of one container through it.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -61,6 +62,8 @@ pub struct Client {
     pub snapshots: SnapshotsClient<Conn>,
     /// The Tasks service.
     pub tasks: TasksClient<Conn>,
+    /// How long each kind of call took, in the order of the calls.
+    pub laps: BTreeMap<&'static str, Vec<Duration>>,
     /// The runtime of the containers to come; at first containerd's default.
     pub runtime: String,
     namespace: String,
@@ -95,6 +98,7 @@ impl Client {
             snapshots: SnapshotsClient::new(conn.clone()),
             tasks: TasksClient::new(conn),
             runtime: "io.containerd.runc.v2".into(),
+            laps: BTreeMap::new(),
             namespace: namespace.to_owned(),
         })
     }
@@ -133,6 +137,7 @@ impl Client {
         stdin: &str,
         stdout: &str,
     ) -> Result<u32> {
+        let begun = Instant::now();
         let prepared = self
             .snapshots
             .prepare(PrepareSnapshotRequest {
@@ -143,6 +148,7 @@ impl Client {
             })
             .await?
             .into_inner();
+        self.lap("Snapshots.Prepare", begun);
         let spec = serde_json::to_vec(&spec(&format!("/{}/{id}", self.namespace), args))?;
         let container = Container {
             id: id.into(),
@@ -155,7 +161,9 @@ impl Client {
             snapshot_key: id.into(),
             ..Default::default()
         };
+        let begun = Instant::now();
         self.containers.create(CreateContainerRequest { container: Some(container) }).await?;
+        self.lap("Containers.Create", begun);
         let request = CreateTaskRequest {
             container_id: id.into(),
             rootfs: prepared.mounts,
@@ -163,9 +171,13 @@ impl Client {
             stdout: stdout.into(),
             ..Default::default()
         };
+        let begun = Instant::now();
         self.tasks.create(request).await?;
+        let begun = self.lap("Tasks.Create", begun);
         let request = StartRequest { container_id: id.into(), ..Default::default() };
-        Ok(self.tasks.start(request).await?.into_inner().pid)
+        let pid = self.tasks.start(request).await?.into_inner().pid;
+        self.lap("Tasks.Start", begun);
+        Ok(pid)
     }
 
     /// Waits for the end of a container and removes all of it; gives its exit status.
@@ -173,13 +185,18 @@ impl Client {
     /// # Errors
     /// The daemon refuses a step.
     pub async fn finish(&mut self, id: &str) -> Result<u32> {
+        let begun = Instant::now();
         let wait = WaitRequest { container_id: id.into(), ..Default::default() };
         let status = self.tasks.wait(wait).await?.into_inner().exit_status;
+        let begun = self.lap("Tasks.Wait", begun);
         self.tasks.delete(DeleteTaskRequest { container_id: id.into() }).await?;
+        let begun = self.lap("Tasks.Delete", begun);
         // The snapshot first, as every client does: without its container it is garbage and may be gone at any moment.
         let remove = RemoveSnapshotRequest { snapshotter: "overlayfs".into(), key: id.into() };
         self.snapshots.remove(remove).await?;
+        let begun = self.lap("Snapshots.Remove", begun);
         self.containers.delete(DeleteContainerRequest { id: id.into() }).await?;
+        self.lap("Containers.Delete", begun);
         Ok(status)
     }
 
@@ -191,6 +208,13 @@ impl Client {
         let kill = KillRequest { container_id: id.into(), signal: 9, all: true, ..Default::default() };
         self.tasks.kill(kill).await?;
         self.finish(id).await
+    }
+
+    /// Notes how long a call took; gives the time of its end.
+    fn lap(&mut self, call: &'static str, begun: Instant) -> Instant {
+        let now = Instant::now();
+        self.laps.entry(call).or_default().push(now - begun);
+        now
     }
 
     /// The time from the first call to the last of a container that ends at once.

@@ -113,6 +113,7 @@ pub fn oci_archive(path: &Path, name: &str, layers: &[Vec<u8>], config: &serde_j
         other => other,
     };
     let config = serde_json::to_vec(&json!({
+        "created": "2026-01-01T00:00:00Z",
         "architecture": architecture,
         "os": "linux",
         "config": config,

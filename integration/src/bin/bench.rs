@@ -2,12 +2,11 @@
 //! runc, in turns within one run, so that the noise of the machine is the same for both.
 
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use davit_integration::client::{Client, spec};
-use davit_integration::daemon::ok;
 use davit_integration::memory::{self, Cost};
 use davit_integration::peer::Containerd;
 use davit_integration::{Daemon, image};
@@ -49,18 +48,26 @@ async fn bench() -> Result<()> {
 
     println!("{runs} containers that end at once, in turns");
     let (mut bare, mut fast, mut slow) = (Vec::new(), Vec::new(), Vec::new());
+    let mut parts = [const { Vec::new() }; 3];
     for turn in 0..runs + 3 {
         let runtime = runtime_alone(&ours.path("bare"), turn)?;
         let a = davit.run(&format!("run-{turn}"), &parent).await?;
         let b = containerd.run(&format!("run-{turn}"), &parent).await?;
         // The first turns fill caches; they do not count.
         if turn >= 3 {
-            bare.push(runtime);
+            bare.push(runtime.iter().sum());
+            for (times, time) in parts.iter_mut().zip(runtime) {
+                times.push(time);
+            }
             fast.push(a);
             slow.push(b);
         }
     }
-    latency(&mut bare, &mut fast, &mut slow);
+    latency(&mut bare, &mut parts, &mut fast, &mut slow);
+    for (call, times) in &mut davit.laps {
+        let theirs = containerd.laps.get_mut(call).context("the same calls are made of both")?;
+        row(&format!("  {call}, ms, median"), quantile(times, 0.5), quantile(theirs, 0.5));
+    }
 
     println!("\n{containers} containers that sleep");
     let before = (memory::of(pid(&ours)?)?, memory::of(peer.pid())?);
@@ -104,7 +111,7 @@ fn sum(pids: &[u32]) -> Result<Cost> {
 }
 
 /// The time that the runtime's own three calls take: `runc create`, `start` and `delete`, as a shim makes them.
-fn runtime_alone(bundle: &Path, turn: u32) -> Result<Duration> {
+fn runtime_alone(bundle: &Path, turn: u32) -> Result<[Duration; 3]> {
     let rootfs = bundle.join("rootfs");
     if !rootfs.exists() {
         std::fs::create_dir_all(&rootfs)?;
@@ -121,7 +128,9 @@ fn runtime_alone(bundle: &Path, turn: u32) -> Result<Duration> {
         let start = Instant::now();
         let mut command = Command::new("runc");
         command.arg("--root").arg(&root).args(args).arg(&id).current_dir(bundle);
-        ok(command.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null()).output()?)?;
+        // The container keeps what it is given, so there must be no pipe of ours to wait on.
+        let status = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status()?;
+        ensure!(status.success(), "runc {}: {status}", args[0]);
         Ok(start.elapsed())
     };
     let create = runc(&["create", "--bundle", ".", "--pid-file", "pid"])?;
@@ -131,21 +140,31 @@ fn runtime_alone(bundle: &Path, turn: u32) -> Result<Duration> {
         std::thread::sleep(Duration::from_millis(1));
     }
     let delete = runc(&["delete", "--force"])?;
-    Ok(create + start + delete)
+    Ok([create, start, delete])
 }
 
 fn row(name: &str, ours: f64, theirs: f64) {
     println!("{name:<32}{ours:>12.1}{theirs:>12.1}{:>10.2}", ours / theirs);
 }
 
-fn latency(bare: &mut [Duration], ours: &mut [Duration], theirs: &mut [Duration]) {
-    let quantile = |times: &mut [Duration], part: f64| {
-        times.sort();
-        let index = ((times.len() - 1) as f64 * part).round() as usize;
-        times[index].as_secs_f64() * 1000.0
-    };
+/// A quantile of some times, in milliseconds.
+fn quantile(times: &mut [Duration], part: f64) -> f64 {
+    times.sort();
+    let index = ((times.len() - 1) as f64 * part).round() as usize;
+    times[index].as_secs_f64() * 1000.0
+}
+
+fn latency(
+    bare: &mut [Duration],
+    parts: &mut [Vec<Duration>; 3],
+    ours: &mut [Duration],
+    theirs: &mut [Duration],
+) {
     let runtime = quantile(bare, 0.5);
-    println!("runc create + start + delete alone: {runtime:.1} ms (median)");
+    let [create, start, delete] = parts.each_mut().map(|times| quantile(times, 0.5));
+    println!(
+        "runc alone, ms, median: {runtime:.1} (create {create:.1}, start {start:.1}, delete {delete:.1})"
+    );
     println!("{:<32}{:>12}{:>12}{:>10}", "", "davit", "containerd", "ratio");
     let median = (quantile(ours, 0.5), quantile(theirs, 0.5));
     row("run to exit, ms, median", median.0, median.1);
