@@ -45,9 +45,7 @@ impl Service {
 impl Shim for Service {
     type T = Service;
 
-    fn new(_: &str, _: &Flags, config: &mut Config) -> Service {
-        // The thread that waits for the process reaps it.
-        config.no_reaper = true;
+    fn new(_: &str, _: &Flags, _: &mut Config) -> Service {
         Service { shutdown: Arc::default(), process: Arc::default() }
     }
 
@@ -194,5 +192,7 @@ impl Task for Service {
 }
 
 fn main() {
-    containerd_shim::run::<Service>("io.containerd.peer.v1", None);
+    // The thread that waits for the process reaps it. The crate reads this before it calls `Shim::new`.
+    let config = Config { no_reaper: true, ..Default::default() };
+    containerd_shim::run::<Service>("io.containerd.peer.v1", Some(config));
 }
