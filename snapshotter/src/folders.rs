@@ -16,6 +16,8 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use nix::unistd::syncfs;
+
 use crate::records::Records;
 use crate::{Error, FileError, tree};
 
@@ -61,9 +63,13 @@ impl Folders {
         Ok(Folders { path, making: Mutex::default(), cleaning: Mutex::default() })
     }
 
-    /// The folder of folders.
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
+    /// Syncs the filesystem of the snapshots: all that was written to them, by whomever, is on disk afterwards.
+    ///
+    /// Who fills a snapshot through its mounts (a container that becomes an image, a build step) syncs nothing. One
+    /// syncfs(2) costs what is not on disk yet, and next to nothing directly after a layer was applied, which ends with
+    /// one itself: 0.1 ms on ext4 after 2000 files.
+    pub(crate) fn sync(&self) -> Result<(), FileError> {
+        syncfs(tree::open_folder(&self.path)?).map_err(FileError::at("syncfs", &self.path))
     }
 
     /// The folder of a snapshot.

@@ -14,7 +14,6 @@ use std::path::{Path, PathBuf};
 
 use davit_metadata::Db;
 use davit_model::{Labels, Mount};
-use nix::unistd::syncfs;
 
 use crate::folders::{self, Folders};
 use crate::records::{Record, Records};
@@ -63,7 +62,7 @@ impl Native {
                 return Err(error);
             }
             // The copy is what the snapshot promises to begin with, so it is on disk before the record.
-            self.sync()?;
+            self.folders.sync()?;
             Some(making)
         } else {
             None
@@ -100,12 +99,6 @@ impl Native {
             target: String::new(),
             options: vec!["rbind".to_owned(), mode.to_owned()],
         }]
-    }
-
-    /// Everything that was written to the filesystem of the snapshots is on disk afterwards.
-    fn sync(&self) -> Result<(), FileError> {
-        let path = self.folders.path();
-        syncfs(tree::open_folder(path)?).map_err(FileError::at("syncfs", path))
     }
 }
 
@@ -154,7 +147,7 @@ impl Snapshotter for Native {
             return Err(Error::RebaseUnsupported { snapshotter: NAME, key: key.to_owned() });
         }
         let usage = tree::usage(&self.folders.of(record.id))?;
-        self.sync()?;
+        self.folders.sync()?;
         self.records.commit(record.id, name, key, labels, parent, usage)
     }
 

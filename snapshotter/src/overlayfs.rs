@@ -291,11 +291,8 @@ impl Snapshotter for Overlayfs {
             }
             self.adopt_top(key, record.id, parent)?;
         }
-        let upper = self.upper(record.id);
-        let usage = tree::usage(&upper)?;
-        for folder in [&upper, &self.folders.of(record.id), self.folders.path()] {
-            folders::sync(folder)?;
-        }
+        let usage = tree::usage(&self.upper(record.id))?;
+        self.folders.sync()?;
         self.records.commit(record.id, name, key, labels, parent, usage)
     }
 

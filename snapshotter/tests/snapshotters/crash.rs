@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use davit_model::{Coded, ErrorCode, Labels, Mount};
 use davit_snapshotter::Kind;
@@ -338,5 +339,36 @@ fn a_record_that_cannot_be_read_is_reported() {
         let error = place.which.try_open(&place.folder.path().join("root"), db).err().unwrap();
         assert_eq!(error.code(), ErrorCode::DataLoss);
         assert!(error.to_string().contains("snapshot/bad"), "{error}");
+    });
+}
+
+/// Whether blocks of the file have no place on the disk yet, which only writing them out gives them; `None` where the
+/// filesystem does not say.
+fn unwritten(path: &Path) -> Option<bool> {
+    let output = Command::new("filefrag").arg("-v").arg(path).output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).contains("delalloc"))
+}
+
+#[test]
+fn a_commit_syncs_what_was_written_through_the_mounts() {
+    each(|place| {
+        let snapshotter = place.open();
+        commit(&*snapshotter, "base", None);
+        for parent in [None, Some("base")] {
+            let mounts = snapshotter.prepare("active", parent, &Labels::new()).unwrap();
+            let file = folder_of(&mounts).join("file");
+            // Another test may sync the filesystem in between.
+            let dirty = (0..100).any(|_| {
+                fs::write(&file, vec![1; 1 << 16]).unwrap();
+                unwritten(&file) == Some(true)
+            });
+            if !dirty {
+                eprintln!("skipped: cannot see here what is not written yet");
+                return;
+            }
+            let name = format!("on {parent:?}");
+            snapshotter.commit(&name, "active", &Labels::new(), None).unwrap();
+            assert_eq!(unwritten(&file), Some(false), "{:?} {name}", place.which);
+        }
     });
 }
