@@ -21,6 +21,8 @@ pub struct Daemon {
     dir: TempDir,
     bins: PathBuf,
     extra: Vec<String>,
+    /// What is put before the daemon's command line.
+    wrapper: Vec<String>,
     child: Option<Child>,
 }
 
@@ -31,6 +33,14 @@ impl Daemon {
     /// It does not start; its log is part of the error.
     pub fn start() -> Result<Daemon> {
         Daemon::start_with(&[], "")
+    }
+
+    /// The same, started by `wrapper`, which must end as the daemon by `exec`.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn start_wrapped(wrapper: &[&str]) -> Result<Daemon> {
+        Daemon::make(&[], "", wrapper)
     }
 
     /// The same, with another shim than ours for `io.containerd.runc.v2`.
@@ -46,10 +56,15 @@ impl Daemon {
     /// # Errors
     /// It does not start.
     pub fn start_with(flags: &[&str], config: &str) -> Result<Daemon> {
+        Daemon::make(flags, config, &[])
+    }
+
+    fn make(flags: &[&str], config: &str, wrapper: &[&str]) -> Result<Daemon> {
         // The path of a unix socket is short (unix(7)), and the folder must allow devices.
         let dir = tempfile::Builder::new().prefix("davit-").tempdir_in("/tmp")?;
         let extra = flags.iter().map(|flag| (*flag).to_owned()).collect();
-        let mut daemon = Daemon { dir, bins: bins::folder()?, extra, child: None };
+        let wrapper = wrapper.iter().map(|word| (*word).to_owned()).collect();
+        let mut daemon = Daemon { dir, bins: bins::folder()?, extra, wrapper, child: None };
         let verbose = if config.contains("[log]") { "" } else { "[log]\nlevel = \"debug\"\n" };
         fs::write(daemon.config(), format!("{config}{verbose}"))?;
         daemon.restart()?;
@@ -97,7 +112,15 @@ impl Daemon {
         let notify = UnixDatagram::bind(self.path("notify"))?;
         notify.set_read_timeout(Some(Duration::from_millis(100)))?;
         let log = File::options().create(true).append(true).open(self.path("log"))?;
-        let mut command = Command::new(self.bins.join("davitd"));
+        let program = self.bins.join("davitd");
+        let mut command = match self.wrapper.split_first() {
+            Some((first, rest)) => {
+                let mut command = Command::new(first);
+                command.args(rest).arg(program);
+                command
+            }
+            None => Command::new(program),
+        };
         command
             .arg("--config")
             .arg(self.config())

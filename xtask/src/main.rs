@@ -90,5 +90,7 @@ fn ci() -> Result<()> {
         println!("cargo-deny is not installed: the supply chain is not checked here");
     }
     test(&[])?;
+    // What parses bytes from outside, for a few seconds each with inputs from a seed; CONTRIBUTING.md has the long way.
+    build::run("cargo", &["test", "--manifest-path", "fuzz/Cargo.toml", "--no-default-features"])?;
     quickstart()
 }
