@@ -143,8 +143,10 @@ impl Extractor {
     /// layers below.
     fn parent(&mut self, path: &[u8]) -> Result<Rc<OwnedFd>, Error> {
         let Extractor { root, whiteouts, written, folder_times, .. } = self;
+        let top = Rc::clone(root.fd());
+        let mut last = None;
         let make: MakeFolder<'_> = &mut |missing| {
-            let (folder, modified) = whiteouts.make_parent(&missing)?;
+            let (folder, modified) = whiteouts.make_parent(&top, &missing, &mut last)?;
             if let Some(modified) = modified {
                 folder_times.entry(missing.path.to_vec()).or_insert((modified, modified));
             }

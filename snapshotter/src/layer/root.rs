@@ -58,7 +58,7 @@ impl Root {
     }
 
     /// The root itself.
-    pub(super) fn fd(&self) -> &OwnedFd {
+    pub(super) fn fd(&self) -> &Rc<OwnedFd> {
         &self.fd
     }
 
@@ -104,7 +104,8 @@ impl Root {
         folder
     }
 
-    /// Goes to `path` component by component and makes what is missing.
+    /// Goes to `path` component by component and makes what is missing. However deep it is, only the folder where
+    /// the walk is stays open.
     fn walk(&self, path: &[u8], make: MakeFolder<'_>) -> Result<OwnedFd, Error> {
         let components = |path: &[u8]| -> Vec<Vec<u8>> {
             let parts = path.split(|&byte| byte == b'/');

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use davit_sys::fs::{get_xattr, list_xattr, open_in_root, set_xattr};
 use nix::dir::{Dir, Type};
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, openat};
+use nix::fcntl::{AtFlags, openat};
 use nix::libc;
 use nix::sys::stat::{FileStat, Mode, SFlag, fchmod, fstat, fstatat, makedev, mkdirat, mknodat};
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, unlinkat};
@@ -94,9 +94,9 @@ impl Whiteouts {
     /// Removes the mark of a removal again if nothing is below to be hidden. In a folder that lies over none,
     /// overlayfs does not look for marks: there the mark itself would be seen, and could not even be removed.
     pub(super) fn drop_if_idle(&self, root: &OwnedFd, name: &Name) -> Result<(), Error> {
-        let Whiteouts::Overlay { prefix, lowers } = self else { return Ok(()) };
+        let Whiteouts::Overlay { lowers, .. } = self else { return Ok(()) };
         // Without lower layers it is not known yet what will be below.
-        if lowers.is_empty() || self.exists_below(root, name, prefix)? {
+        if lowers.is_empty() || self.exists_below(root, name)? {
             return Ok(());
         }
         let parent = if name.parent().is_empty() {
@@ -114,53 +114,56 @@ impl Whiteouts {
         Ok(())
     }
 
-    /// True when overlayfs would find the name in the layers below the tree at `root`: it follows a path folder by
-    /// folder through all layers at once, and down to the first that is opaque or has something else there.
-    fn exists_below(&self, root: &OwnedFd, name: &Name, prefix: &str) -> Result<bool, Error> {
-        let Whiteouts::Overlay { lowers, .. } = self else { return Ok(false) };
-        let error = |errno| Error::file("look below", name.path(), errno);
-        let copy = |folder: &OwnedFd| folder.try_clone().map_err(|_| error(Errno::EMFILE));
-        let mut layers = vec![copy(root)?];
-        for lower in lowers {
-            layers.push(copy(lower)?);
-        }
-        let parts: Vec<&[u8]> = name.path().split(|&byte| byte == b'/').collect();
-        let (base, folders) = parts.split_last().map_or((&b""[..], &[][..]), |(base, rest)| (*base, rest));
-        for part in folders {
-            let mut next = Vec::new();
-            for (index, layer) in layers.iter().enumerate() {
-                match openat(layer, *part, FOLDER, Mode::empty()) {
-                    Ok(folder) => {
-                        let opaque =
-                            get_xattr(folder.as_fd(), Whiteouts::opaque_attribute(prefix)).map_err(error)?;
-                        next.push(folder);
-                        if opaque.as_deref() == Some(b"y") {
-                            break;
-                        }
-                    }
-                    // Symlinks are entries like others to overlayfs. The entry may have come by one of this layer.
-                    Err(Errno::ENOTDIR | Errno::ELOOP) if index == 0 => return Ok(true),
-                    Err(Errno::ENOTDIR | Errno::ELOOP) => break,
-                    Err(Errno::ENOENT) if index == 0 => return Ok(true),
-                    Err(Errno::ENOENT) => {}
-                    Err(errno) => return Err(error(errno)),
-                }
-            }
-            layers = next;
-        }
-        for layer in layers.iter().skip(1) {
-            match fstatat(layer, base, AtFlags::AT_SYMLINK_NOFOLLOW) {
+    /// True when overlayfs would find the name in the layers below the tree at `root`.
+    fn exists_below(&self, root: &OwnedFd, name: &Name) -> Result<bool, Error> {
+        // When the parent is gone or another, the entry may have come by one of this layer.
+        let Some(below) = self.below(root, name.parent())? else { return Ok(true) };
+        for folder in &below {
+            match fstatat(folder, name.base(), AtFlags::AT_SYMLINK_NOFOLLOW) {
                 Ok(stat) => return Ok(!is_whiteout(stat.st_mode, stat.st_rdev)),
                 Err(Errno::ENOENT) => {}
-                Err(errno) => return Err(error(errno)),
+                Err(errno) => return Err(Error::file("look below", name.path(), errno)),
             }
         }
         Ok(false)
     }
 
+    /// The folders of the layers below that overlayfs merges with the folder `path` of the tree at `root`, the
+    /// nearest first: it follows a path folder by folder through all layers at once. `None` when the tree has no
+    /// such folder; symlinks are entries like others to overlayfs.
+    fn below(&self, root: &OwnedFd, path: &[u8]) -> Result<Option<Vec<OwnedFd>>, Error> {
+        let Whiteouts::Overlay { lowers, prefix } = self else { return Ok(Some(Vec::new())) };
+        let error = |errno| Error::file("look below", path, errno);
+        let copy = |folder: &OwnedFd| folder.try_clone().map_err(|_| error(Errno::EMFILE));
+        let mut upper = copy(root)?;
+        let mut folders = lowers.iter().map(copy).collect::<Result<Vec<_>, _>>()?;
+        for part in path.split(|&byte| byte == b'/').filter(|part| !part.is_empty()) {
+            upper = match openat(&upper, part, FOLDER, Mode::empty()) {
+                Ok(folder) => folder,
+                Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => return Ok(None),
+                Err(errno) => return Err(error(errno)),
+            };
+            folders = if is_opaque(&upper, prefix).map_err(error)? {
+                Vec::new()
+            } else {
+                merged(&folders, part, prefix).map_err(error)?
+            };
+        }
+        Ok(Some(folders))
+    }
+
     /// Makes a folder that an entry needs as its parent. In an upper folder it gets owner, mode and attributes of
-    /// the folder that it will lie over, and the answer has that one's modification time.
-    pub(super) fn make_parent(&self, missing: &Missing<'_>) -> Result<(OwnedFd, Option<Time>), Error> {
+    /// the folder that it will lie over, and the answer has that one's modification time. It lies over none where
+    /// this layer or one in between has removed what deeper ones have.
+    ///
+    /// `last` is what the previous call on the way to the same entry has left: with it a deep path is followed
+    /// through the layers once and not for each of its folders anew. Nothing else may have changed in between.
+    pub(super) fn make_parent(
+        &self,
+        root: &OwnedFd,
+        missing: &Missing<'_>,
+        last: &mut Option<Made>,
+    ) -> Result<(OwnedFd, Option<Time>), Error> {
         let error = |operation: &str, errno| Error::file(operation, missing.path, errno);
         let Missing { parent, base, path, occupied } = missing;
         if *occupied {
@@ -180,22 +183,20 @@ impl Whiteouts {
         fchmod(&folder, FOLDER_MODE).map_err(|errno| error("set mode of", errno))?;
         if *occupied {
             self.mark_opaque(&folder, path)?;
+            *last = Some(Made { path: path.to_vec(), below: Vec::new() });
             return Ok((folder, None));
         }
-        let Whiteouts::Overlay { lowers, .. } = self else { return Ok((folder, None)) };
-        for lower in lowers {
-            match open_in_root(lower.as_fd(), path, OFlag::O_RDONLY | OFlag::O_DIRECTORY) {
-                Ok(original) => {
-                    let modified = self.copy_attributes(&original, &folder, path)?;
-                    return Ok((folder, Some(modified)));
-                }
-                Err(Errno::ENOENT) => {}
-                // Something else replaces what deeper layers have there.
-                Err(Errno::ENOTDIR | Errno::ELOOP) => break,
-                Err(errno) => return Err(error("open lower folder", errno)),
-            }
-        }
-        Ok((folder, None))
+        let Whiteouts::Overlay { prefix, .. } = self else { return Ok((folder, None)) };
+        let above = path.len().saturating_sub(base.len() + 1);
+        let above = match last.take() {
+            Some(made) if made.path == path[..above] => made.below,
+            _ => self.below(root, &path[..above])?.unwrap_or_default(),
+        };
+        let below = merged(&above, base, prefix).map_err(|errno| error("look below", errno))?;
+        let nearest = below.first();
+        let modified = nearest.map(|original| self.copy_attributes(original, &folder, path)).transpose()?;
+        *last = Some(Made { path: path.to_vec(), below });
+        Ok((folder, modified))
     }
 
     fn copy_attributes(&self, from: &OwnedFd, to: &OwnedFd, path: &[u8]) -> Result<Time, Error> {
@@ -218,6 +219,40 @@ impl Whiteouts {
             .map_err(|errno| error("set mode of", errno))?;
         Ok(Time { seconds: stat.st_mtime, nanoseconds: stat.st_mtime_nsec })
     }
+}
+
+/// A folder that [`Whiteouts::make_parent`] has made.
+pub(super) struct Made {
+    path: Vec<u8>,
+    /// The folders of the layers below that overlayfs merges with it, the nearest first.
+    below: Vec<OwnedFd>,
+}
+
+/// True when overlayfs merges nothing with a folder that layers deeper than its own have at its place.
+fn is_opaque(folder: &OwnedFd, prefix: &str) -> Result<bool, Errno> {
+    let value = get_xattr(folder.as_fd(), Whiteouts::opaque_attribute(prefix))?;
+    Ok(value.as_deref() == Some(b"y"))
+}
+
+/// The folders called `base` that overlayfs merges out of `folders`, down to the first that is opaque or to
+/// something else of that name.
+fn merged(folders: &[OwnedFd], base: &[u8], prefix: &str) -> Result<Vec<OwnedFd>, Errno> {
+    let mut merged = Vec::new();
+    for folder in folders {
+        match openat(folder, base, FOLDER, Mode::empty()) {
+            Ok(found) => {
+                let opaque = is_opaque(&found, prefix)?;
+                merged.push(found);
+                if opaque {
+                    break;
+                }
+            }
+            Err(Errno::ENOENT) => {}
+            Err(Errno::ENOTDIR | Errno::ELOOP) => break,
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(merged)
 }
 
 /// True for the character device by which overlayfs marks a removal.
