@@ -6,6 +6,8 @@
 mod archive;
 #[path = "layer/benign.rs"]
 mod benign;
+#[path = "layer/depth.rs"]
+mod depth;
 #[path = "layer/hostile.rs"]
 mod hostile;
 #[path = "layer/overlay.rs"]

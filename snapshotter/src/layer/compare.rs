@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 
-use davit_sys::fs::{get_xattr, get_xattr_at};
+use davit_sys::fs::{get_xattr, get_xattr_at, open_in_root};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, openat, readlinkat};
 use nix::libc;
@@ -25,6 +25,8 @@ use super::writer::{CAPABILITY, LayerWriter, OPEN_FILE};
 /// The longest path that is walked down to. Nothing longer can be named in one system call, nor be in a layer; and
 /// it bounds the depth of the walk.
 const PATH_LIMIT: usize = 4095;
+/// How many folders of each tree the walk keeps open; deeper ones are opened again by their paths on the way back.
+const OPEN_FOLDERS: usize = 64;
 
 /// Writes to `writer` what turns the tree of `lower` (nothing: an empty one) into that of `upper`. `opaque` is
 /// given when `upper` is the upper folder of an overlay over `lower`: the attribute that marks opaque folders.
@@ -34,20 +36,31 @@ pub(super) fn compare<W: Write>(
     opaque: Option<&'static CStr>,
     writer: &mut LayerWriter<'_, W>,
 ) -> Result<(), Error> {
-    Walk { opaque, writer, path: Vec::new() }.folder(lower, upper)
+    let mut walk = Walk { lower, upper, opaque, writer, path: Vec::new() };
+    let root = walk.open_level(lower.is_some())?;
+    walk.folder(root, 0)
 }
 
 struct Walk<'a, 'b, W> {
+    /// The roots of both trees.
+    lower: Option<&'a OwnedFd>,
+    upper: &'a OwnedFd,
     opaque: Option<&'static CStr>,
     writer: &'a mut LayerWriter<'b, W>,
     /// The path of the folder that the walk is in.
     path: Vec<u8>,
 }
 
+/// A folder of the upper tree, and of the lower one if it is compared with that one's.
+struct Level {
+    lower: Option<OwnedFd>,
+    upper: OwnedFd,
+}
+
 impl<W: Write> Walk<'_, '_, W> {
-    fn folder(&mut self, lower: Option<&OwnedFd>, upper: &OwnedFd) -> Result<(), Error> {
-        let mut all = names(upper.as_fd(), &self.path)?;
-        if let (Some(lower), None) = (lower, self.opaque) {
+    fn folder(&mut self, mut level: Level, depth: usize) -> Result<(), Error> {
+        let mut all = names(level.upper.as_fd(), &self.path)?;
+        if let (Some(lower), None) = (&level.lower, self.opaque) {
             all.append(&mut names(lower.as_fd(), &self.path)?);
         }
         all.sort_unstable();
@@ -62,13 +75,41 @@ impl<W: Write> Walk<'_, '_, W> {
                 let fault = EntryFault::NameTooLong { length: self.path.len() };
                 return Err(Error::entry(&self.path, fault));
             }
-            self.entry(lower, upper, &base)?;
-            self.path.truncate(length);
+            match self.entry(level.lower.as_ref(), &level.upper, &base)? {
+                Some(below) if depth < OPEN_FOLDERS => {
+                    self.folder(below, depth + 1)?;
+                    self.path.truncate(length);
+                }
+                Some(below) => {
+                    let has_lower = level.lower.is_some();
+                    drop(level);
+                    self.folder(below, depth + 1)?;
+                    self.path.truncate(length);
+                    level = self.open_level(has_lower)?;
+                }
+                None => self.path.truncate(length),
+            }
         }
         Ok(())
     }
 
-    fn entry(&mut self, lower: Option<&OwnedFd>, upper: &OwnedFd, base: &[u8]) -> Result<(), Error> {
+    /// Opens the folder that the walk is in from the roots.
+    fn open_level(&self, has_lower: bool) -> Result<Level, Error> {
+        let open = |root: &OwnedFd| {
+            open_in_root(root.as_fd(), &self.path, FOLDER)
+                .map_err(|errno| Error::file("open folder", &self.path, errno))
+        };
+        let lower = self.lower.filter(|_| has_lower).map(open).transpose()?;
+        Ok(Level { lower, upper: open(self.upper)? })
+    }
+
+    /// Writes what the layer has to say of an entry. Answers the folder that the walk has to go on in.
+    fn entry(
+        &mut self,
+        lower: Option<&OwnedFd>,
+        upper: &OwnedFd,
+        base: &[u8],
+    ) -> Result<Option<Level>, Error> {
         let before = match lower {
             Some(lower) => self.stat(lower, base)?,
             None => None,
@@ -83,14 +124,14 @@ impl<W: Write> Walk<'_, '_, W> {
                 path = super::error::text(&self.path),
                 "name left out of the layer: it is a whiteout"
             );
-            return Ok(());
+            return Ok(None);
         }
         match (before, after) {
-            (None, None) => Ok(()),
-            (Some(before), None) if before.st_mode & libc::S_IFMT == libc::S_IFSOCK => Ok(()),
-            (Some(_), None) => self.writer.removal(&self.path),
+            (None, None) => {}
+            (Some(before), None) if before.st_mode & libc::S_IFMT == libc::S_IFSOCK => {}
+            (Some(_), None) => self.writer.removal(&self.path)?,
             (before, Some(after)) if is_folder(&after) => {
-                self.common_folder(lower, before, upper, &after, base)
+                return self.common_folder(lower, before, upper, &after, base).map(Some);
             }
             (before, Some(after)) => {
                 let same = match (lower, before) {
@@ -98,12 +139,13 @@ impl<W: Write> Walk<'_, '_, W> {
                     _ => false,
                 };
                 if same {
-                    self.writer.unmodified(&self.path, &after)
+                    self.writer.unmodified(&self.path, &after)?;
                 } else {
-                    self.writer.entry(upper, base, &self.path, &after)
+                    self.writer.entry(upper, base, &self.path, &after)?;
                 }
             }
         }
+        Ok(None)
     }
 
     /// A folder of the upper tree, and of the lower one if `before` is a folder too.
@@ -114,7 +156,7 @@ impl<W: Write> Walk<'_, '_, W> {
         upper: &OwnedFd,
         after: &FileStat,
         base: &[u8],
-    ) -> Result<(), Error> {
+    ) -> Result<Level, Error> {
         let folder = self.open(upper, base)?;
         let mut lower_folder = match (lower, &before) {
             (Some(lower), Some(before)) if is_folder(before) => Some(self.open(lower, base)?),
@@ -136,7 +178,7 @@ impl<W: Write> Walk<'_, '_, W> {
                 lower_folder = None;
             }
         }
-        self.folder(lower_folder.as_ref(), &folder)
+        Ok(Level { lower: lower_folder, upper: folder })
     }
 
     /// True when nothing of an entry that a layer can hold has changed. The time of a folder alone is no change:
