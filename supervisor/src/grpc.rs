@@ -60,7 +60,7 @@ pub struct Parts {
 /// The identity can be neither read nor written.
 pub async fn routes(parts: Parts, identity: &Path, limits: &config::Grpc) -> io::Result<Routes> {
     let Parts { metadata, tasks, hub, plugins } = parts;
-    let introspection = introspection::IntrospectionService::open(identity, plugins)?;
+    let introspection = introspection::IntrospectionService::open(identity, plugins, tasks.clone())?;
     let (health, health_server) = tonic_health::server::health_reporter();
     health.set_service_status("", tonic_health::ServingStatus::Serving).await;
 
