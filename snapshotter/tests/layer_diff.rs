@@ -347,7 +347,7 @@ fn check_round_trip(what: &str, archive: &[u8], lower: &Path, upper: &Path) -> R
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 120, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn applying_a_difference_gives_the_upper_tree(

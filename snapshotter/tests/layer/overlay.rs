@@ -250,7 +250,7 @@ fn build(steps: &[Step]) -> Vec<u8> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// An opaque marker comes first in its folder here: what of the layer itself precedes it is shown by the test
     /// above, and a removal that precedes it cannot be told apart afterwards.
