@@ -13,8 +13,8 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use davit_model::Any;
-use davit_model::filter::{Adaptor, Filter};
+use davit_model::filter::{Adaptor, Filter, label_field, text_field};
+use davit_model::{Any, Labels};
 use std::borrow::Cow;
 use tokio::sync::mpsc;
 
@@ -37,8 +37,29 @@ pub struct Envelope {
     pub event: Any,
 }
 
-/// Reads the fields of events for filters such as `event.container_id==web`; who knows the protobuf types gives it.
-pub type FieldReader = fn(&Any, &[String]) -> Option<String>;
+/// What filters such as `event.container_id==web` may ask of an event's message: texts and labels, as with containerd. A
+/// text that is empty counts as absent.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Fields {
+    /// Texts by the names of their fields.
+    pub texts: Vec<(&'static str, String)>,
+    /// The message's labels, if it has such.
+    pub labels: Labels,
+}
+
+impl Adaptor for Fields {
+    fn field(&self, path: &[String]) -> Option<Cow<'_, str>> {
+        let (name, rest) = path.split_first()?;
+        if name == "labels" {
+            return label_field(&self.labels, rest);
+        }
+        let text = self.texts.iter().find(|(field, _)| field == name);
+        text.and_then(|(_, text)| text_field(text))
+    }
+}
+
+/// Reads the fields of an event's message; who knows the protobuf types gives it.
+pub type FieldReader = fn(&Any) -> Fields;
 
 /// The hub. Clones are the same hub.
 #[derive(Clone)]
@@ -55,7 +76,13 @@ struct Shared {
 struct State {
     subscribers: Vec<Subscriber>,
     /// Events older than the daemon, while the window is open.
-    window: Option<Vec<Arc<Envelope>>>,
+    window: Option<Vec<Arc<Published>>>,
+}
+
+/// An event, read once for all filters.
+struct Published {
+    envelope: Arc<Envelope>,
+    fields: Fields,
 }
 
 struct Subscriber {
@@ -80,16 +107,17 @@ impl Hub {
 
     /// Tells every subscriber, in the order of the calls. Never waits.
     pub fn publish(&self, envelope: Envelope) {
-        let envelope = Arc::new(envelope);
-        let fields = self.shared.fields;
+        // Before the lock, behind which all publishers wait.
+        let fields = (self.shared.fields)(&envelope.event);
+        let published = Arc::new(Published { envelope: Arc::new(envelope), fields });
         let mut state = self.state();
-        if envelope.timestamp < self.shared.started
+        if published.envelope.timestamp < self.shared.started
             && let Some(window) = &mut state.window
             && window.len() < WINDOW_EVENTS
         {
-            window.push(envelope.clone());
+            window.push(published.clone());
         }
-        state.subscribers.retain(|subscriber| subscriber.offer(&envelope, fields));
+        state.subscribers.retain(|subscriber| subscriber.offer(&published));
     }
 
     /// A subscription to all events that match. The receiver ends when the hub is dropped or the subscriber
@@ -97,9 +125,8 @@ impl Hub {
     pub fn subscribe(&self, filter: Filter) -> Subscription {
         let (queue, receiver) = mpsc::channel(QUEUE);
         let subscriber = Subscriber { filter, queue };
-        let fields = self.shared.fields;
         let mut state = self.state();
-        let kept = state.window.iter().flatten().all(|envelope| subscriber.offer(envelope, fields));
+        let kept = state.window.iter().flatten().all(|published| subscriber.offer(published));
         if kept {
             state.subscribers.push(subscriber);
         }
@@ -114,11 +141,11 @@ impl Hub {
 
 impl Subscriber {
     /// False when the subscriber is gone or too far behind.
-    fn offer(&self, envelope: &Arc<Envelope>, fields: FieldReader) -> bool {
-        if !self.filter.matches(&Fields { envelope, fields }) {
+    fn offer(&self, published: &Published) -> bool {
+        if !self.filter.matches(published) {
             return !self.queue.is_closed();
         }
-        match self.queue.try_send(envelope.clone()) {
+        match self.queue.try_send(published.envelope.clone()) {
             Ok(()) => true,
             Err(mpsc::error::TrySendError::Closed(_)) => false,
             Err(mpsc::error::TrySendError::Full(_)) => {
@@ -129,18 +156,13 @@ impl Subscriber {
     }
 }
 
-/// What a filter may ask of an envelope: `namespace`, `topic`, `event.…`.
-struct Fields<'a> {
-    envelope: &'a Envelope,
-    fields: FieldReader,
-}
-
-impl Adaptor for Fields<'_> {
+/// What a filter may ask: `namespace`, `topic`, `event.…`.
+impl Adaptor for Published {
     fn field(&self, path: &[String]) -> Option<Cow<'_, str>> {
         match path.first().map(String::as_str)? {
             "namespace" => Some(Cow::Borrowed(&self.envelope.namespace)),
             "topic" => Some(Cow::Borrowed(&self.envelope.topic)),
-            "event" => (self.fields)(&self.envelope.event, &path[1..]).map(Cow::Owned),
+            "event" => self.fields.field(&path[1..]),
             _ => None,
         }
     }
@@ -149,6 +171,7 @@ impl Adaptor for Fields<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
     use std::time::Duration;
 
     fn envelope(topic: &str, timestamp: SystemTime) -> Envelope {
@@ -156,7 +179,7 @@ mod tests {
     }
 
     fn hub() -> Hub {
-        Hub::new(|_, path| (path == ["id"]).then(|| "x".to_owned()))
+        Hub::new(|_| Fields { texts: vec![("id", "x".to_owned())], ..Fields::default() })
     }
 
     fn filter(text: &str) -> Filter {
@@ -175,6 +198,25 @@ mod tests {
         assert_eq!(all.try_recv().unwrap().topic, "/b");
         assert_eq!(some.try_recv().unwrap().topic, "/b");
         assert!(some.try_recv().is_err());
+    }
+
+    #[test]
+    fn an_event_is_read_once_however_many_filters_ask() {
+        static READ: AtomicUsize = AtomicUsize::new(0);
+        let hub = Hub::new(|_| {
+            READ.fetch_add(1, Ordering::Relaxed);
+            Fields { texts: vec![("id", "x".to_owned()), ("empty", String::new())], ..Fields::default() }
+        });
+        let wants = |text: &str| filter(text);
+        let mut found = [hub.subscribe(wants("event.id==x,event.id")), hub.subscribe(wants("event.id!=y"))];
+        let mut not = hub.subscribe(Filter::parse(&["event.empty".into(), "event".into()]).unwrap());
+        hub.publish(envelope("/old", SystemTime::now() - Duration::from_secs(60)));
+        for subscription in &mut found {
+            assert_eq!(subscription.try_recv().unwrap().topic, "/old");
+        }
+        assert!(not.try_recv().is_err());
+        assert!(hub.subscribe(wants("event.id==x")).try_recv().is_ok());
+        assert_eq!(READ.load(Ordering::Relaxed), 1);
     }
 
     #[test]

@@ -70,7 +70,7 @@ pub async fn run(config: Config) -> Result<()> {
         listen::folder(&config.root.join(name), 0o700)?;
     }
 
-    let hub = Hub::new(notice::field);
+    let hub = Hub::new(notice::fields);
     let opening = (config.clone(), hub.clone());
     let (db, metadata, entries) =
         tokio::task::spawn_blocking(move || open_stores(&opening.0, &opening.1)).await??;

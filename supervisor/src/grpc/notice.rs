@@ -2,15 +2,14 @@
 
 use std::time::SystemTime;
 
-use davit_model::Any;
-use davit_model::filter::label_field;
-use davit_proto::any::{pack, unpack};
+use davit_model::{Any, Labels};
+use davit_proto::any::pack;
 use davit_proto::containerd::events as messages;
 use davit_proto::containerd::services::images::v1 as images;
-use prost::Name;
+use prost::{Message, Name};
 
 use super::convert::{any_from_wire, any_to_wire};
-use crate::events::Envelope;
+use crate::events::{Envelope, Fields};
 use crate::metadata::Event;
 
 /// The envelope of a change.
@@ -67,18 +66,17 @@ fn message(event: Event) -> (&'static str, prost_types::Any) {
     }
 }
 
-/// The text of a field of an event, for filters such as `event.container_id==web`. containerd offers texts and labels
-/// only, and so does this; a field that is empty is absent.
-pub fn field(event: &Any, path: &[String]) -> Option<String> {
-    let (name, rest) = path.split_first()?;
-    /// Finds the message's type, and the field by its name.
+/// What filters may ask of an event; nothing of one of an unknown type.
+pub fn fields(event: &Any) -> Fields {
+    /// Finds the message's type, and takes its fields by their names.
     macro_rules! fields {
         ($($message:ty { $($text:ident),* $(; $labels:ident)? })*) => {$(
-            if event.type_url == <$message>::full_name() {
-                let message = unpack::<$message>(&any_to_wire(event.clone())).ok()??;
-                $(if name == stringify!($labels) { return label_field(&message.$labels, rest).map(Into::into); })?
-                $(if name == stringify!($text) { return Some(message.$text).filter(|text| !text.is_empty()); })*
-                return None;
+            if is_named::<$message>(&event.type_url) {
+                let Ok(message) = <$message>::decode(event.value.as_slice()) else { return Fields::default() };
+                let texts = vec![$((stringify!($text), message.$text)),*];
+                let fields = Fields { texts, labels: Labels::new() };
+                $(let fields = Fields { labels: message.$labels, ..fields };)?
+                return fields;
             }
         )*};
     }
@@ -108,13 +106,23 @@ pub fn field(event: &Any, path: &[String]) -> Option<String> {
         images::ImageUpdate { name; labels }
         images::ImageDelete { name }
     }
-    None
+    Fields::default()
+}
+
+/// Whether a type is that of `M`, without building the name of `M` for each event.
+fn is_named<M: Name>(type_url: &str) -> bool {
+    let name = type_url.strip_prefix(M::PACKAGE).and_then(|rest| rest.strip_prefix('.'));
+    name == Some(M::NAME)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use davit_model::Labels;
+    use davit_model::filter::Adaptor;
+
+    fn field(event: &Any, path: &[String]) -> Option<String> {
+        fields(event).field(path).map(Into::into)
+    }
 
     fn path(text: &str) -> Vec<String> {
         text.split('.').map(str::to_owned).collect()
