@@ -77,14 +77,13 @@ fn mounts(folder: &Path) -> Vec<PathBuf> {
 /// daemon under test has a namespace of its own, named like its folder.
 fn cgroups(folder: &Path) -> Vec<PathBuf> {
     let namespace = folder.file_name().unwrap_or_default();
-    let mut found = Vec::new();
+    hierarchies().iter().flat_map(|hierarchy| folders(&hierarchy.join(namespace))).collect()
+}
+
+/// The roots of the cgroup hierarchies: one on cgroup v2, several on v1.
+fn hierarchies() -> Vec<PathBuf> {
     let root = Path::new("/sys/fs/cgroup");
-    let hierarchies: Vec<PathBuf> =
-        if root.join("cgroup.controllers").exists() { vec![root.to_owned()] } else { folders(root) };
-    for hierarchy in hierarchies {
-        found.extend(folders(&hierarchy.join(namespace)));
-    }
-    found
+    if root.join("cgroup.controllers").exists() { vec![root.to_owned()] } else { folders(root) }
 }
 
 fn folders(path: &Path) -> Vec<PathBuf> {
@@ -122,6 +121,13 @@ pub fn sweep(folder: &Path) {
     }
     for point in mounts(folder) {
         let _ = umount2(&point, MntFlags::MNT_DETACH);
+    }
+    // The parent of the containers' cgroups, which clients of containerd leave.
+    for hierarchy in hierarchies() {
+        let parent = hierarchy.join(folder.file_name().unwrap_or_default());
+        for cgroup in folders(&parent).into_iter().chain([parent]) {
+            let _ = fs::remove_dir(cgroup);
+        }
     }
 }
 

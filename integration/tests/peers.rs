@@ -48,7 +48,7 @@ fn tour(ctr: &Ctr) -> Result<()> {
     let mut seven = ctr.words(&format!("run --rm {runtime} {IMAGE} seven"));
     let seven = seven.args(["sh", "-c", "exit 7"]).output()?;
     ensure!(seven.status.code() == Some(7), "{}", text(&seven));
-    let terminal = ctr.on_terminal(&format!("run --rm -t {runtime} {IMAGE} tty tty"))?;
+    let terminal = ctr.on_terminal(&format!("run --rm -t {runtime} {IMAGE} tty sh -c 'tty; sleep 1'"))?;
     ensure!(terminal.contains("/dev/pts/0"), "{terminal}");
 
     ctr.run(&format!("run -d {runtime} --memory-limit 67108864 {IMAGE} long sleep 3600"))?;
@@ -58,7 +58,7 @@ fn tour(ctr: &Ctr) -> Result<()> {
     ensure!(inside == "inside\n", "{inside}");
     let code = ctr.words("tasks exec --exec-id e2 long false").status()?.code();
     ensure!(code == Some(1), "{code:?}");
-    let inside = ctr.on_terminal("tasks exec -t --exec-id e3 long tty")?;
+    let inside = ctr.on_terminal("tasks exec -t --exec-id e3 long sh -c 'tty; sleep 1'")?;
     ensure!(inside.contains("/dev/pts/"), "{inside}");
     ensure!(ctr.run("tasks ps long")?.lines().count() == 2);
     ctr.run("tasks pause long")?;

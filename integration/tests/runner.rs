@@ -20,6 +20,10 @@ fn no_test_file_is_forgotten() {
     }
 }
 
+/// The cgroup controllers of the host: one test moves one of them for a while, and what reads all of them by itself, as
+/// containerd's shim does for its metrics, must not look meanwhile.
+static CONTROLLERS: std::sync::RwLock<()> = std::sync::RwLock::new(());
+
 /// True when this process may mount and make cgroups; says so when it may not.
 fn root() -> bool {
     let root = nix::unistd::getuid().is_root();

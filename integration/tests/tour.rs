@@ -3,8 +3,8 @@
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Child, Stdio};
-use std::sync::mpsc;
+use std::process::{Child, Command, Stdio};
+use std::sync::{PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
@@ -12,7 +12,7 @@ use davit_integration::census::Census;
 use davit_integration::ctr::{Ctr, text};
 use davit_integration::{Daemon, bins, image, wait};
 
-use crate::root;
+use crate::{CONTROLLERS, root};
 
 const IMAGE: &str = image::BUSYBOX;
 
@@ -41,6 +41,7 @@ fn with_overlayfs_and_crun() -> Result<()> {
         return Ok(());
     }
     let choice = Choice { snapshotter: "overlayfs", runtime: "--runc-binary crun", shim: None };
+    let _alone = CONTROLLERS.write().unwrap_or_else(PoisonError::into_inner);
     let folder = Path::new("/sys/fs/cgroup/hugetlb");
     let hybrid = std::fs::read_to_string("/sys/fs/cgroup/unified/cgroup.controllers").unwrap_or_default();
     if !root() || !hybrid.contains("hugetlb") {
@@ -50,15 +51,33 @@ fn with_overlayfs_and_crun() -> Result<()> {
     // gets it on v1, and with the namespace that is over.
     std::fs::create_dir(folder)?;
     let mount = format!("mount -t cgroup -o hugetlb hugetlb {} && exec \"$0\" \"$@\"", folder.display());
-    let daemon = Daemon::start_wrapped(&["unshare", "--mount", "sh", "-c", &mount]);
-    let result = daemon.and_then(|daemon| everything_on(&daemon, &choice));
+    let daemon = Daemon::start_wrapped(&["unshare", "--mount", "sh", "-c", &mount])?;
+    let namespace = daemon.namespace();
+    let result = everything_on(&daemon, &choice);
+    drop(daemon);
+    // The parent of the containers' cgroups keeps the hierarchy, and with it the controller, on v1: it is removed, and the
+    // kernel takes a moment to let go of it.
+    let release = format!(
+        "mount -t cgroup -o hugetlb hugetlb {0} && rmdir {0}/{namespace}/* {0}/{namespace}; umount {0}",
+        folder.display()
+    );
+    let released = wait::until("the host has hugetlb on v2 again", || {
+        Command::new("unshare")
+            .args(["--mount", "sh", "-c", &release])
+            .stderr(Stdio::null())
+            .status()
+            .ok()?;
+        let controllers = std::fs::read_to_string("/sys/fs/cgroup/unified/cgroup.controllers").ok()?;
+        controllers.contains("hugetlb").then_some(())
+    });
     std::fs::remove_dir(folder)?;
-    result
+    result.and(released)
 }
 
 /// Debian's Go shim under our daemon: whoever changes over keeps the shims that run.
 #[test]
 fn with_the_shim_of_containerd() -> Result<()> {
+    let _unmoved = CONTROLLERS.read().unwrap_or_else(PoisonError::into_inner);
     let shim = Some("/usr/bin/containerd-shim-runc-v2");
     everything(&Choice { snapshotter: "overlayfs", runtime: "", shim })
 }
@@ -260,10 +279,10 @@ fn life(ctr: &Ctr, choice: &Choice, events: &Events) -> Result<()> {
 fn terminal(ctr: &Ctr, choice: &Choice) -> Result<()> {
     let flags = format!("--snapshotter {} {}", choice.snapshotter, choice.runtime);
     let output =
-        ctr.on_terminal(&format!("run --rm -t {flags} {IMAGE} tty sh -c 'tty; stty size; exit 0'"))?;
+        ctr.on_terminal(&format!("run --rm -t {flags} {IMAGE} tty sh -c 'tty; stty size; sleep 1'"))?;
     ensure!(output.contains("/dev/pts/0"), "{output:?}");
     ctr.run(&format!("run -d {flags} {IMAGE} ttyexec sleep 3600"))?;
-    let output = ctr.on_terminal("tasks exec -t --exec-id t1 ttyexec tty")?;
+    let output = ctr.on_terminal("tasks exec -t --exec-id t1 ttyexec sh -c 'tty; sleep 1'")?;
     ensure!(output.contains("/dev/pts/"), "{output:?}");
     ctr.run("tasks kill -s SIGKILL ttyexec")?;
     wait::until("the task is stopped", || ctr.run("tasks ls").ok()?.contains("STOPPED").then_some(()))?;

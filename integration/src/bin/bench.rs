@@ -50,7 +50,7 @@ async fn bench() -> Result<()> {
     let (mut bare, mut fast, mut slow) = (Vec::new(), Vec::new(), Vec::new());
     let mut parts = [const { Vec::new() }; 3];
     for turn in 0..runs + 3 {
-        let runtime = runtime_alone(&ours.path("bare"), turn)?;
+        let runtime = runtime_alone(&ours.path("bare"), &ours.namespace(), turn)?;
         let a = davit.run(&format!("run-{turn}"), &parent).await?;
         let b = containerd.run(&format!("run-{turn}"), &parent).await?;
         // The first turns fill caches; they do not count.
@@ -111,7 +111,7 @@ fn sum(pids: &[u32]) -> Result<Cost> {
 }
 
 /// The time that the runtime's own three calls take: `runc create`, `start` and `delete`, as a shim makes them.
-fn runtime_alone(bundle: &Path, turn: u32) -> Result<[Duration; 3]> {
+fn runtime_alone(bundle: &Path, namespace: &str, turn: u32) -> Result<[Duration; 3]> {
     let rootfs = bundle.join("rootfs");
     if !rootfs.exists() {
         std::fs::create_dir_all(&rootfs)?;
@@ -121,7 +121,7 @@ fn runtime_alone(bundle: &Path, turn: u32) -> Result<[Duration; 3]> {
     let id = format!("bare-{turn}");
     std::fs::write(
         bundle.join("config.json"),
-        serde_json::to_vec(&spec(&format!("/bench/{id}"), &["/bin/true"]))?,
+        serde_json::to_vec(&spec(&format!("/{namespace}/{id}"), &["/bin/true"]))?,
     )?;
     let root = bundle.join("runc");
     let runc = |args: &[&str]| -> Result<Duration> {
