@@ -231,6 +231,34 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
+impl Step {
+    fn path(&self) -> &str {
+        match self {
+            Step::File(path, _)
+            | Step::Folder(path, _)
+            | Step::Symlink(path)
+            | Step::HardLink(path, _)
+            | Step::Whiteout(path)
+            | Step::Opaque(path) => path,
+        }
+    }
+}
+
+/// The steps without the opaque markers of folders in which something was done before.
+fn markers_first(steps: Vec<Step>) -> Vec<Step> {
+    let mut kept: Vec<Step> = Vec::new();
+    for step in steps {
+        let late = matches!(step, Step::Opaque(_))
+            && kept.iter().any(|before| {
+                before.path() != step.path() && Path::new(before.path()).starts_with(step.path())
+            });
+        if !late {
+            kept.push(step);
+        }
+    }
+    kept
+}
+
 fn build(steps: &[Step]) -> Vec<u8> {
     let mut archive = Archive::new();
     for step in steps {
@@ -280,7 +308,7 @@ proptest! {
             list(root, false)
         });
         tree::assert_same("copy", &view, &list(&flat, false));
-        let archive = build(&steps);
+        let archive = build(&markers_first(steps));
         let options = ApplyOptions { sync: false };
         let naive = apply(archive.as_slice(), TAR, &bind(&flat, "rw"), &options);
         let direct = apply(archive.as_slice(), TAR, &overlay.mounts(), &options);
