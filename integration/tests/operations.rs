@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 use anyhow::{Context, Result, ensure};
 use davit_integration::client::connect;
 use davit_integration::ctr::text;
-use davit_integration::{Daemon, bins};
+use davit_integration::{Daemon, bins, image};
 use nix::sys::signal::Signal;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
@@ -118,5 +118,18 @@ fn configurations_are_shown() -> Result<()> {
     fs::write(&file, "root = \"/a\"\nstate = \"/b\"\n")?;
     let dump = printed(&["--config", &path, "--root", "/c", "config", "dump"])?;
     ensure!(dump.contains("root = \"/c\"\nstate = \"/b\"\n"), "{dump}");
+    Ok(())
+}
+
+/// Whoever starts the daemon may ignore SIGCHLD, and a program inherits that.
+#[test]
+fn a_parent_that_ignores_its_children_does_no_harm() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let daemon = Daemon::start_wrapped(&["env", "--ignore-signal=CHLD"])?;
+    daemon.import_busybox()?;
+    let output = daemon.ctr().run(&format!("run --rm {} child echo here", image::BUSYBOX))?;
+    ensure!(output == "here\n", "{output}");
     Ok(())
 }

@@ -40,6 +40,7 @@ use std::process::ExitCode;
 use davit_model::error::chain;
 
 fn main() -> ExitCode {
+    davit_sys::process::keep_children();
     let arguments = match arguments::parse(std::env::args().skip(1)) {
         Ok(arguments) => arguments,
         Err(error) => return fail(&error),

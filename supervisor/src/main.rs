@@ -76,6 +76,7 @@ enum ConfigCommand {
 }
 
 fn main() -> ExitCode {
+    davit_sys::process::keep_children();
     match run(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -489,6 +489,13 @@ fn waitid(kind: libc::idtype_t, id: libc::id_t, flags: i32) -> io::Result<Option
     Ok(Some((pid, exit)))
 }
 
+/// Gives SIGCHLD its default disposition. A parent that ignores the signal hands that down through `execve`, and then
+/// the kernel reaps children by itself: nobody learns how they ended (signal(7), waitpid(2)).
+pub fn keep_children() {
+    // SAFETY: no handler is installed, and the default disposition of SIGCHLD is to do nothing.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
+}
+
 /// A short-lived copy of this process that does one thing which may sleep in the kernel.
 #[derive(Debug)]
 pub struct Helper {

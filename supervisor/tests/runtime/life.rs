@@ -7,7 +7,7 @@ use davit_model::{Coded, ErrorCode};
 use davit_supervisor::runtime::{Error, Status, UpdateOptions};
 use nix::sys::signal::{Signal, kill};
 
-use crate::world::{GO_SHIM, World, alive, can_run, eventually, eventually_equal, own_shim};
+use crate::world::{GO_SHIM, World, alive, can_run, eventually, eventually_equal, own_shim, stop};
 
 /// Runs a test with Debian's shim and with our own.
 macro_rules! with_both_shims {
@@ -289,7 +289,7 @@ fn a_stopped_shim_delays_only_its_own(world: World) {
     let pid = daemon.run(world.container("stopped", "sleep 1000"));
     daemon.run(world.container("fine", "sleep 1000"));
     let shim = world.shim_of("stopped");
-    kill(shim, Signal::SIGSTOP).unwrap();
+    stop(shim);
     let hanging = daemon.spawn({
         let (tasks, namespace) = (daemon.tasks.clone(), daemon.namespace.clone());
         async move { tasks.kill(&namespace, "stopped", "", 9, false).await }

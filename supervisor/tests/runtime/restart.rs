@@ -10,7 +10,7 @@ use davit_supervisor::runtime::Status;
 use nix::sys::signal::{Signal, kill};
 
 use crate::life::{with, with_both_shims};
-use crate::world::{GO_SHIM, World, alive, eventually, eventually_equal, every_record, own_shim};
+use crate::world::{GO_SHIM, World, alive, eventually, eventually_equal, every_record, own_shim, stop};
 
 with_both_shims!(
     the_next_daemon_finds_everything,
@@ -87,7 +87,7 @@ fn a_silent_shim_delays_nobody_and_is_kept(mut world: World) {
     let pid = daemon.run(world.container("silent", "sleep 1000"));
     daemon.run(world.container("fine", "sleep 1000"));
     let shim = world.shim_of("silent");
-    kill(shim, Signal::SIGSTOP).unwrap();
+    stop(shim);
     drop(daemon);
     let daemon = world.daemon();
     let loading = daemon.inside(|| daemon.tasks.load(every_record()));

@@ -19,7 +19,7 @@ use davit_supervisor::events::Envelope;
 use davit_supervisor::runtime::{
     Config, CreateOptions, Error, ExecOptions, Records, Status, Stdio, Tasks, Timeouts,
 };
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::net::UnixListener;
 
@@ -409,6 +409,21 @@ pub fn eventually_equal<T: PartialEq + std::fmt::Debug>(expected: &T, mut actual
     eventually("two values are equal", || {
         let actual = actual();
         if actual == *expected { Ok(()) } else { Err(format!("{actual:?}, expected {expected:?}")) }
+    });
+}
+
+/// Stops a process. The signal takes its time with a process of many threads: until the last one has stopped it answers.
+pub fn stop(process: Pid) {
+    kill(process, Signal::SIGSTOP).unwrap();
+    eventually("every thread has stopped", || {
+        for thread in fs::read_dir(format!("/proc/{process}/task")).unwrap() {
+            let stat = fs::read_to_string(thread.unwrap().path().join("stat")).unwrap_or_default();
+            let stopped = stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with('T'));
+            if !stopped {
+                return Err(stat);
+            }
+        }
+        Ok(())
     });
 }
 
