@@ -61,14 +61,19 @@ fn with_overlayfs_and_crun() -> Result<()> {
         "mount -t cgroup -o hugetlb hugetlb {0} && rmdir {0}/{namespace}/* {0}/{namespace}; umount {0}",
         folder.display()
     );
+    let on_v2 = || {
+        let controllers = std::fs::read_to_string("/sys/fs/cgroup/unified/cgroup.controllers").ok()?;
+        controllers.contains("hugetlb").then_some(())
+    };
     let released = wait::until("the host has hugetlb on v2 again", || {
         Command::new("unshare")
             .args(["--mount", "sh", "-c", &release])
             .stderr(Stdio::null())
             .status()
             .ok()?;
-        let controllers = std::fs::read_to_string("/sys/fs/cgroup/unified/cgroup.controllers").ok()?;
-        controllers.contains("hugetlb").then_some(())
+        // The kernel gives it back a while after the last unmount; to mount it again at once would take it again.
+        (0..200)
+            .find_map(|_| on_v2().or_else(|| Some(std::thread::sleep(Duration::from_millis(10))).and(None)))
     });
     std::fs::remove_dir(folder)?;
     result.and(released)

@@ -15,6 +15,7 @@ use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tracing::warn;
@@ -36,6 +37,9 @@ const SUMMARY: &[u8] = b"s";
 
 /// Pages kept in memory, in bytes.
 const CACHE_SIZE: u64 = 8 << 20;
+
+/// How long the last threads of an earlier handle may take to end.
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 
 pub(super) struct Sled {
     database: sled::Db,
@@ -179,13 +183,29 @@ impl Engine for Sled {
     }
 }
 
+/// Opens it when nobody has it open any more. The lock of our own folder is held, so what holds `sled`'s is an earlier
+/// handle of this process: dropping the last one returns before its threads have ended and let go of the file.
+fn open_unlocked(config: &sled::Config) -> sled::Result<sled::Db> {
+    let end = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match config.open() {
+            Err(sled::Error::Io(error))
+                if error.to_string().starts_with("could not acquire lock") && Instant::now() < end =>
+            {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            opened => return opened,
+        }
+    }
+}
+
 /// Opens and reads it once, so that what is damaged shows here. Everything created is synced: `sled` syncs
 /// neither its folders nor its configuration.
 fn open_and_read(path: &Path, new: bool) -> Result<Sled, EngineError> {
     guarded(|| {
         // Without `flush_every_ms` it would sync in a thread of its own and keep errors to itself.
         let config = sled::Config::new().path(path).cache_capacity(CACHE_SIZE).flush_every_ms(None);
-        let database = config.open().map_err(failed("open"))?;
+        let database = open_unlocked(&config).map_err(failed("open"))?;
         database.flush().map_err(failed("flush"))?;
         let log_path = path.join("db");
         let blobs_path = path.join("blobs");
