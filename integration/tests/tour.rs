@@ -62,8 +62,8 @@ fn with_overlayfs_and_crun() -> Result<()> {
         folder.display()
     );
     let on_v2 = || {
-        let controllers = std::fs::read_to_string("/sys/fs/cgroup/unified/cgroup.controllers").ok()?;
-        controllers.contains("hugetlb").then_some(())
+        let controllers = std::fs::read_to_string("/sys/fs/cgroup/unified/cgroup.controllers");
+        controllers.is_ok_and(|controllers| controllers.contains("hugetlb"))
     };
     let released = wait::until("the host has hugetlb on v2 again", || {
         Command::new("unshare")
@@ -72,8 +72,13 @@ fn with_overlayfs_and_crun() -> Result<()> {
             .status()
             .ok()?;
         // The kernel gives it back a while after the last unmount; to mount it again at once would take it again.
-        (0..200)
-            .find_map(|_| on_v2().or_else(|| Some(std::thread::sleep(Duration::from_millis(10))).and(None)))
+        for _ in 0..200 {
+            if on_v2() {
+                return Some(());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        None
     });
     std::fs::remove_dir(folder)?;
     result.and(released)
