@@ -137,18 +137,7 @@ impl Client {
         stdin: &str,
         stdout: &str,
     ) -> Result<u32> {
-        let begun = Instant::now();
-        let prepared = self
-            .snapshots
-            .prepare(PrepareSnapshotRequest {
-                snapshotter: "overlayfs".into(),
-                key: id.into(),
-                parent: parent.into(),
-                ..Default::default()
-            })
-            .await?
-            .into_inner();
-        self.lap("Snapshots.Prepare", begun);
+        // The container first: its record keeps the snapshot, which without one, or a lease, is garbage.
         let spec = serde_json::to_vec(&spec(&format!("/{}/{id}", self.namespace), args))?;
         let container = Container {
             id: id.into(),
@@ -164,6 +153,18 @@ impl Client {
         let begun = Instant::now();
         self.containers.create(CreateContainerRequest { container: Some(container) }).await?;
         self.lap("Containers.Create", begun);
+        let begun = Instant::now();
+        let prepared = self
+            .snapshots
+            .prepare(PrepareSnapshotRequest {
+                snapshotter: "overlayfs".into(),
+                key: id.into(),
+                parent: parent.into(),
+                ..Default::default()
+            })
+            .await?
+            .into_inner();
+        self.lap("Snapshots.Prepare", begun);
         let request = CreateTaskRequest {
             container_id: id.into(),
             rootfs: prepared.mounts,
