@@ -35,6 +35,40 @@ pub struct Envelope {
     pub topic: String,
     /// The event's message.
     pub event: Any,
+    /// Why the daemon says it, where no shim and no client did.
+    pub cause: Cause,
+}
+
+/// Why the daemon reports an exit that no shim reported. containerd's messages have no place for it; the history has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Cause {
+    /// None: what happened was seen by who reported it.
+    #[default]
+    None,
+    /// The shim was killed or crashed, and what it left of its container was killed; how the process would have ended
+    /// nobody knows.
+    ShimKilled,
+    /// The shim lives but did not answer in its time.
+    ShimUnreachable,
+}
+
+impl Cause {
+    /// All but [`Cause::None`].
+    const NAMED: [Cause; 2] = [Cause::ShimKilled, Cause::ShimUnreachable];
+
+    /// The name, as clients see it; empty for [`Cause::None`].
+    pub fn name(self) -> &'static str {
+        match self {
+            Cause::None => "",
+            Cause::ShimKilled => "shim-killed",
+            Cause::ShimUnreachable => "shim-unreachable",
+        }
+    }
+
+    /// The cause of a name; [`Cause::None`] for one that only a later release knows.
+    pub fn from_name(name: &str) -> Cause {
+        Cause::NAMED.into_iter().find(|cause| cause.name() == name).unwrap_or_default()
+    }
 }
 
 /// What filters such as `event.container_id==web` may ask of an event's message: texts and labels, as with containerd. A
@@ -175,7 +209,13 @@ mod tests {
     use std::time::Duration;
 
     fn envelope(topic: &str, timestamp: SystemTime) -> Envelope {
-        Envelope { timestamp, namespace: "n".into(), topic: topic.into(), event: Any::default() }
+        Envelope {
+            timestamp,
+            namespace: "n".into(),
+            topic: topic.into(),
+            event: Any::default(),
+            cause: Cause::None,
+        }
     }
 
     fn hub() -> Hub {

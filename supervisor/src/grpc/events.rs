@@ -15,7 +15,7 @@ use tonic::{Request, Response, Status};
 use super::context::Context;
 use super::convert;
 use super::status::invalid;
-use crate::events::{Envelope, Hub};
+use crate::events::{Cause, Envelope, Hub};
 
 /// Serves the hub.
 pub struct EventsService {
@@ -40,7 +40,8 @@ fn publish(
     validate(namespace).map_err(|error| invalid(format!("event envelope has invalid namespace: {error}")))?;
     validate_topic(topic).map_err(|error| invalid(format!("envelope topic {topic:?}: {error}")))?;
     let event = event.unwrap_or_default();
-    hub.publish(Envelope { timestamp, namespace: namespace.to_owned(), topic: topic.to_owned(), event });
+    let (namespace, topic) = (namespace.to_owned(), topic.to_owned());
+    hub.publish(Envelope { timestamp, namespace, topic, event, cause: Cause::None });
     Ok(())
 }
 

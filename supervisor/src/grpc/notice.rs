@@ -9,7 +9,7 @@ use davit_proto::containerd::services::images::v1 as images;
 use prost::{Message, Name};
 
 use super::convert::{any_from_wire, any_to_wire};
-use crate::events::{Envelope, Fields};
+use crate::events::{Cause, Envelope, Fields};
 use crate::metadata::Event;
 
 /// The envelope of a change.
@@ -20,6 +20,7 @@ pub fn envelope(namespace: &str, event: Event) -> Envelope {
         namespace: namespace.to_owned(),
         topic: topic.to_owned(),
         event: any_from_wire(event),
+        cause: Cause::None,
     }
 }
 

@@ -22,7 +22,7 @@ use super::owner;
 use super::registry::{ExitKey, Shared};
 use super::shim::{any_from_wire, time_from_wire, time_to_wire};
 use super::task::Exit;
-use crate::events::Envelope;
+use crate::events::{Cause, Envelope};
 
 const SERVICE: &str = "containerd.services.events.ttrpc.v1.Events";
 const METHOD: &str = "Forward";
@@ -137,11 +137,18 @@ fn envelope_from_wire(envelope: wire_types::Envelope) -> Envelope {
         namespace: envelope.namespace,
         topic: envelope.topic,
         event: envelope.event.map(any_from_wire).unwrap_or_default(),
+        cause: Cause::None,
     }
 }
 
-/// `/tasks/exit` for a shim that can no longer say it.
-pub(super) fn exit_event(namespace: &str, container: &str, process: &str, exit: Exit) -> Envelope {
+/// `/tasks/exit` for a shim that can no longer say it. Every exit that the daemon reports of itself comes from here.
+pub(super) fn exit_event(
+    namespace: &str,
+    container: &str,
+    process: &str,
+    exit: Exit,
+    cause: Cause,
+) -> Envelope {
     let event = wire::TaskExit {
         container_id: container.to_owned(),
         id: process.to_owned(),
@@ -149,7 +156,7 @@ pub(super) fn exit_event(namespace: &str, container: &str, process: &str, exit: 
         exit_status: exit.status,
         exited_at: exit.exited_at.map(time_to_wire),
     };
-    envelope(namespace, EXIT_TOPIC, any::pack(&event))
+    envelope(namespace, EXIT_TOPIC, any::pack(&event), cause)
 }
 
 /// `/tasks/delete` for a shim that can no longer say it.
@@ -161,14 +168,15 @@ pub(super) fn delete_event(namespace: &str, container: &str, exit: Exit) -> Enve
         exited_at: exit.exited_at.map(time_to_wire),
         id: String::new(),
     };
-    envelope(namespace, DELETE_TOPIC, any::pack(&event))
+    envelope(namespace, DELETE_TOPIC, any::pack(&event), Cause::None)
 }
 
-fn envelope(namespace: &str, topic: &str, event: prost_types::Any) -> Envelope {
+fn envelope(namespace: &str, topic: &str, event: prost_types::Any, cause: Cause) -> Envelope {
     Envelope {
         timestamp: SystemTime::now(),
         namespace: namespace.to_owned(),
         topic: topic.to_owned(),
         event: any_from_wire(event),
+        cause,
     }
 }

@@ -14,6 +14,7 @@ use super::shim::Shim;
 use super::task::{CreateOptions, Exit};
 use super::transitions::{Action, Input, Machine, Phase, Refusal};
 use super::{Error, binary, create, forward, load, teardown};
+use crate::events::Cause;
 
 /// Messages that wait for an owner before their senders wait too. An owner is always quick.
 const MAILBOX: usize = 128;
@@ -334,7 +335,7 @@ impl Owner {
                 };
                 answer(self.deletes.drain(..), Err(error));
             }
-            Action::PublishExit(process, exit) => self.publish_exit(process, exit),
+            Action::PublishExit(process, exit, cause) => self.publish_exit(process, exit, cause),
             Action::PublishDelete(exit) => {
                 let envelope = forward::delete_event(self.context.namespace(), self.context.id(), exit);
                 (self.context.shared.sink)(envelope);
@@ -343,9 +344,11 @@ impl Owner {
         }
     }
 
-    fn publish_exit(&self, process: String, exit: Exit) {
+    /// The one place from which the daemon itself reports an exit.
+    fn publish_exit(&self, process: String, exit: Exit, cause: Cause) {
         let (namespace, container) = (self.context.namespace(), self.context.id());
-        warn!(process, pid = exit.pid, status = exit.status, "exit reported for a shim that is gone");
+        let (pid, status) = (exit.pid, exit.status);
+        warn!(process, pid, status, cause = cause.name(), "exit reported for a shim that is gone");
         let key = ExitKey {
             namespace: namespace.to_owned(),
             container: container.to_owned(),
@@ -354,7 +357,8 @@ impl Owner {
             exited_at: exit.exited_at,
         };
         if self.context.shared.exit_is_new(key) {
-            (self.context.shared.sink)(forward::exit_event(namespace, container, &process, exit));
+            let envelope = forward::exit_event(namespace, container, &process, exit, cause);
+            (self.context.shared.sink)(envelope);
         }
     }
 

@@ -20,7 +20,7 @@ use super::owner::{Context, Message};
 use super::shim::Shim;
 use super::task::Exit;
 use super::{Error, binary, forward};
-use crate::events::Envelope;
+use crate::events::{Cause, Envelope};
 
 /// How often to ask again after a shim whose connection has ended and that neither answers nor is gone.
 const DOUBT: Duration = Duration::from_secs(1);
@@ -227,6 +227,7 @@ fn envelope(record: EventRecord) -> Envelope {
         namespace: record.namespace,
         topic: record.topic,
         event: Any { type_url: record.type_url, value: record.value },
+        cause: Cause::None,
     }
 }
 

@@ -25,6 +25,7 @@ use std::collections::BTreeMap;
 use std::time::SystemTime;
 
 use super::task::Exit;
+use crate::events::Cause;
 
 /// The exit code of a process that was killed with its shim: 128 + SIGKILL.
 pub const KILLED: u32 = 137;
@@ -159,8 +160,8 @@ pub enum Action {
     AnswerDelete(Option<Exit>),
     /// Tell them why not.
     RefuseDelete(Refusal),
-    /// Publish `/tasks/exit`.
-    PublishExit(String, Exit),
+    /// Publish `/tasks/exit`, with why the daemon says it: no cause where the shim's journal holds the exit.
+    PublishExit(String, Exit, Cause),
     /// Publish `/tasks/delete`.
     PublishDelete(Exit),
     /// Take the task out of the registry. Nothing follows.
@@ -436,9 +437,9 @@ impl Machine {
                     known.pid = exit.pid;
                     // Init's exit comes after those of its execs, as a shim publishes them.
                     if process == self.id {
-                        init_exit = Some(exit);
+                        init_exit = Some((exit, Cause::None));
                     } else {
-                        actions.push(Action::PublishExit(process, exit));
+                        actions.push(Action::PublishExit(process, exit, Cause::None));
                     }
                 }
             }
@@ -456,14 +457,14 @@ impl Machine {
                             exited_at: killed.exited_at.or(Some(now)),
                         };
                     }
-                    init_exit = Some(exit);
+                    init_exit = Some((exit, Cause::ShimKilled));
                 } else {
-                    actions.push(Action::PublishExit(process.clone(), exit));
+                    actions.push(Action::PublishExit(process.clone(), exit, Cause::ShimKilled));
                 }
                 known.exit = Some(exit);
             }
-            if let Some(exit) = init_exit {
-                actions.push(Action::PublishExit(self.id.clone(), exit));
+            if let Some((exit, cause)) = init_exit {
+                actions.push(Action::PublishExit(self.id.clone(), exit, cause));
             }
         }
         let init = self.processes.get(&self.id).and_then(|init| init.exit).filter(|_| self.had_task);

@@ -82,9 +82,9 @@ fn a_shim_that_dies_is_reported_with_what_the_journal_holds() {
     assert_eq!(
         machine.apply(cleaned_up(&journal, Some(exit(10, 137)))),
         [
-            Action::PublishExit("e2".into(), exit(12, 2)),
-            Action::PublishExit("e3".into(), killed),
-            Action::PublishExit("c".into(), exit(10, 7)),
+            Action::PublishExit("e2".into(), exit(12, 2), Cause::None),
+            Action::PublishExit("e3".into(), killed, Cause::ShimKilled),
+            Action::PublishExit("c".into(), exit(10, 7), Cause::None),
             Action::PublishDelete(exit(10, 7)),
             Action::AnswerWait("c".into(), exit(10, 7)),
             Action::AnswerWait("e3".into(), killed),
@@ -100,13 +100,13 @@ fn a_death_that_nobody_recorded_is_137() {
     machine.apply(Input::Disconnected);
     let killed = Exit { pid: 10, status: KILLED, exited_at: Some(NOW) };
     let actions = machine.apply(cleaned_up(&[], None));
-    assert_eq!(actions[0], Action::PublishExit("c".into(), killed));
+    assert_eq!(actions[0], Action::PublishExit("c".into(), killed, Cause::ShimKilled));
     // `shim delete` may know less of the process than we do.
     let mut machine = live();
     machine.apply(Input::Disconnected);
     let told = Exit { pid: 0, status: 137, exited_at: None };
     let actions = machine.apply(cleaned_up(&[], Some(told)));
-    assert_eq!(actions[0], Action::PublishExit("c".into(), killed));
+    assert_eq!(actions[0], Action::PublishExit("c".into(), killed, Cause::ShimKilled));
 }
 
 #[test]
@@ -196,7 +196,7 @@ fn a_task_whose_shim_died_with_the_daemon_is_reported() {
     let mut machine = Machine::loading("c");
     machine.apply(Input::Dead { pid: 10 });
     let actions = machine.apply(cleaned_up(&[], Some(exit(10, 137))));
-    assert_eq!(actions[0], Action::PublishExit("c".into(), exit(10, 137)));
+    assert_eq!(actions[0], Action::PublishExit("c".into(), exit(10, 137), Cause::ShimKilled));
     assert_eq!(actions[1], Action::PublishDelete(exit(10, 137)));
 }
 
@@ -290,7 +290,7 @@ proptest! {
                         waiting.remove(&process);
                     }
                     Action::AnswerDelete(_) | Action::RefuseDelete(_) => deletes = 0,
-                    Action::PublishExit(process, _) => {
+                    Action::PublishExit(process, ..) => {
                         prop_assert!(published.insert(process), "published twice");
                     }
                     Action::Leave => left += 1,
