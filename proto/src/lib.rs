@@ -14,7 +14,7 @@ pub mod any;
 #[path = "gen/packages.rs"]
 mod generated;
 
-pub use generated::{google, io, runtimeoptions};
+pub use generated::{davit, google, io, runtimeoptions};
 
 /// The packages of containerd itself, and that of ttrpc, its transport between daemon and shim.
 pub mod containerd {

@@ -14,6 +14,7 @@ use davit_proto::containerd::types::transfer::{AuthResponse, AuthType, ImageStor
 use davit_proto::containerd::types::{Descriptor, Envelope, Mount};
 use davit_proto::containerd::v1::types::{Process, Status};
 use davit_proto::containerd::{events, runc, task, ttrpc};
+use davit_proto::davit::shim::v1 as shim;
 use davit_proto::google;
 use davit_proto::io::containerd::cgroups;
 use prost::Message;
@@ -253,6 +254,17 @@ fn metrics() {
 }
 
 #[test]
+fn upgrades_of_shims() {
+    let before =
+        shim::Program { version: "v".into(), build: "b".into(), path: "/p".into(), state_version: 1 };
+    let bytes = b"\x0a\x01v\x12\x01b\x1a\x02/p\x20\x01";
+    assert_wire(&before, bytes);
+    let response = shim::UpgradeResponse { before: Some(before), after: None };
+    assert_wire(&response, &[b"\x0a\x0c".as_slice(), bytes].concat());
+    assert_wire(&shim::UpgradeRequest { binary: "/p".into() }, b"\x0a\x02/p");
+}
+
+#[test]
 fn fields_of_newer_peers_are_ignored() {
     let bytes = b"\x08\x01\x10\x89\x01\x1a\x04\x08\x01\x10\x02\xfa\x07\x01z";
     let delete = task::v2::DeleteResponse::decode(bytes.as_slice()).expect("field 127 is unknown, not wrong");
@@ -290,6 +302,8 @@ fn all_services_are_there() {
     for (name, count) in expected {
         assert_eq!(methods(&name), count, "{name}");
     }
+    assert_eq!(methods("davit.shim.v1.Shim"), 2);
+    assert_eq!(methods("davit.services.shims.v1.Shims"), 2);
 }
 
 #[test]

@@ -19,11 +19,12 @@ const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 const COMMAND: &str = "cargo xtask codegen";
 
 /// Packages whose services are spoken by ttrpc alone. Only their messages are generated.
-const TTRPC_PACKAGES: [&str; 4] = [
+const TTRPC_PACKAGES: [&str; 5] = [
     "containerd.services.events.ttrpc.v1",
     "containerd.task.v2",
     "containerd.task.v3",
     "containerd.runtime.sandbox.v1",
+    "davit.shim.v1",
 ];
 
 /// Fields that carry the bytes of blobs: shared rather than copied on their way through the daemon.

@@ -209,6 +209,26 @@ pub mod containerd {
         }
     }
 }
+/// Package `davit`.
+pub mod davit {
+    /// Package `davit.services`.
+    pub mod services {
+        /// Package `davit.services.shims`.
+        pub mod shims {
+            /// Package `davit.services.shims.v1`.
+            pub mod v1 {
+                include!("davit.services.shims.v1.rs");
+            }
+        }
+    }
+    /// Package `davit.shim`.
+    pub mod shim {
+        /// Package `davit.shim.v1`.
+        pub mod v1 {
+            include!("davit.shim.v1.rs");
+        }
+    }
+}
 /// Package `google`.
 pub mod google {
     /// Package `google.rpc`.
