@@ -6,6 +6,7 @@ pub mod census;
 pub mod client;
 pub mod ctr;
 pub mod daemon;
+pub mod docker;
 pub mod image;
 pub mod memory;
 pub mod peer;

@@ -19,6 +19,7 @@ pub(crate) const TEST: &[Package] = &[
     ("busybox-static", "/bin/busybox"),
     ("crun", "/usr/bin/crun"),
     ("containerd", "/usr/bin/containerd"),
+    ("docker.io", "/usr/sbin/dockerd"),
 ];
 
 /// Installs the packages that are missing, and says so first.
