@@ -21,6 +21,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -41,6 +42,7 @@ const KIND_EXIT: u8 = 1;
 const KIND_EVENT: u8 = 2;
 const KIND_SENT: u8 = 3;
 const KIND_FORGOTTEN: u8 = 4;
+const KIND_START: u8 = 5;
 
 /// Why a journal cannot be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -109,6 +111,21 @@ pub struct ExitRecord {
     pub nanos: i32,
 }
 
+/// A process that the runtime has left to the shim, so that whoever cleans up after the shim knows it again.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct StartRecord {
+    /// The exec's id, or the container's for its init process.
+    #[prost(string, tag = "1")]
+    pub id: String,
+    /// Its pid, as the host sees it.
+    #[prost(uint32, tag = "2")]
+    pub pid: u32,
+    /// When it was made, in clock ticks since boot (`starttime` of proc_pid_stat(5)): the pid alone may be another
+    /// process's by now.
+    #[prost(uint64, tag = "3")]
+    pub start_time: u64,
+}
+
 /// An event on its way to the daemon.
 #[derive(Clone, PartialEq, Eq, Message)]
 pub struct EventRecord {
@@ -150,19 +167,23 @@ struct ForgottenBody {
 /// One entry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Record {
+    /// A process is there.
+    Start(StartRecord),
     /// A process has ended.
     Exit(ExitRecord),
     /// An event wants to be sent.
     Event(EventRecord),
     /// The daemon has acknowledged the event of this sequence number.
     Sent(u64),
-    /// The exec of this id is deleted: its exit need not be kept.
+    /// The exec of this id is deleted: neither its start nor its exit need be kept.
     Forgotten(String),
 }
 
 /// What a journal says, all records taken together.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Contents {
+    /// The processes that were left to the shim and of whose end it knows nothing, by id.
+    pub running: BTreeMap<String, StartRecord>,
     /// The last exit of each process that is not forgotten, by id.
     pub exits: BTreeMap<String, ExitRecord>,
     /// The events that nobody has acknowledged, in order.
@@ -171,6 +192,15 @@ pub struct Contents {
     pub last_sequence: u64,
     /// True if something behind the last whole record had to be ignored.
     pub torn: bool,
+}
+
+impl Contents {
+    /// The exits in the order in which they happened.
+    pub fn exits_in_order(&self) -> Vec<&ExitRecord> {
+        let mut exits: Vec<&ExitRecord> = self.exits.values().collect();
+        exits.sort_by_key(|exit| (exit.seconds, exit.nanos));
+        exits
+    }
 }
 
 /// A journal that is open for appending.
@@ -207,6 +237,16 @@ impl Journal {
             length = HEADER;
         }
         Ok((Journal { file, path: path.to_owned(), length }, contents))
+    }
+
+    /// What [`Journal::resume`] needs beside the length.
+    pub fn file(&self) -> (BorrowedFd<'_>, &Path) {
+        (self.file.as_fd(), &self.path)
+    }
+
+    /// A journal that the writer before had open, with what it knew of it. Nothing is read.
+    pub fn resume(file: OwnedFd, path: PathBuf, length: u64) -> Journal {
+        Journal { file: file.into(), path, length }
     }
 
     /// Appends records in one write: after a crash of the writer either a prefix of them is there or none.
@@ -314,6 +354,7 @@ fn header() -> [u8; HEADER as usize] {
 
 fn encode(record: &Record, bytes: &mut Vec<u8>) {
     let (kind, body) = match record {
+        Record::Start(start) => (KIND_START, start.encode_to_vec()),
         Record::Exit(exit) => (KIND_EXIT, exit.encode_to_vec()),
         Record::Event(event) => (KIND_EVENT, event.encode_to_vec()),
         Record::Sent(sequence) => (KIND_SENT, SentBody { sequence: *sequence }.encode_to_vec()),
@@ -337,6 +378,7 @@ fn next_record(bytes: &[u8]) -> Option<(Option<Record>, usize)> {
         return None;
     }
     let record = match *kind {
+        KIND_START => Some(Record::Start(StartRecord::decode(body).ok()?)),
         KIND_EXIT => Some(Record::Exit(ExitRecord::decode(body).ok()?)),
         KIND_EVENT => Some(Record::Event(EventRecord::decode(body).ok()?)),
         KIND_SENT => Some(Record::Sent(SentBody::decode(body).ok()?.sequence)),
@@ -367,7 +409,13 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<(Contents, u64), JournalError> {
     let mut position = HEADER as usize;
     while let Some((record, length)) = next_record(&bytes[position..]) {
         match record {
+            Some(Record::Start(start)) => {
+                // A second life of the same name: an exit from the first would be taken for its own.
+                contents.exits.remove(&start.id);
+                contents.running.insert(start.id.clone(), start);
+            }
             Some(Record::Exit(exit)) => {
+                contents.running.remove(&exit.id);
                 contents.exits.insert(exit.id.clone(), exit);
             }
             Some(Record::Event(event)) => {
@@ -378,6 +426,7 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<(Contents, u64), JournalError> {
                 sent.insert(sequence);
             }
             Some(Record::Forgotten(id)) => {
+                contents.running.remove(&id);
                 contents.exits.remove(&id);
             }
             None => {}
@@ -425,6 +474,28 @@ mod tests {
         drop(journal);
         let (_, contents) = Journal::open(&path).unwrap();
         assert_eq!(contents.exits.keys().collect::<Vec<_>>(), ["a"]);
+    }
+
+    #[test]
+    fn what_runs_is_known_until_it_ends_and_ends_are_in_order() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(FILE_NAME);
+        let (mut journal, _) = Journal::open(&path).unwrap();
+        let start =
+            |id: &str, pid| Record::Start(StartRecord { id: id.to_owned(), pid, start_time: u64::from(pid) });
+        let ended = |id: &str, seconds| {
+            Record::Exit(ExitRecord { id: id.to_owned(), seconds, ..ExitRecord::default() })
+        };
+        journal.append(&[start("c", 1), start("z", 2), start("a", 3), start("gone", 4)]).unwrap();
+        journal.append(&[ended("z", 5), ended("a", 6), ended("gone", 4)]).unwrap();
+        journal.append(&[Record::Forgotten("gone".to_owned())]).unwrap();
+        let contents = read(&path).unwrap();
+        assert_eq!(contents.running.values().map(|start| start.pid).collect::<Vec<_>>(), [1]);
+        let order: Vec<_> = contents.exits_in_order().iter().map(|exit| exit.id.as_str()).collect();
+        assert_eq!(order, ["z", "a"]);
+        journal.append(&[start("z", 9)]).unwrap();
+        let contents = read(&path).unwrap();
+        assert!(contents.running.contains_key("z") && !contents.exits.contains_key("z"));
     }
 
     #[test]

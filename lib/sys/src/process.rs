@@ -124,11 +124,13 @@ impl<'fd> Command<'fd> {
         Ok(self)
     }
 
-    /// Takes over the environment of this process.
-    pub fn inherit_environment(&mut self) -> &mut Command<'fd> {
+    /// Takes over the environment of this process, except for the variables of these names.
+    pub fn inherit_environment(&mut self, except: &[&str]) -> &mut Command<'fd> {
         for (name, value) in std::env::vars_os() {
-            // What the kernel handed to us cannot hold a NUL byte.
-            let _ = self.variable(name, value);
+            if !except.iter().any(|other| *other == name) {
+                // What the kernel handed to us cannot hold a NUL byte.
+                let _ = self.variable(name, value);
+            }
         }
         self
     }
@@ -300,8 +302,12 @@ fn prepare_and_execute(plan: &mut Plan<'_>) -> (&'static str, i32) {
     // SAFETY: each call below takes integers, or pointers into the plan, which lives until the child is gone;
     // the signal set is initialised by sigemptyset before it is read.
     unsafe {
-        for signal in 1..=31 {
-            libc::signal(signal, libc::SIG_DFL);
+        // By the system call itself: the C library keeps two real-time signals from its callers. A kernel sigaction of
+        // zeros is the default disposition on every architecture; for SIGKILL and SIGSTOP the call fails, which is well.
+        let default = [0u64; 8];
+        for signal in 1..=64 {
+            let (size, none) = (size_of::<u64>(), ptr::null_mut::<libc::c_void>());
+            libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), none, size);
         }
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&mut none);
@@ -350,17 +356,19 @@ fn errno() -> i32 {
     nix::errno::Errno::last_raw()
 }
 
-/// Looks for an executable file as `execvp` does: a name with a slash is taken as it is, another is searched
-/// in the folders of `path` (a `PATH` variable).
+/// Looks for an executable file: an absolute path is taken as it is, a bare name is searched in the folders of `path` (a
+/// `PATH` variable). Unlike `execvp` this looks into no folder by a relative path, an empty one included: what is
+/// executed must not depend on where this process happens to be.
 pub fn find_program(name: &OsStr, path: &OsStr) -> Option<PathBuf> {
     let executable = |candidate: &Path| {
         candidate.is_file() && nix::unistd::access(candidate, nix::unistd::AccessFlags::X_OK).is_ok()
     };
     if name.as_bytes().contains(&b'/') {
         let candidate = PathBuf::from(name);
-        return executable(&candidate).then_some(candidate);
+        return (candidate.is_absolute() && executable(&candidate)).then_some(candidate);
     }
-    std::env::split_paths(path).map(|folder| folder.join(name)).find(|candidate| executable(candidate))
+    let folders = std::env::split_paths(path).filter(|folder| folder.is_absolute());
+    folders.map(|folder| folder.join(name)).find(|candidate| executable(candidate))
 }
 
 /// Has this process ignore a signal. Children that [`Command`] spawns do not inherit that.
@@ -434,6 +442,32 @@ pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
 pub fn wait(pidfd: BorrowedFd<'_>) -> io::Result<Option<Exit>> {
     let waited = waitid(libc::P_PIDFD, pidfd.as_raw_fd() as libc::id_t, libc::WEXITED | libc::WNOHANG)?;
     Ok(waited.map(|(_, exit)| exit))
+}
+
+/// Whether the process of this descriptor is a child of ours, alive or dead and not yet reaped.
+///
+/// # Errors
+/// That of the kernel.
+pub fn is_child(pidfd: BorrowedFd<'_>) -> io::Result<bool> {
+    let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    match waitid(libc::P_PIDFD, pidfd.as_raw_fd() as libc::id_t, flags) {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ECHILD) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// When a process was made, in clock ticks since boot (`starttime` of proc_pid_stat(5)). With its pid this names one
+/// process for as long as the host is up.
+///
+/// # Errors
+/// There is no such process, or `InvalidData` for a line of no known form.
+pub fn start_time(pid: i32) -> io::Result<u64> {
+    let line = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The second field is the program's name in parentheses, which may itself hold blanks and parentheses.
+    let rest = line.rsplit_once(')').map(|(_, rest)| rest);
+    let field = rest.and_then(|rest| rest.split_ascii_whitespace().nth(19)?.parse().ok());
+    field.ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 /// Reaps a child, waiting for its end.
@@ -605,6 +639,23 @@ mod tests {
         let child = shell("kill -USR2 $$; exit 3").spawn().unwrap();
         assert_eq!(wait_blocking(&child).unwrap(), Exit::Signal(libc::SIGUSR2));
         set.thread_unblock().unwrap();
+        // A real-time signal too, one that glibc would not let us reset.
+        let ignored: [u64; 4] = [libc::SIG_IGN as u64, 0, 0, 0];
+        for signal in [33, 64] {
+            // SAFETY: the structure is a valid kernel sigaction: a handler and zeros.
+            let result = unsafe {
+                libc::syscall(
+                    libc::SYS_rt_sigaction,
+                    signal,
+                    ignored.as_ptr(),
+                    ptr::null_mut::<libc::c_void>(),
+                    8,
+                )
+            };
+            assert_eq!(result, 0);
+        }
+        let child = shell("grep -q 'SigIgn:.0*$' /proc/self/status").spawn().unwrap();
+        assert!(wait_blocking(&child).unwrap().success());
     }
 
     #[test]
@@ -614,6 +665,24 @@ mod tests {
         let mut command = shell("true");
         command.directory(Path::new("/nonexistent")).unwrap();
         assert_eq!(command.spawn().unwrap_err().step, "chdir");
+    }
+
+    #[test]
+    fn children_are_told_from_others_and_from_later_processes() {
+        let child = shell("sleep 100").spawn().unwrap();
+        assert!(is_child(child.pidfd.as_fd()).unwrap());
+        assert!(!is_child(pidfd_open(1).unwrap().as_fd()).unwrap());
+        assert!(!is_child(pidfd_open(std::process::id() as i32).unwrap().as_fd()).unwrap());
+        let started = start_time(child.pid).unwrap();
+        assert!(started >= start_time(std::process::id() as i32).unwrap());
+        pidfd_send_signal(child.pidfd.as_fd(), libc::SIGKILL).unwrap();
+        while peek_dead_child().unwrap() != Some(child.pid) {
+            std::thread::yield_now();
+        }
+        assert!(is_child(child.pidfd.as_fd()).unwrap(), "until it is reaped");
+        assert_eq!(start_time(child.pid).unwrap(), started);
+        wait_blocking(&child).unwrap();
+        assert!(!is_child(child.pidfd.as_fd()).unwrap_or(false));
     }
 
     #[test]
@@ -633,6 +702,20 @@ mod tests {
         assert_eq!(find_program(OsStr::new("/bin/sh"), OsStr::new("")).unwrap(), Path::new("/bin/sh"));
         assert_eq!(find_program(OsStr::new("no-such-program"), OsStr::new("/bin")), None);
         assert_eq!(find_program(OsStr::new("/etc/passwd"), OsStr::new("/bin")), None);
+    }
+
+    #[test]
+    fn nothing_is_found_by_a_relative_path() {
+        // Tests run in the folder of their package.
+        let folder = tempfile::tempdir_in(".").unwrap();
+        std::os::unix::fs::symlink("/bin/sh", folder.path().join("here")).unwrap();
+        let name = folder.path().file_name().unwrap();
+        let relative = Path::new(name).join("here");
+        assert!(relative.is_file());
+        assert_eq!(find_program(relative.as_os_str(), OsStr::new("/bin")), None);
+        assert_eq!(find_program(OsStr::new("here"), name), None);
+        // An empty element means the working directory to a shell.
+        assert_eq!(find_program(OsStr::new("Cargo.toml"), OsStr::new("")), None);
     }
 
     #[test]
