@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! <state>/<namespace>/            0711
-//!   .<id>/                        a bundle that is being made, or being deleted; no daemon looks into it
+//!   .<id>/                        a bundle that is being made; no daemon looks into it
+//!   .stale--…/                    what is out of use and waits to be removed
 //!   <id>/                         0700; 0710 and the mapped group when the container has a user namespace
 //!     config.json                 the runtime spec, byte for byte as the client gave it
 //!     rootfs/                     0711, where the shim mounts the root filesystem
@@ -22,6 +23,7 @@ use std::fs::{self, DirBuilder, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use davit_model::{Coded, ErrorCode};
 use nix::unistd::Gid;
@@ -198,12 +200,13 @@ impl Bundle {
         })
     }
 
-    /// Unmounts what is mounted in it and removes it and its work folder. It is renamed first, so that a
-    /// daemon that dies here leaves no half of a bundle. Idempotent.
+    /// Unmounts what is mounted in it, and puts it and its work folder out of use by a rename each: from then on another
+    /// bundle of the same id can be made. What is put away waits to be removed; a daemon that dies before that leaves it
+    /// to the next one ([`set_aside`]). Idempotent.
     ///
     /// # Errors
-    /// It is still there, whole or under its hidden name, which the next daemon clears.
-    pub fn delete(&self) -> Result<(), BundleError> {
+    /// It is still there, or its work folder is.
+    pub fn put_away(&self) -> Result<PutAway, BundleError> {
         let rootfs = self.path.join("rootfs");
         // Mostly the shim has unmounted it. A mount point is busy, and then nothing is done to what is in it.
         match fs::remove_dir(&rootfs) {
@@ -212,14 +215,19 @@ impl Bundle {
             Err(_) => davit_sys::mount::unmount_all(&rootfs)
                 .map_err(|source| BundleError::Unmount { path: rootfs.clone(), source })?,
         }
-        let hidden = Bundle::hidden(&self.path);
-        remove_tree(&hidden)?;
-        match fs::rename(&self.path, &hidden) {
-            Ok(()) => remove_tree(&hidden)?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(source) => return Err(io_error("rename", &self.path, source)),
+        let mut away = PutAway { paths: Vec::new() };
+        for path in [&self.path, &self.work] {
+            away.paths.extend(out_of_use(path)?);
         }
-        remove_tree(&self.work)
+        Ok(away)
+    }
+
+    /// Puts it away and removes that.
+    ///
+    /// # Errors
+    /// It is still there, whole or under a name out of use, which the next daemon clears.
+    pub fn delete(&self) -> Result<(), BundleError> {
+        self.put_away()?.remove()
     }
 
     /// Remembers how to reach the shim, for the next daemon.
@@ -377,6 +385,41 @@ pub fn set_aside(namespace_folder: &Path, keep: impl Fn(&str) -> bool) -> Result
         stale.push(free);
     }
     Ok(stale)
+/// A bundle that is out of use.
+#[derive(Debug)]
+#[must_use = "it is to be removed"]
+pub struct PutAway {
+    paths: Vec<PathBuf>,
+}
+
+impl PutAway {
+    /// Removes it.
+    ///
+    /// # Errors
+    /// Some of it is still there; the next daemon tries again.
+    pub fn remove(self) -> Result<(), BundleError> {
+        self.paths.iter().try_for_each(|path| remove_tree(path))
+    }
+}
+
+/// Renames a folder to a name out of use; `None` if there is none.
+fn out_of_use(path: &Path) -> Result<Option<PathBuf>, BundleError> {
+    static NUMBER: AtomicU64 = AtomicU64::new(0);
+    let id = path.file_name().unwrap_or_default().to_string_lossy();
+    loop {
+        // Unique in this process; what an earlier one left under the same name is not replaced, for it is not empty,
+        // or else nothing is lost.
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let stale = path.with_file_name(format!("{STALE}{id}--{number}"));
+        match fs::rename(path, &stale) {
+            Ok(()) => return Ok(Some(stale)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+            Err(source) => return Err(io_error("rename", path, source)),
+        }
+    }
+}
+
 }
 
 /// Removes what [`set_aside`] gave; unmounts what is mounted in it.
