@@ -1,6 +1,7 @@
 //! The black-box tests, in one binary. They know sockets and binaries only.
 
 mod bad_input;
+mod clients;
 mod docker;
 mod limits;
 mod operations;

@@ -4,6 +4,7 @@
 //! before the stores it describes; the events socket is served before the shims of an earlier daemon are looked for,
 //! because they report as soon as they are connected to; and the API is served when every task is known.
 
+mod authority;
 mod listen;
 
 use std::collections::BTreeMap;
@@ -21,6 +22,7 @@ use davit_snapshotter::native::{self, Native};
 use davit_snapshotter::overlayfs::{self, Overlayfs};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -32,6 +34,7 @@ use crate::grpc::{self, notice};
 use crate::metadata::{Metadata, Parts, Scope, Sharing, gc};
 use crate::plugins::{self, SnapshotterEntry};
 use crate::runtime::{self, Tasks};
+use authority::AnyAuthority;
 
 /// The folder of blobs, named as containerd names it.
 const CONTENT: &str = "io.containerd.content.v1.content";
@@ -188,13 +191,14 @@ async fn serve(
     stop: CancellationToken,
 ) -> Result<()> {
     let config::Grpc { address, max_concurrent_calls, .. } = &config.grpc;
+    let incoming = UnixListenerStream::new(listener).map(|stream| stream.map(AnyAuthority::new));
     let server = tonic::transport::Server::builder()
         .layer(ContextLayer::default())
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_concurrent_streams(*max_concurrent_calls)
         .add_routes(routes)
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop.clone().cancelled_owned());
+        .serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned());
     let server = tokio::spawn(server);
     tracing::info!(address = %address.display(), "serving");
     // Nobody listens where systemd did not start us.

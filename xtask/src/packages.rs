@@ -13,12 +13,13 @@ pub(crate) type Package = (&'static str, &'static str);
 /// What running a container needs.
 pub(crate) const QUICKSTART: &[Package] = &[("runc", "/usr/sbin/runc"), ("busybox-static", "/bin/busybox")];
 
-/// What the tests need besides: another runtime, and a client and peer.
+/// What the tests need besides: another runtime, a client and peer, and another implementation of gRPC.
 pub(crate) const TEST: &[Package] = &[
     ("runc", "/usr/sbin/runc"),
     ("busybox-static", "/bin/busybox"),
     ("crun", "/usr/bin/crun"),
     ("containerd", "/usr/bin/containerd"),
+    ("python3-grpcio", "/usr/lib/python3/dist-packages/grpc/__init__.py"),
     ("docker.io", "/usr/sbin/dockerd"),
 ];
 
