@@ -49,11 +49,8 @@ pub fn bootstrap(data: &[u8]) {
         knows_json: data.first().is_some_and(|byte| byte & 1 == 1),
     };
     let input = StartInput::parse(data, &environment);
-    // Options of a type that is named as the container cannot be told from the later protocol.
-    if input.options.as_ref().is_none_or(|options| options.type_url != environment.id) {
-        let again = input.encode("box", "default", "2.3.4", "davitd");
-        assert_eq!(StartInput::parse(&again, &environment), input);
-    }
+    let again = input.encode("box", "default", "2.3.4", "davitd");
+    assert_eq!(StartInput::parse(&again, &environment), input);
     if let Ok(result) = StartResult::parse(data) {
         assert_eq!(StartResult::parse(&result.print(Generation::Bootstrap)), Ok(result.clone()));
         assert_eq!(StartResult::parse(&result.to_json()), Ok(result));

@@ -151,6 +151,11 @@ fn mounts_replace_defaults_and_stay_in_order() {
     ));
     assert!(matches!(refused(vec![bind("a", true)]), SpecError::NotAbsolute { .. }));
     assert!(matches!(refused(vec![bind("/a/..", true)]), SpecError::RootMount));
+    for target in ["/", "/a/.."] {
+        let tmpfs = vec![TmpfsMount { destination: target.to_owned(), options: Vec::new() }];
+        let error = build(&image(), &self::root(), &Options { tmpfs, ..options() }, &host()).unwrap_err();
+        assert!(matches!(error, SpecError::RootMount), "{error}");
+    }
 }
 
 #[test]

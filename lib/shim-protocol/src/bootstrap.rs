@@ -74,9 +74,11 @@ pub struct StartInput {
 impl StartInput {
     /// Reads what a daemon wrote to the stdin of `start`.
     ///
-    /// `BootstrapParams` and `Any` overlap on the wire: both begin with a string in field 1. The former is it
-    /// if that string is the id of the `-id` flag. Bytes that are neither are ignored, as containerd's shims
-    /// do it, since all that they could hold comes with `Create` again.
+    /// `BootstrapParams` and `Any` overlap on the wire: both begin with a string in field 1, and the options in field 2
+    /// of an `Any` may be text by chance. The former is it if that string is the id of the `-id` flag, and an address
+    /// of the daemon follows, which is always sent: an `Any` has no third field. The id alone does not tell, for a
+    /// container may have the name of a type. Bytes that are neither are ignored, as containerd's shims do it, since
+    /// all that they could hold comes with `Create` again.
     pub fn parse(stdin: &[u8], environment: &StartEnvironment) -> StartInput {
         let mut input = StartInput {
             generation: if environment.knows_json { Generation::Json } else { Generation::Plain },
@@ -90,7 +92,7 @@ impl StartInput {
             return input;
         }
         match BootstrapParams::decode(stdin) {
-            Ok(params) if !params.instance_id.is_empty() && params.instance_id == environment.id => {
+            Ok(params) if is_for(&params, &environment.id) => {
                 input.generation = Generation::Bootstrap;
                 input.debug |= params.log_level <= LogLevel::Debug as i32;
                 if !params.containerd_ttrpc_address.is_empty() {
@@ -136,6 +138,11 @@ impl StartInput {
             .encode_to_vec(),
         }
     }
+}
+
+fn is_for(params: &BootstrapParams, id: &str) -> bool {
+    let addresses = [&params.containerd_grpc_address, &params.containerd_ttrpc_address];
+    !id.is_empty() && params.instance_id == id && addresses.into_iter().any(|address| !address.is_empty())
 }
 
 /// The runtime's options among the extensions: those of `runc` if they are there, else the first.
@@ -326,6 +333,25 @@ mod tests {
         let parsed = StartInput::parse(&bytes, &environment());
         assert_eq!(parsed.generation, Generation::Json);
         assert_eq!(parsed.grpc_address, "/run/c.sock");
+    }
+
+    #[test]
+    fn options_of_a_container_with_the_name_of_their_type_stay_options() {
+        let mut environment = environment();
+        environment.id = RUNC_OPTIONS.to_owned();
+        // The options are text too, so that the bytes are well formed as either message.
+        let options = Any { value: b"2\x04crun".to_vec(), ..options() };
+        let sent = StartInput {
+            generation: Generation::Json,
+            options: Some(options),
+            debug: false,
+            ttrpc_address: "/run/c.sock.ttrpc".to_owned(),
+            grpc_address: "/run/c.sock".to_owned(),
+            socket_dir: None,
+        };
+        let bytes = sent.encode(RUNC_OPTIONS, "default", "1.7.0", "/usr/bin/containerd");
+        assert_eq!(BootstrapParams::decode(bytes.as_slice()).unwrap().instance_id, RUNC_OPTIONS);
+        assert_eq!(StartInput::parse(&bytes, &environment), sent);
     }
 
     #[test]

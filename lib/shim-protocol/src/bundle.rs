@@ -26,6 +26,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use davit_model::{Coded, ErrorCode};
+use davit_sys::fs::read_regular;
 use nix::unistd::Gid;
 use serde::Deserialize;
 
@@ -34,6 +35,8 @@ use crate::journal;
 
 /// Everything about the shim itself is small; what is larger is no file of ours.
 const MAX_SMALL_FILE: u64 = 64 * 1024;
+/// The most bytes of a `config.json`: it comes in a message of a client, of which daemons take at most 16 MiB.
+const MAX_SPEC: u64 = 32 << 20;
 
 /// The names of what is out of use and waits to be removed. No bundle and no half of one is named so: an
 /// identifier has no two separators in a row.
@@ -306,7 +309,7 @@ impl Bundle {
     /// There is a `config.json` that cannot be read.
     pub fn annotation(&self, names: &[&str]) -> Result<Option<String>, BundleError> {
         let path = self.path.join("config.json");
-        let spec = match fs::read(&path) {
+        let spec = match read_regular(&path, MAX_SPEC) {
             Ok(spec) => spec,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(io_error("read", &path, source)),
@@ -326,12 +329,7 @@ impl Bundle {
 
     fn read_file(&self, name: &str) -> Result<Option<Vec<u8>>, BundleError> {
         let path = self.path.join(name);
-        let read = || -> io::Result<Vec<u8>> {
-            let mut content = Vec::new();
-            io::Read::read_to_end(&mut io::Read::take(fs::File::open(&path)?, MAX_SMALL_FILE), &mut content)?;
-            Ok(content)
-        };
-        match read() {
+        match read_regular(&path, MAX_SMALL_FILE) {
             Ok(content) => Ok(Some(content)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(source) => Err(io_error("read", &path, source)),
@@ -385,6 +383,8 @@ pub fn set_aside(namespace_folder: &Path, keep: impl Fn(&str) -> bool) -> Result
         stale.push(free);
     }
     Ok(stale)
+}
+
 /// A bundle that is out of use.
 #[derive(Debug)]
 #[must_use = "it is to be removed"]
@@ -418,8 +418,6 @@ fn out_of_use(path: &Path) -> Result<Option<PathBuf>, BundleError> {
             Err(source) => return Err(io_error("rename", path, source)),
         }
     }
-}
-
 }
 
 /// Removes what [`set_aside`] gave; unmounts what is mounted in it.

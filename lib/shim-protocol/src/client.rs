@@ -158,13 +158,20 @@ impl Drop for Registration<'_> {
 }
 
 impl Client {
-    /// Connects to the socket at `path`.
+    /// Connects to the socket at `path`, if it is our own user who listens there: whoever else has got hold of the name
+    /// would be trusted with containers, and believed what becomes of them.
     ///
     /// # Errors
     /// `ECONNREFUSED` and `ENOENT` when nobody listens there; `WouldBlock` (`EAGAIN`) when somebody does and
-    /// has more connections waiting than it takes.
+    /// has more connections waiting than it takes; `PermissionDenied` for a stranger.
     pub async fn connect(path: &Path) -> io::Result<Client> {
-        Ok(Client::new(UnixStream::connect(path).await?))
+        let stream = UnixStream::connect(path).await?;
+        let (listener, us) = (stream.peer_cred()?.uid(), nix::unistd::geteuid().as_raw());
+        if listener != us {
+            let text = format!("the socket is served by user {listener}, not by {us}");
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+        }
+        Ok(Client::new(stream))
     }
 
     /// Speaks over a stream that is connected. Must be called on a tokio runtime.

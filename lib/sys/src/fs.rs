@@ -1,13 +1,16 @@
 //! File calls that work on descriptors and single names instead of paths, so that nobody who can rename a folder
 //! in between can redirect them: resolution inside a root (openat2(2)), extended attributes of a name without
-//! following it (xattr(7)), the mode of an `O_PATH` descriptor, early writeback.
+//! following it (xattr(7)), the mode of an `O_PATH` descriptor, early writeback. And small files of a folder that
+//! somebody else may have written to: what is there instead of the file is not followed, waited for or read for ever.
 //!
 //! What `nix` wraps safely (`openat`, `mkdirat`, `linkat`, `utimensat`, `syncfs`, …) is called from there.
 
 use std::ffi::{CStr, CString};
 use std::fs;
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat2};
@@ -36,6 +39,39 @@ pub fn open_in_root(root: BorrowedFd<'_>, path: &[u8], flags: OFlag) -> Result<O
             result => return result,
         }
     }
+}
+
+/// Reads a regular file. Where a link, a FIFO or a device has its name the call fails instead of following it or waiting
+/// for its other end (open(2): `O_NOFOLLOW`, `O_NONBLOCK`).
+///
+/// # Errors
+/// Those of open(2) and read(2), `ELOOP` for a link among them; `InvalidInput` for what is no regular file, and
+/// `FileTooLarge` for one of more than `limit` bytes.
+pub fn read_regular(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+    let file = fs::File::options().read(true).custom_flags(flags.bits()).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+    }
+    let mut content = Vec::new();
+    file.take(limit.saturating_add(1)).read_to_end(&mut content)?;
+    if content.len() as u64 > limit {
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("larger than {limit} bytes")));
+    }
+    Ok(content)
+}
+
+/// Writes a new file that only its owner can read, in place of whatever has its name: a link there is removed, not
+/// followed.
+///
+/// # Errors
+/// Those of unlink(2), open(2) and write(2); `EEXIST` when somebody was quicker.
+pub fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    fs::File::options().write(true).create_new(true).mode(0o600).open(path)?.write_all(content)
 }
 
 /// Reads an extended attribute of an open file or folder (not of an `O_PATH` descriptor). `None` when there is no
@@ -233,6 +269,38 @@ mod tests {
         // A symlink cannot have user attributes: following would succeed.
         assert!(set_xattr_at(parent.as_fd(), b"link", c"user.a", b"b").is_err());
         assert_eq!(get_xattr_at(parent.as_fd(), b"target", c"user.a").unwrap(), None);
+    }
+
+    #[test]
+    fn only_a_regular_file_of_bounded_size_is_read() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = |name: &str| temp.path().join(name);
+        fs::write(path("file"), "12345").unwrap();
+        assert_eq!(read_regular(&path("file"), 5).unwrap(), b"12345");
+        assert_eq!(read_regular(&path("file"), 4).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
+        assert_eq!(read_regular(&path("none"), 4).unwrap_err().kind(), io::ErrorKind::NotFound);
+        symlink("file", path("link")).unwrap();
+        let link = read_regular(&path("link"), 5).unwrap_err();
+        assert_eq!(link.raw_os_error(), Some(Errno::ELOOP as i32));
+        // Without O_NONBLOCK this would wait for a writer, for ever.
+        nix::unistd::mkfifo(&path("fifo"), Mode::S_IRWXU).unwrap();
+        assert_eq!(read_regular(&path("fifo"), 5).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        assert_eq!(read_regular(Path::new("/dev/zero"), 5).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+    }
+
+    #[test]
+    fn a_private_file_replaces_a_link_and_not_its_target() {
+        let temp = tempfile::tempdir().unwrap();
+        let (canary, path) = (temp.path().join("canary"), temp.path().join("file"));
+        fs::write(&canary, "untouched").unwrap();
+        symlink(&canary, &path).unwrap();
+        write_private(&path, b"ours").unwrap();
+        assert_eq!(fs::read(&canary).unwrap(), b"untouched");
+        let status = fs::symlink_metadata(&path).unwrap();
+        assert!(status.is_file());
+        assert_eq!(status.permissions().mode() & 0o777, 0o600);
+        write_private(&path, b"again").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"again");
     }
 
     #[test]

@@ -45,6 +45,18 @@ pub fn receive_descriptor(socket: BorrowedFd<'_>) -> io::Result<Option<OwnedFd>>
     Ok(received.into_iter().next())
 }
 
+/// True for the master side of a pseudoterminal, whose device is always 5:2 (pts(4)). Nothing is asked of a filesystem
+/// that may not answer (statx(2): `AT_STATX_DONT_SYNC`): the descriptor may be of a container's making.
+pub fn is_terminal_master(file: BorrowedFd<'_>) -> bool {
+    // SAFETY: all zeros are a valid statx structure.
+    let mut status: libc::statx = unsafe { std::mem::zeroed() };
+    let flags = libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC;
+    // SAFETY: the path is NUL-terminated, and `status` is valid for writing during the call.
+    let result = unsafe { libc::statx(file.as_raw_fd(), c"".as_ptr(), flags, libc::STATX_TYPE, &mut status) };
+    let kind = u32::from(status.stx_mode) & libc::S_IFMT;
+    result == 0 && kind == libc::S_IFCHR && (status.stx_rdev_major, status.stx_rdev_minor) == (5, 2)
+}
+
 /// Sets the size of a terminal in characters; the kernel tells its foreground processes by `SIGWINCH`.
 ///
 /// # Errors
@@ -88,6 +100,15 @@ mod tests {
         assert_eq!(text, "hello");
         drop(near);
         assert!(receive_descriptor(far.as_fd()).unwrap().is_none());
+    }
+
+    #[test]
+    fn only_a_master_is_a_master() {
+        let open = |path: &str| std::fs::File::options().read(true).write(true).open(path).unwrap();
+        assert!(is_terminal_master(open("/dev/ptmx").as_fd()));
+        assert!(!is_terminal_master(open("/dev/null").as_fd()));
+        let (reader, _writer) = std::io::pipe().unwrap();
+        assert!(!is_terminal_master(reader.as_fd()));
     }
 
     #[test]

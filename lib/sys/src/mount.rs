@@ -209,6 +209,10 @@ pub fn kernel_at_least(major: u32, minor: u32) -> bool {
 
 /// Every mount point strictly below `target`, the last mounted first.
 fn mount_points_below(target: &Path) -> Result<Vec<PathBuf>, Error> {
+    // What a link leads to is not below it: in place of a folder of ours it may lead to the root of the host.
+    if fs::symlink_metadata(target).is_ok_and(|status| status.is_symlink()) {
+        return Ok(Vec::new());
+    }
     let Ok(target) = fs::canonicalize(target) else { return Ok(Vec::new()) };
     // A thread can have a mount namespace of its own.
     let table = fs::read("/proc/thread-self/mountinfo").map_err(|error| Error::Syscall {

@@ -146,6 +146,11 @@ fn mounts(options: &Options) -> Result<Vec<SpecMount>, SpecError> {
     }
     for tmpfs in &options.tmpfs {
         absolute("tmpfs", &tmpfs.destination)?;
+        let destination = tidy(&tmpfs.destination);
+        // It would hide the image and all that is to be mounted in it.
+        if destination == "/" {
+            return Err(SpecError::RootMount);
+        }
         let mut flags = vec!["nosuid".to_owned(), "nodev".to_owned(), "noexec".to_owned()];
         // An option of the caller's, such as `exec`, undoes its opposite.
         flags.retain(|flag| !tmpfs.options.iter().any(|option| *flag == format!("no{option}")));
@@ -153,7 +158,7 @@ fn mounts(options: &Options) -> Result<Vec<SpecMount>, SpecError> {
             tmpfs.options.iter().filter(|option| !flags.contains(option)).cloned().collect::<Vec<_>>(),
         );
         own.push(SpecMount {
-            destination: tidy(&tmpfs.destination),
+            destination,
             kind: "tmpfs".to_owned(),
             source: "tmpfs".to_owned(),
             options: flags,

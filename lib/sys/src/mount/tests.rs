@@ -337,6 +337,26 @@ fn unmount_all_takes_stacks_submounts_and_busy_ones() {
     });
 }
 
+/// A link in place of a bundle's `rootfs` shall not get the mounts of the host taken off (the class of CVE-2021-30465).
+#[test]
+fn nothing_is_unmounted_through_a_link() {
+    isolated(|dir| {
+        let host = folder(dir, "host");
+        let point = folder(&host, "point");
+        mount_all(&[mount("tmpfs", Path::new("tmpfs"), &[])], &point).unwrap();
+        let link = dir.join("rootfs");
+        for target in [&host, &point] {
+            symlink(target, &link).unwrap();
+            unmount_all(&link).unwrap();
+            assert!(detach_all(&link).unwrap().is_empty());
+            assert_eq!(mounts_at(&point).len(), 1, "{}", target.display());
+            fs::remove_file(&link).unwrap();
+        }
+        unmount_all(&host).unwrap();
+        assert!(mounts_at(&point).is_empty());
+    });
+}
+
 #[test]
 fn remount_changes_what_is_there() {
     isolated(|dir| {
