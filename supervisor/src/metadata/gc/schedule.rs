@@ -29,13 +29,17 @@ const SHORTEST_RUN: Duration = Duration::from_millis(5);
 /// How long a change can go without a collection.
 const LONGEST_REST: Duration = Duration::from_secs(60 * 60);
 
+/// The longest wait of any kind, whatever the configuration says: a time that far ahead can be counted with.
+const LONGEST_WAIT: Duration = Duration::from_secs(24 * 60 * 60);
+
 /// The rest before the next try when the first collection failed, and what is added to the usual one later.
 const REST_AFTER_FAILURE: Duration = Duration::from_secs(1);
 
 /// How eagerly to collect; the names and defaults are containerd's.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
-    /// The share of time that collecting may take, from 0 (no limit) to 0.5.
+    /// The share of time that collecting may take, from 0 (no limit) to 0.5; what is outside of that counts as the nearer
+    /// end. The rest after a collection is a day at most, and so is each of the two delays.
     pub pause_threshold: f64,
     /// Collect as soon as so much was removed; 0 for never by number.
     pub deletion_threshold: u64,
@@ -151,7 +155,7 @@ impl Pace {
             (schedule.mutations.load(Ordering::Relaxed), schedule.deletions.load(Ordering::Relaxed));
         let reached = |threshold: u64, count: u64| threshold > 0 && count >= threshold;
         if schedule.requested() || reached(config.deletion_threshold, deletions) {
-            return Some(*self.asked.get_or_insert(now) + config.schedule_delay);
+            return Some(*self.asked.get_or_insert(now) + config.schedule_delay.min(LONGEST_WAIT));
         }
         let usual = self.since + self.rest;
         if self.first || deletions > 0 || reached(config.mutation_threshold, mutations) {
@@ -173,12 +177,14 @@ impl Pace {
             Ok((took, next_expiry)) => {
                 self.first = false;
                 self.total += took;
-                self.runs += 1;
+                self.runs = self.runs.saturating_add(1);
                 self.next_expiry = next_expiry;
                 let average = (self.total / self.runs).max(SHORTEST_RUN);
                 let threshold = config.pause_threshold.min(0.5);
                 self.rest = if threshold > 0.0 {
-                    average.mul_f64(1.0 / threshold).saturating_sub(average)
+                    // The quotient of two ordinary numbers may be no duration.
+                    Duration::try_from_secs_f64(average.as_secs_f64() / threshold)
+                        .map_or(LONGEST_WAIT, |cycle| cycle.saturating_sub(average).min(LONGEST_WAIT))
                 } else {
                     Duration::ZERO
                 };
@@ -197,7 +203,7 @@ pub(super) async fn run(metadata: &Metadata, config: &Config, shutdown: &Cancell
     let schedule = &metadata.inner.schedule;
     let mut pace = Pace {
         since: Instant::now(),
-        rest: config.startup_delay,
+        rest: config.startup_delay.min(LONGEST_WAIT),
         first: true,
         total: Duration::ZERO,
         runs: 0,
@@ -296,6 +302,26 @@ mod tests {
         assert_eq!(pace.due(now, &schedule, &config), None);
         schedule.runs().requested = 3;
         assert_eq!(pace.due(now, &schedule, &config), Some(now + ms(10)));
+    }
+
+    #[test]
+    fn no_configuration_stops_the_collector() {
+        let (schedule, now) = (Schedule::default(), Instant::now());
+        for threshold in [f64::MIN_POSITIVE, 1e-300, 1e-9, -1.0, 7.0, f64::NAN, f64::INFINITY, -f64::INFINITY]
+        {
+            let config = Config {
+                pause_threshold: threshold,
+                schedule_delay: Duration::MAX,
+                startup_delay: Duration::MAX,
+                ..Config::default()
+            };
+            let mut pace = pace(now);
+            pace.ran(now, Ok((Duration::from_secs(60), None)), &config);
+            pace.ran(now, Err(()), &config);
+            assert!(pace.rest <= LONGEST_WAIT, "{threshold}");
+            schedule.runs().requested = u64::MAX;
+            assert_eq!(pace.due(now, &schedule, &config), Some(now + LONGEST_WAIT));
+        }
     }
 
     #[test]
