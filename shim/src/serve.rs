@@ -19,7 +19,6 @@ use crate::log;
 use crate::publisher::Publisher;
 use crate::reactor::sleep;
 use crate::shim::Shim;
-use crate::start::{LISTENER, OOM_SCORE_VARIABLE};
 use crate::{reaper, rpc};
 
 /// The time that clients have to take their last replies.
@@ -28,18 +27,33 @@ const LAST_REPLIES: Duration = Duration::from_millis(100);
 /// take stays in the journal.
 const LAST_EVENTS: Duration = Duration::from_secs(30);
 
-/// Serves until a client asks for the end and no container is left.
+/// What the serving process is given by the `start` that left it behind.
+pub(crate) struct Given {
+    /// The socket that clients connect to.
+    pub(crate) listener: OwnedFd,
+    /// The address of the daemon's socket for events.
+    pub(crate) daemon: String,
+    /// The `oom_score_adj` from before it was changed.
+    pub(crate) oom_score_adj: Option<i32>,
+}
+
+/// Serves on the socket that `-socket` names, as somebody does who starts the shim by hand.
 pub(crate) fn run(arguments: Arguments) -> io::Result<()> {
-    let listener = match &arguments.socket {
-        Some(path) => listen_at(path)?,
-        None => davit_sys::io::inherited(LISTENER)?,
-    };
+    let path = arguments.socket.as_deref().ok_or_else(|| {
+        io::Error::new(io::ErrorKind::InvalidInput, "one of start, delete and -socket is needed")
+    })?;
+    let listener = listen_at(path)?;
+    let daemon = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
+    serve(arguments, Given { listener, daemon, oom_score_adj: None })
+}
+
+/// Serves until a client asks for the end and no container is left.
+pub(crate) fn serve(arguments: Arguments, given: Given) -> io::Result<()> {
+    let Given { listener, daemon, oom_score_adj } = given;
     log::set_debug(arguments.debug);
     prepare_process()?;
     let socket = SocketFile::of(&listener);
     let folder = socket.as_ref().and_then(|socket| socket.path.parent()).map(Path::to_owned);
-    let oom_score_adj = std::env::var(OOM_SCORE_VARIABLE).ok().and_then(|score| score.parse().ok());
-    let daemon = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
     run_tasks(async move {
         let folder = folder.unwrap_or_else(std::env::temp_dir);
         let shim = Rc::new(Shim::new(arguments.namespace.clone(), folder, oom_score_adj));

@@ -4,6 +4,7 @@
 //! address, and need not wait until the new process is ready. Nothing of this process stays behind, above all
 //! no descriptor of its output, whose end the daemon waits for.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -14,19 +15,17 @@ use davit_proto::any;
 use davit_proto::containerd::runc::v1::Options;
 use davit_shim_protocol::address::{self, DEFAULT_SOCKET_DIR};
 use davit_shim_protocol::bootstrap::{StartEnvironment, StartInput, StartResult};
-use davit_sys::process::{Command, SpawnError};
+use davit_sys::detach::{leave_behind, set_command_line};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, OFlag};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
 use nix::sys::stat::{Mode, umask};
 
 use crate::arguments::Arguments;
+use crate::log;
+use crate::serve::{self, Given};
 use crate::spec::Specification;
 
-/// The descriptor at which the serving process finds its socket (containerd `serveListener`).
-pub(crate) const LISTENER: i32 = 3;
-/// Tells the serving process the `oom_score_adj` that it had before.
-pub(crate) const OOM_SCORE_VARIABLE: &str = "DAVIT_SHIM_OOM_SCORE_ADJ";
 /// The file in the bundle that tells containerd 1.6 and 1.7 the address.
 const ADDRESS_FILE: &str = "address";
 /// The link in the bundle to the folder of the socket, if it is not the default one (containerd 2.3).
@@ -49,12 +48,12 @@ pub(crate) enum StartError {
         /// The answer of the kernel.
         source: io::Error,
     },
-    /// The serving process cannot be executed.
+    /// The serving process cannot be forked.
     #[error("start serving process")]
-    Spawn(#[from] SpawnError),
-    /// An argument has a NUL byte, which no daemon's has.
-    #[error("invalid argument")]
-    Argument(#[from] std::ffi::NulError),
+    Fork {
+        /// The answer of the kernel.
+        source: io::Error,
+    },
 }
 
 fn io_error(step: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> StartError {
@@ -76,7 +75,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), StartError> {
     };
     let input = StartInput::parse(&stdin, &environment);
     let specification = Specification::read(Path::new(".")).map_err(io_error("read", "config.json"))?;
-    let group = specification.group().unwrap_or(&arguments.id);
+    let group = specification.group().unwrap_or(&arguments.id).to_owned();
+    // The copy is to serve for long, and starts with the memory of this process.
+    drop((stdin, specification));
 
     let socket_dir = input.socket_dir.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_SOCKET_DIR));
     if input.socket_dir.is_some() {
@@ -84,9 +85,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), StartError> {
         std::os::unix::fs::symlink(&socket_dir, SOCKET_DIR_LINK)
             .map_err(io_error("link", SOCKET_DIR_LINK))?;
     }
-    let path = address::socket_path(&socket_dir, &input.grpc_address, &arguments.namespace, group);
+    let path = address::socket_path(&socket_dir, &input.grpc_address, &arguments.namespace, &group);
     if let Some(listener) = bind_or_join(&socket_dir, &path)? {
-        spawn_server(arguments, &input, &listener).inspect_err(|_| {
+        leave_server(arguments, &input, listener).inspect_err(|_| {
             let _ = std::fs::remove_file(&path);
         })?;
     }
@@ -138,35 +139,45 @@ fn bind_or_join(folder: &Path, path: &Path) -> Result<Option<OwnedFd>, StartErro
     Ok(Some(listener))
 }
 
-fn spawn_server(arguments: &Arguments, input: &StartInput, listener: &OwnedFd) -> Result<(), StartError> {
-    let log = open_log();
+fn leave_server(arguments: &Arguments, input: &StartInput, listener: OwnedFd) -> Result<(), StartError> {
+    let log = open_log().map(OwnedFd::from);
     if std::env::var_os("SCHED_CORE").is_some_and(|value| !value.is_empty()) {
         davit_sys::process::share_core_with_group()
             .map_err(io_error("enable sched core support of", "/proc/self"))?;
     }
-    let own_score = raise_oom_score();
-    let program = std::env::current_exe().map_err(io_error("find", "/proc/self/exe"))?;
-    let mut command = Command::new(&program)?;
-    command.argument("-namespace")?.argument(&arguments.namespace)?;
-    command.argument("-id")?.argument(&arguments.id)?;
-    command.argument("-address")?.argument(&arguments.address)?;
-    if input.debug {
-        command.argument("-debug")?;
-    }
-    command.inherit_environment().variable("TTRPC_ADDRESS", &input.ttrpc_address)?;
-    if let Some(score) = own_score {
-        command.variable(OOM_SCORE_VARIABLE, score.to_string())?;
-    }
-    command.new_session().descriptor(LISTENER, listener.as_fd());
-    if let Some(log) = &log {
-        command.descriptor(2, log.as_fd());
-    }
-    let child = command.spawn()?;
+    let oom_score_adj = raise_oom_score();
+    let serve = |listener| {
+        name_server(arguments, input.debug);
+        let arguments = Arguments { debug: input.debug, ..arguments.clone() };
+        let given = Given { listener, daemon: input.ttrpc_address.clone(), oom_score_adj };
+        match serve::serve(arguments, given) {
+            Ok(()) => 0,
+            Err(error) => {
+                log::error(format_args!("cannot serve: {error}"));
+                1
+            }
+        }
+    };
+    let child = leave_behind(listener, log, serve).map_err(|source| StartError::Fork { source })?;
     let joined = join_cgroup(input, child.pid);
     if joined.is_err() {
         let _ = davit_sys::process::pidfd_send_signal(child.pidfd.as_fd(), nix::libc::SIGKILL);
     }
     joined
+}
+
+/// Gives the serving process the command line of one: operators find shims by it, and daemons their own.
+fn name_server(arguments: &Arguments, debug: bool) {
+    let program = std::env::args_os().next().unwrap_or_default();
+    let mut line = vec![program.as_os_str()];
+    for (flag, value) in
+        [("-namespace", &arguments.namespace), ("-id", &arguments.id), ("-address", &arguments.address)]
+    {
+        line.extend([OsStr::new(flag), OsStr::new(value)]);
+    }
+    line.extend(debug.then_some(OsStr::new("-debug")));
+    // It serves under any name.
+    let _ = set_command_line(line);
 }
 
 /// The log FIFO of the bundle. Opened for both directions it opens at once whether the daemon reads or not.

@@ -16,6 +16,8 @@ mod events;
 mod lifecycle;
 #[path = "runner/resources.rs"]
 mod resources;
+#[path = "runner/serving.rs"]
+mod serving;
 #[path = "runner/streams.rs"]
 mod streams;
 
