@@ -7,22 +7,34 @@
 //! given them first. Nothing is shown twice to one subscriber by this: it either was there when such an event
 //! was published or it gets it from the window.
 //!
+//! A shim repeats an event until it is acknowledged; the hub knows the last [`RECENT`] of what came so and drops
+//! what comes again ([`Hub::publish_once`]).
+//!
 //! A subscriber that does not read is cut off when its queue is full ([`QUEUE`] events); it never slows the
 //! publisher down and never grows the daemon without bound.
 
+mod recent;
+
+use std::borrow::Cow;
+use std::hash::{BuildHasher, DefaultHasher, Hasher, RandomState};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use davit_model::filter::{Adaptor, Filter, label_field, text_field};
 use davit_model::{Any, Labels};
-use std::borrow::Cow;
 use tokio::sync::mpsc;
+
+use recent::Recent;
 
 /// The events that a subscriber may lag behind before it is cut off.
 pub const QUEUE: usize = 16 * 1024;
 
 /// The most events kept for subscribers that come right after start.
 const WINDOW_EVENTS: usize = 16 * 1024;
+
+/// The events of shims that are remembered so that one that comes again is known. A shim sends one event at a time, so
+/// that no more than one of each shim can ever come again.
+pub const RECENT: usize = 16 * 1024;
 
 /// One event with its address.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -92,8 +104,14 @@ impl Adaptor for Fields {
     }
 }
 
-/// Reads the fields of an event's message; who knows the protobuf types gives it.
-pub type FieldReader = fn(&Any) -> Fields;
+/// What only those can say of an event who know the protobuf types.
+#[derive(Clone, Copy)]
+pub struct Reading {
+    /// The fields of an event's message.
+    pub fields: fn(&Any) -> Fields,
+    /// Hashes what makes an event one of its own: two reports with the same hash tell of the same occurrence.
+    pub occurrence: fn(&Envelope, &mut DefaultHasher),
+}
 
 /// The hub. Clones are the same hub.
 #[derive(Clone)]
@@ -103,12 +121,27 @@ pub struct Hub {
 
 struct Shared {
     started: SystemTime,
-    fields: FieldReader,
+    reading: Reading,
+    /// Hashes occurrences. Its seed is random, so that nobody can make events that are taken for others.
+    hashes: Seeded,
     state: Mutex<State>,
+}
+
+/// The hasher of occurrences.
+struct Seeded(RandomState);
+
+impl Seeded {
+    fn occurrence(&self, reading: &Reading, envelope: &Envelope) -> u64 {
+        let mut hasher = self.0.build_hasher();
+        (reading.occurrence)(envelope, &mut hasher);
+        hasher.finish()
+    }
 }
 
 struct State {
     subscribers: Vec<Subscriber>,
+    /// What came from shims.
+    recent: Recent<u64>,
     /// Events older than the daemon, while the window is open.
     window: Option<Vec<Arc<Published>>>,
 }
@@ -128,10 +161,16 @@ struct Subscriber {
 pub type Subscription = mpsc::Receiver<Arc<Envelope>>;
 
 impl Hub {
-    /// A hub whose window is open. `fields` reads the fields of an event's message for filters.
-    pub fn new(fields: FieldReader) -> Hub {
-        let state = State { subscribers: Vec::new(), window: Some(Vec::new()) };
-        Hub { shared: Arc::new(Shared { started: SystemTime::now(), fields, state: Mutex::new(state) }) }
+    /// A hub whose window is open.
+    pub fn new(reading: Reading) -> Hub {
+        let state = State { subscribers: Vec::new(), recent: Recent::new(RECENT), window: Some(Vec::new()) };
+        let shared = Shared {
+            started: SystemTime::now(),
+            reading,
+            hashes: Seeded(RandomState::new()),
+            state: Mutex::new(state),
+        };
+        Hub { shared: Arc::new(shared) }
     }
 
     /// Closes the window: from now on a new subscriber sees live events only.
@@ -141,10 +180,36 @@ impl Hub {
 
     /// Tells every subscriber, in the order of the calls. Never waits.
     pub fn publish(&self, envelope: Envelope) {
-        // Before the lock, behind which all publishers wait.
-        let fields = (self.shared.fields)(&envelope.event);
-        let published = Arc::new(Published { envelope: Arc::new(envelope), fields });
+        let published = self.read(envelope);
+        self.tell(&mut self.state(), published);
+    }
+
+    /// The same for an event that may come again: from a shim, or of what a shim may have told already. False when it
+    /// has been told before.
+    pub fn publish_once(&self, envelope: Envelope) -> bool {
+        let occurrence = self.shared.hashes.occurrence(&self.shared.reading, &envelope);
+        let published = self.read(envelope);
         let mut state = self.state();
+        if !state.recent.insert(occurrence) {
+            return false;
+        }
+        self.tell(&mut state, published);
+        true
+    }
+
+    /// Whether [`publish_once`](Hub::publish_once) would drop it.
+    pub fn has_told(&self, envelope: &Envelope) -> bool {
+        let occurrence = self.shared.hashes.occurrence(&self.shared.reading, envelope);
+        self.state().recent.contains(occurrence)
+    }
+
+    /// Reads the event for all filters. To be done before the lock, behind which all publishers wait.
+    fn read(&self, envelope: Envelope) -> Arc<Published> {
+        let fields = (self.shared.reading.fields)(&envelope.event);
+        Arc::new(Published { envelope: Arc::new(envelope), fields })
+    }
+
+    fn tell(&self, state: &mut State, published: Arc<Published>) {
         if published.envelope.timestamp < self.shared.started
             && let Some(window) = &mut state.window
             && window.len() < WINDOW_EVENTS
@@ -205,6 +270,7 @@ impl Adaptor for Published {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::hash::Hash;
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::time::Duration;
 
@@ -219,7 +285,11 @@ mod tests {
     }
 
     fn hub() -> Hub {
-        Hub::new(|_| Fields { texts: vec![("id", "x".to_owned())], ..Fields::default() })
+        hub_with(|_| Fields { texts: vec![("id", "x".to_owned())], ..Fields::default() })
+    }
+
+    fn hub_with(fields: fn(&Any) -> Fields) -> Hub {
+        Hub::new(Reading { fields, occurrence: |envelope, hasher| envelope.topic.hash(hasher) })
     }
 
     fn filter(text: &str) -> Filter {
@@ -243,7 +313,7 @@ mod tests {
     #[test]
     fn an_event_is_read_once_however_many_filters_ask() {
         static READ: AtomicUsize = AtomicUsize::new(0);
-        let hub = Hub::new(|_| {
+        let hub = hub_with(|_| {
             READ.fetch_add(1, Ordering::Relaxed);
             Fields { texts: vec![("id", "x".to_owned()), ("empty", String::new())], ..Fields::default() }
         });
@@ -257,6 +327,22 @@ mod tests {
         assert!(not.try_recv().is_err());
         assert!(hub.subscribe(wants("event.id==x")).try_recv().is_ok());
         assert_eq!(READ.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn what_comes_again_is_dropped() {
+        let hub = hub();
+        let mut all = hub.subscribe(filter(""));
+        for (topic, new) in [("/a", true), ("/b", true), ("/a", false)] {
+            let envelope = envelope(topic, SystemTime::now());
+            assert_eq!(hub.has_told(&envelope), !new);
+            assert_eq!(hub.publish_once(envelope), new);
+        }
+        // A client may say the same as often as it likes.
+        hub.publish(envelope("/a", SystemTime::now()));
+        let topics: Vec<_> =
+            std::iter::from_fn(|| all.try_recv().ok()).map(|event| event.topic.clone()).collect();
+        assert_eq!(topics, ["/a", "/b", "/a"]);
     }
 
     #[test]

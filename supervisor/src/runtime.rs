@@ -40,16 +40,13 @@ use tokio::net::UnixListener;
 use tokio::sync::oneshot;
 use tracing::{Instrument, Span, warn};
 
-use crate::events::Envelope;
+use crate::events::Hub;
 
 pub use error::{Error, ShimError};
 pub use load::{Loading, Records};
 pub use task::{
     CreateOptions, ExecOptions, Exit, Metric, Process, ProcessInfo, Status, Stdio, UpdateOptions,
 };
-
-/// Who is told of events: the hub. It is called in the order of events and must not block.
-pub type EventSink = Arc<dyn Fn(Envelope) + Send + Sync>;
 
 /// Where things are and how long they may take.
 #[derive(Debug, Clone)]
@@ -142,12 +139,12 @@ impl Tasks {
     ///
     /// # Errors
     /// [`OpenError`] when a folder cannot be made.
-    pub fn open(config: Config, sink: EventSink) -> Result<Tasks, OpenError> {
+    pub fn open(config: Config, hub: Hub) -> Result<Tasks, OpenError> {
         for path in [&config.root, &config.state] {
             davit_shim_protocol::bundle::make_parents(path)
                 .map_err(|source| OpenError { path: path.clone(), source })?;
         }
-        Ok(Tasks { shared: Arc::new(registry::Shared::new(config, sink)) })
+        Ok(Tasks { shared: Arc::new(registry::Shared::new(config, hub)) })
     }
 
     /// Finds the shims of an earlier daemon by their bundles. Every task is known when this returns, and

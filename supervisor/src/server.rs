@@ -73,7 +73,7 @@ pub async fn run(config: Config) -> Result<()> {
         listen::folder(&config.root.join(name), 0o700)?;
     }
 
-    let hub = Hub::new(notice::fields);
+    let hub = Hub::new(notice::READING);
     let opening = (config.clone(), hub.clone());
     let (db, metadata, entries) =
         tokio::task::spawn_blocking(move || open_stores(&opening.0, &opening.1)).await??;
@@ -175,8 +175,7 @@ fn open_runtime(config: &Config, hub: &Hub) -> Result<Tasks> {
         debug: config.log.level.contains("debug"),
         timeouts: runtime::Timeouts::default(),
     };
-    let hub = hub.clone();
-    Ok(Tasks::open(config, Arc::new(move |envelope| hub.publish(envelope)))?)
+    Ok(Tasks::open(config, hub.clone())?)
 }
 
 /// Serves the API until a signal comes, then lets the calls under way end.

@@ -143,6 +143,7 @@ mod tests {
     use tonic::Code;
 
     use super::*;
+    use crate::events::Hub;
     use crate::plugins::{self, SnapshotterEntry};
     use crate::runtime;
 
@@ -163,7 +164,7 @@ mod tests {
             debug: false,
             timeouts: runtime::Timeouts::default(),
         };
-        let tasks = Tasks::open(config, Arc::new(|_| ())).unwrap();
+        let tasks = Tasks::open(config, Hub::new(crate::grpc::notice::READING)).unwrap();
         let broken = SnapshotterEntry { name: OVERLAYFS.1.into(), state: Err("no".into()) };
         let plugins = plugins::list("/r", "/l", vec![broken]);
         IntrospectionService::open(folder, plugins.into(), tasks).unwrap()

@@ -1,5 +1,6 @@
 //! Events on the wire: topics and messages of what the metadata services tell, and the fields that filters may ask for.
 
+use std::hash::{DefaultHasher, Hash};
 use std::time::SystemTime;
 
 use davit_model::{Any, Labels};
@@ -9,7 +10,7 @@ use davit_proto::containerd::services::images::v1 as images;
 use prost::{Message, Name};
 
 use super::convert::{any_from_wire, any_to_wire};
-use crate::events::{Cause, Envelope, Fields};
+use crate::events::{Cause, Envelope, Fields, Reading};
 use crate::metadata::Event;
 
 /// The envelope of a change.
@@ -65,6 +66,23 @@ fn message(event: Event) -> (&'static str, prost_types::Any) {
             ("/snapshot/remove", pack(&messages::SnapshotRemove { key, snapshotter }))
         }
     }
+}
+
+/// What the hub asks of events.
+pub const READING: Reading = Reading { fields, occurrence };
+
+/// What makes an event one of its own. An exit is that of a process; whoever reports it, and when, does not matter. A shim
+/// that repeats any other event repeats it to the byte, its time included.
+fn occurrence(envelope: &Envelope, hasher: &mut DefaultHasher) {
+    envelope.namespace.hash(hasher);
+    envelope.topic.hash(hasher);
+    if is_named::<messages::TaskExit>(&envelope.event.type_url)
+        && let Ok(exit) = messages::TaskExit::decode(envelope.event.value.as_slice())
+    {
+        let time = exit.exited_at.map(|time| (time.seconds, time.nanos));
+        return (exit.container_id, exit.id, exit.pid, time).hash(hasher);
+    }
+    (envelope.timestamp, &envelope.event.type_url, &envelope.event.value).hash(hasher);
 }
 
 /// What filters may ask of an event; nothing of one of an unknown type.

@@ -1,7 +1,7 @@
 //! What shims tell: the Events service on the daemon's ttrpc socket.
 //!
-//! A shim repeats an event until it is acknowledged, so an event may come twice; a second report of the same
-//! exit is acknowledged and dropped. The daemon publishes nothing that a shim publishes: of `/tasks/*` it
+//! A shim repeats an event until it is acknowledged, so an event may come twice; the second report is
+//! acknowledged and dropped. The daemon publishes nothing that a shim publishes: of `/tasks/*` it
 //! makes up the exit and the deletion of a task whose shim died, and no more.
 
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use prost::Message;
 use tokio::net::UnixListener;
 
 use super::owner;
-use super::registry::{ExitKey, Shared};
+use super::registry::Shared;
 use super::shim::{any_from_wire, time_from_wire, time_to_wire};
 use super::task::Exit;
 use crate::events::{Cause, Envelope};
@@ -78,52 +78,35 @@ pub(super) enum EventError {
 pub(super) async fn accept(shared: &Shared, envelope: Envelope) -> Result<(), EventError> {
     identifier::validate(&envelope.namespace).map_err(|source| EventError::Namespace { source })?;
     identifier::validate_topic(&envelope.topic).map_err(|source| EventError::Topic { source })?;
-    match envelope.topic.as_str() {
-        EXIT_TOPIC => {
-            if let Some(exit) = unpack::<wire::TaskExit>(&envelope.event)?
-                && !take_exit(shared, &envelope.namespace, exit).await
-            {
-                return Ok(());
-            }
+    let news = match envelope.topic.as_str() {
+        EXIT_TOPIC => unpack(&envelope.event)?.map(exit_news),
+        DELETE_TOPIC => unpack(&envelope.event)?.and_then(delete_news),
+        _ => None,
+    };
+    if shared.hub.has_told(&envelope) {
+        tracing::debug!(namespace = envelope.namespace, topic = envelope.topic, "event reported again");
+    } else {
+        if let Some((container, message)) = news
+            && let Some(task) = shared.get(&envelope.namespace, &container)
+        {
+            task.tell(message).await;
         }
-        DELETE_TOPIC => {
-            if let Some(delete) = unpack::<wire::TaskDelete>(&envelope.event)?
-                && (delete.id.is_empty() || delete.id == delete.container_id)
-                && let Some(task) = shared.get(&envelope.namespace, &delete.container_id)
-            {
-                task.tell(owner::Message::DeletePublished).await;
-            }
-        }
-        _ => {}
+        shared.hub.publish_once(envelope);
     }
-    (shared.sink)(envelope);
     Ok(())
 }
 
-/// False when the exit has been reported before.
-async fn take_exit(shared: &Shared, namespace: &str, exit: wire::TaskExit) -> bool {
+/// What the owner of its container is told of an exit.
+fn exit_news(exit: wire::TaskExit) -> (String, owner::Message) {
     let exited_at = exit.exited_at.as_ref().and_then(time_from_wire);
-    let key = ExitKey {
-        namespace: namespace.to_owned(),
-        container: exit.container_id.clone(),
-        process: exit.id.clone(),
-        pid: exit.pid,
-        exited_at,
-    };
-    if !shared.exit_is_new(key) {
-        tracing::debug!(
-            namespace,
-            container.id = exit.container_id,
-            exec.id = exit.id,
-            "exit reported again"
-        );
-        return false;
-    }
-    if let Some(task) = shared.get(namespace, &exit.container_id) {
-        let known = Exit { pid: exit.pid, status: exit.exit_status, exited_at };
-        task.tell(owner::Message::Exited { process: exit.id, exit: known }).await;
-    }
-    true
+    let known = Exit { pid: exit.pid, status: exit.exit_status, exited_at };
+    (exit.container_id, owner::Message::Exited { process: exit.id, exit: known })
+}
+
+/// What it is told of a deletion, if that is the task's own.
+fn delete_news(delete: wire::TaskDelete) -> Option<(String, owner::Message)> {
+    let own = delete.id.is_empty() || delete.id == delete.container_id;
+    own.then_some((delete.container_id, owner::Message::DeletePublished))
 }
 
 fn unpack<M: prost::Name + Default>(event: &Any) -> Result<Option<M>, EventError> {

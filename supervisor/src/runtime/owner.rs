@@ -9,7 +9,7 @@ use davit_shim_protocol::bundle::Bundle;
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{Instrument, Span, debug, info, info_span, warn};
 
-use super::registry::{ExitKey, Handle, Shared, View};
+use super::registry::{Handle, Shared, View};
 use super::shim::Shim;
 use super::task::{CreateOptions, Exit};
 use super::transitions::{Action, Input, Machine, Phase, Refusal};
@@ -338,7 +338,7 @@ impl Owner {
             Action::PublishExit(process, exit, cause) => self.publish_exit(process, exit, cause),
             Action::PublishDelete(exit) => {
                 let envelope = forward::delete_event(self.context.namespace(), self.context.id(), exit);
-                (self.context.shared.sink)(envelope);
+                self.context.shared.hub.publish_once(envelope);
             }
             Action::Leave => {}
         }
@@ -349,17 +349,8 @@ impl Owner {
         let (namespace, container) = (self.context.namespace(), self.context.id());
         let (pid, status) = (exit.pid, exit.status);
         warn!(process, pid, status, cause = cause.name(), "exit reported for a shim that is gone");
-        let key = ExitKey {
-            namespace: namespace.to_owned(),
-            container: container.to_owned(),
-            process: process.clone(),
-            pid: exit.pid,
-            exited_at: exit.exited_at,
-        };
-        if self.context.shared.exit_is_new(key) {
-            let envelope = forward::exit_event(namespace, container, &process, exit, cause);
-            (self.context.shared.sink)(envelope);
-        }
+        let envelope = forward::exit_event(namespace, container, &process, exit, cause);
+        self.context.shared.hub.publish_once(envelope);
     }
 
     fn answer_wait(&mut self, process: &str, result: Result<Exit, Error>) {

@@ -1,43 +1,30 @@
 //! Which tasks there are, and the way to the owner of each.
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{mpsc, watch};
 
 use super::owner::Message;
 use super::shim::Shim;
 use super::transitions::Phase;
-use super::{Config, Error, EventSink};
+use super::{Config, Error};
+use crate::events::Hub;
 use crate::lane::Lane;
-
-/// Exits that are remembered so that a second report of one is known.
-const RECENT_EXITS: usize = 4096;
 
 /// What all parts of the runtime share.
 pub(super) struct Shared {
     pub(super) config: Config,
-    pub(super) sink: EventSink,
+    /// Who is told of events.
+    pub(super) hub: Hub,
     /// Where what blocks runs.
     pub(super) lane: Lane,
     /// Short sections only; never held over an await.
     tasks: Mutex<BTreeMap<Key, Handle>>,
-    recent_exits: Mutex<Recent<ExitKey>>,
 }
 
 /// Namespace and container.
 type Key = (String, String);
-
-/// What makes an exit one of its own.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(super) struct ExitKey {
-    pub(super) namespace: String,
-    pub(super) container: String,
-    pub(super) process: String,
-    pub(super) pid: u32,
-    pub(super) exited_at: Option<SystemTime>,
-}
 
 /// The way to the owner of one container.
 #[derive(Clone)]
@@ -86,14 +73,8 @@ impl Handle {
 }
 
 impl Shared {
-    pub(super) fn new(config: Config, sink: EventSink) -> Shared {
-        Shared {
-            config,
-            sink,
-            lane: Lane::runtime(),
-            tasks: Mutex::new(BTreeMap::new()),
-            recent_exits: Mutex::new(Recent::new(RECENT_EXITS)),
-        }
+    pub(super) fn new(config: Config, hub: Hub) -> Shared {
+        Shared { config, hub, lane: Lane::runtime(), tasks: Mutex::new(BTreeMap::new()) }
     }
 
     pub(super) fn get(&self, namespace: &str, id: &str) -> Option<Handle> {
@@ -133,58 +114,8 @@ impl Shared {
         })
     }
 
-    /// True the first time that an exit is seen.
-    pub(super) fn exit_is_new(&self, key: ExitKey) -> bool {
-        self.recent_exits.lock().unwrap_or_else(PoisonError::into_inner).insert(key)
-    }
-
     fn tasks(&self) -> MutexGuard<'_, BTreeMap<Key, Handle>> {
         // A panic while the lock is held cannot leave the map half changed.
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// The last so many of something.
-struct Recent<T> {
-    limit: usize,
-    order: VecDeque<Arc<T>>,
-    known: HashSet<Arc<T>>,
-}
-
-impl<T: Eq + std::hash::Hash> Recent<T> {
-    fn new(limit: usize) -> Recent<T> {
-        Recent { limit, order: VecDeque::new(), known: HashSet::new() }
-    }
-
-    /// True if it was not among them.
-    fn insert(&mut self, item: T) -> bool {
-        let item = Arc::new(item);
-        if !self.known.insert(item.clone()) {
-            return false;
-        }
-        self.order.push_back(item);
-        if self.order.len() > self.limit
-            && let Some(oldest) = self.order.pop_front()
-        {
-            self.known.remove(&oldest);
-        }
-        true
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn recent_forgets_the_oldest_first() {
-        let mut recent = Recent::new(2);
-        assert!(recent.insert(1));
-        assert!(!recent.insert(1));
-        assert!(recent.insert(2));
-        assert!(recent.insert(3));
-        assert!(!recent.insert(3));
-        assert!(recent.insert(1), "one was forgotten");
-        assert_eq!(recent.known.len(), 2);
     }
 }

@@ -199,7 +199,7 @@ fn no_exit_is_lost_however_often_the_daemon_dies() {
             eventually_equal(&true, || {
                 let before = seen
                     .iter()
-                    .any(|events| Daemon::exits_in(&events.lock().unwrap(), id).contains(&expected));
+                    .any(|events| Daemon::exits_in(&events.lock().unwrap().all(), id).contains(&expected));
                 before || daemon.exits(id).contains(&expected)
             });
         }

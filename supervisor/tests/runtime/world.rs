@@ -10,12 +10,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use davit_model::{Any, Mount};
+use davit_model::{Any, Filter, Mount};
 use davit_proto::any;
 use davit_proto::containerd::events::{TaskDelete, TaskExit};
 use davit_proto::containerd::runc::v1::Options;
 use davit_shim_protocol::address::{DEFAULT_SOCKET_DIR, socket_path};
-use davit_supervisor::events::Envelope;
+use davit_supervisor::events::{Envelope, Hub, Subscription};
+use davit_supervisor::grpc::notice;
 use davit_supervisor::runtime::{
     Config, CreateOptions, Error, ExecOptions, Records, Status, Stdio, Tasks, Timeouts,
 };
@@ -110,9 +111,10 @@ impl World {
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let config = self.config();
         let socket = PathBuf::from(&config.ttrpc_address);
-        let events = Arc::new(Mutex::new(Vec::new()));
-        let sink = events.clone();
-        let tasks = Tasks::open(config, Arc::new(move |event| sink.lock().unwrap().push(event))).unwrap();
+        let hub = Hub::new(notice::READING);
+        let subscription = hub.subscribe(Filter::parse(&[]).unwrap());
+        let events = Arc::new(Mutex::new(Collected { subscription, seen: Vec::new() }));
+        let tasks = Tasks::open(config, hub).unwrap();
         let _ = fs::remove_file(&socket);
         let serving = tasks.clone();
         runtime.block_on(async {
@@ -273,11 +275,27 @@ pub fn every_record() -> Records {
     Arc::new(|_, _| true)
 }
 
+/// The events of a daemon.
+pub struct Collected {
+    subscription: Subscription,
+    seen: Vec<Envelope>,
+}
+
+impl Collected {
+    /// All until now.
+    pub fn all(&mut self) -> Vec<Envelope> {
+        while let Ok(envelope) = self.subscription.try_recv() {
+            self.seen.push(Envelope::clone(&envelope));
+        }
+        self.seen.clone()
+    }
+}
+
 /// A runtime on a tokio of its own, so that dropping it is the death of a daemon.
 pub struct Daemon {
     pub tasks: Tasks,
     pub namespace: String,
-    events: Arc<Mutex<Vec<Envelope>>>,
+    events: Arc<Mutex<Collected>>,
     runtime: Option<tokio::runtime::Runtime>,
 }
 
@@ -345,7 +363,7 @@ impl Daemon {
     }
 
     pub fn events(&self) -> Vec<Envelope> {
-        self.events.lock().unwrap().clone()
+        self.events.lock().unwrap().all()
     }
 
     /// The topics that came for a container.
@@ -365,7 +383,7 @@ impl Daemon {
     }
 
     /// Where the events of this daemon are, also after its end.
-    pub fn collected(&self) -> Arc<Mutex<Vec<Envelope>>> {
+    pub fn collected(&self) -> Arc<Mutex<Collected>> {
         self.events.clone()
     }
 
