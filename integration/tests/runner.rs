@@ -7,6 +7,7 @@ mod limits;
 mod operations;
 mod peers;
 mod restart;
+mod services;
 mod suites;
 mod tour;
 

@@ -14,6 +14,7 @@ pub mod namespaces;
 pub mod notice;
 pub mod snapshots;
 pub mod status;
+pub mod streaming;
 pub mod tasks;
 pub mod version;
 
@@ -30,6 +31,7 @@ use davit_proto::containerd::services::introspection::v1::introspection_server::
 use davit_proto::containerd::services::leases::v1::leases_server::LeasesServer;
 use davit_proto::containerd::services::namespaces::v1::namespaces_server::NamespacesServer;
 use davit_proto::containerd::services::snapshots::v1::snapshots_server::SnapshotsServer;
+use davit_proto::containerd::services::streaming::v1::streaming_server::StreamingServer;
 use davit_proto::containerd::services::tasks::v1::tasks_server::TasksServer;
 use davit_proto::containerd::services::version::v1::version_server::VersionServer;
 use tonic::service::Routes;
@@ -54,7 +56,7 @@ pub struct Parts {
 
 /// All services, with their limits. The identity of the daemon is kept in `identity`.
 ///
-/// Sandbox, Streaming, Transfer and Mounts are not served yet: a call of them is answered `Unimplemented`.
+/// Sandbox, Transfer and Mounts are not served yet: a call of them is answered `Unimplemented`.
 ///
 /// # Errors
 /// The identity can be neither read nor written.
@@ -84,6 +86,8 @@ pub async fn routes(parts: Parts, identity: &Path, limits: &config::Grpc) -> io:
     let routes = serve!(routes, SnapshotsServer, snapshots::SnapshotsService::new(metadata.clone()));
     let routes = serve!(routes, DiffServer, diff::DiffService::new(metadata.clone()));
     let routes = serve!(routes, LeasesServer, leases::LeasesService::new(metadata.clone()));
+    let routes =
+        serve!(routes, StreamingServer, streaming::StreamingService::new(metadata.streams().clone()));
     let routes = serve!(routes, EventsServer, events::EventsService::new(hub));
     Ok(serve!(routes, TasksServer, tasks::TasksService::new(metadata, tasks)))
 }

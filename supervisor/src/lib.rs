@@ -3,7 +3,8 @@
 //! Reading order: [`server`] builds everything and is the one place where the parts meet; [`metadata`] holds what
 //! the daemon knows (namespaces, content, images, containers, snapshots, leases) and collects garbage;
 //! [`runtime`] holds what runs (shims and tasks); [`events`] tells what happened; [`grpc`] translates between all
-//! of these and the wire. What blocks goes through a [`lane`].
+//! of these and the wire. [`streams`] are what services and clients say
+//! beside calls. What blocks goes through a [`lane`].
 
 pub mod config;
 pub mod events;
@@ -14,3 +15,4 @@ pub mod plugins;
 pub mod publish;
 pub mod runtime;
 pub mod server;
+pub mod streams;

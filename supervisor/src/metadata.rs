@@ -62,6 +62,7 @@ pub use sandboxes::{Sandbox, Sandboxes};
 pub use snapshots::{SnapshotInfo, Snapshots};
 
 use crate::lane::Lane;
+use crate::streams::Streams;
 use claims::Claims;
 
 /// Whether a namespace may have a blob because another one has it.
@@ -134,6 +135,8 @@ struct Inner {
     sharing: Sharing,
     events: EventSink,
     schedule: gc::Schedule,
+    /// Here because leases keep them, although they are nowhere recorded.
+    streams: Streams,
     /// Blobs of the store, by digest.
     blob_claims: Claims,
     /// Snapshots of the backends, by `SNAPSHOTTER/BACKEND_KEY`.
@@ -210,6 +213,7 @@ impl Metadata {
             sharing,
             events,
             schedule: gc::Schedule::default(),
+            streams: Streams::default(),
             blob_claims: Claims::default(),
             backend_claims: Claims::default(),
             snapshot_claims: Claims::default(),
@@ -263,6 +267,11 @@ impl Metadata {
     /// The leases of a namespace.
     pub fn leases(&self, scope: &Scope) -> Leases {
         Leases::new(self.clone(), scope.clone())
+    }
+
+    /// The streams of all namespaces.
+    pub fn streams(&self) -> &Streams {
+        &self.inner.streams
     }
 
     /// The snapshotters by name, for introspection.

@@ -76,6 +76,7 @@ pub fn list(content_root: &str, logs: &str, snapshotters: Vec<SnapshotterEntry>)
             .export("policy", "shared"),
         Plugin::new("gc.v1", "scheduler", &["metadata.v1"]),
         Plugin::new("lease.v1", "manager", &["metadata.v1"]),
+        Plugin::new("streaming.v1", "manager", &["metadata.v1"]),
         Plugin::new("differ.v1", "walking", &["metadata.v1"]).on_platform(),
         Plugin::new("shim.v1", "manager", &["event.v1", "metadata.v1"]).on_platform(),
         Plugin::new("runtime.v2", "task", &["shim.v1"])
@@ -109,6 +110,7 @@ pub fn list(content_root: &str, logs: &str, snapshotters: Vec<SnapshotterEntry>)
         plugins.push(Plugin::new("service.v1", &format!("{name}-service"), &["metadata.v1"]));
         plugins.push(Plugin::new("grpc.v1", name, &["service.v1"]));
     }
+    plugins.push(Plugin::new("grpc.v1", "streaming", &["streaming.v1"]));
     for name in ["events", "healthcheck", "version"] {
         plugins.push(Plugin::new("grpc.v1", name, &[]));
     }

@@ -37,6 +37,11 @@ impl Context {
         request.extensions().get::<Context>().cloned().unwrap_or_default()
     }
 
+    /// The namespace and the lease as they came, for a call that requires neither.
+    pub fn as_given(&self) -> (Option<&str>, Option<&str>) {
+        (self.namespace.as_deref(), self.lease.as_deref())
+    }
+
     /// The namespace, checked.
     ///
     /// # Errors

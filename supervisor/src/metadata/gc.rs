@@ -113,6 +113,8 @@ impl Metadata {
         let inner = &self.inner;
         let start = Instant::now();
         let now = SystemTime::now();
+        // Before the view, so that the lease that a stream was registered with is in it.
+        let streams = inner.streams.leased();
         let view = inner.db.view();
         let mut marked = mark::mark(&view, now)?;
         let garbage = sweep::garbage(&view, &marked);
@@ -120,6 +122,11 @@ impl Metadata {
             marked.add_changed(&view, txn)?;
             sweep::records(txn, &garbage, &marked)
         })?;
+        for stream in streams {
+            if !marked.keeps_stream(&stream.namespace, &stream.id, &stream.lease) {
+                stream.close();
+            }
+        }
         if swept.spared {
             inner.schedule.mutated(true);
         }

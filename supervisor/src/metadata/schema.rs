@@ -185,10 +185,12 @@ pub(crate) enum Table {
     Child,
     Lease,
     Leased,
+    /// Streams are not recorded: their keys exist only for the collector.
+    Stream,
 }
 
 impl Table {
-    const ALL: [Table; 9] = [
+    const ALL: [Table; 10] = [
         Table::Container,
         Table::Sandbox,
         Table::Image,
@@ -198,6 +200,7 @@ impl Table {
         Table::Child,
         Table::Lease,
         Table::Leased,
+        Table::Stream,
     ];
 
     /// The kind that a key is of, if it is of one of these.
@@ -217,6 +220,7 @@ impl Table {
             Table::Child => "md/child/",
             Table::Lease => "md/lease/",
             Table::Leased => "md/leased/",
+            Table::Stream => "md/stream/",
         }
     }
 

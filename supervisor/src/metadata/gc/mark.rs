@@ -11,7 +11,7 @@
 //! | container | its snapshot |
 //! | snapshot | its parent |
 //! | ingest | the blob that it shares |
-//! | label `gc.ref.content[.X or /X]`, `gc.ref.image[…]`, `gc.ref.snapshot.SNAPSHOTTER[/X]` | what it names |
+//! | label `gc.ref.{content,image,stream}[.X or /X]`, `gc.ref.snapshot.SNAPSHOTTER[/X]` | what it names |
 //! | what a label `gc.bref.{content,image}[…]`, `gc.bref.snapshot.SNAPSHOTTER[/X]` names | the labelled |
 //! | label `gc.cond.snapshot.SNAPSHOTTER[/X]` = `usedat<1h\|KEY`, if it holds | the snapshot KEY |
 //!
@@ -62,6 +62,12 @@ impl Marked {
     /// Whether the record of a key is needed.
     pub(super) fn contains(&self, key: &[u8]) -> bool {
         self.keys.contains(key)
+    }
+
+    /// Whether a stream of this lease is kept, by the lease or by a label.
+    pub(super) fn keeps_stream(&self, namespace: &str, id: &str, lease: &str) -> bool {
+        let keys = [Table::Lease.key(namespace, lease), Table::Stream.key(namespace, id)];
+        keys.iter().any(|key| self.contains(key))
     }
 
     /// When the next root ceases to be one.
@@ -375,7 +381,7 @@ fn references(db: &impl Read, node: &Node, out: &mut Vec<Node>) -> Result<(), Er
             let Some(record) = schema::load::<SandboxRecord>(db, &node.key)? else { return Ok(()) };
             record.labels
         }
-        Table::Lease | Table::Child | Table::Leased => return Ok(()),
+        Table::Lease | Table::Child | Table::Leased | Table::Stream => return Ok(()),
     };
     if !node.flat {
         label_references(namespace, &labels, out);
@@ -396,6 +402,8 @@ fn named(namespace: &str, what: &str, value: &str) -> Option<Node> {
         Some(Node::content(namespace, value))
     } else if is_suffixed(what, "image") {
         Some(Node::image(namespace, value))
+    } else if is_suffixed(what, "stream") {
+        Some(Node::new(Table::Stream, namespace, value))
     } else {
         let snapshotter = what.strip_prefix("snapshot.")?;
         let snapshotter = snapshotter.split_once('/').map_or(snapshotter, |(name, _)| name);

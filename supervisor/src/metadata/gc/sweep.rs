@@ -67,7 +67,7 @@ pub(super) fn records(
                 swept.events.push((namespace.to_owned(), Event::ImageDelete { name: name.to_owned() }));
             }
             Table::Ingest | Table::Blob => swept.dirty.content = true,
-            Table::Container | Table::Sandbox | Table::Child | Table::Leased => {}
+            Table::Container | Table::Sandbox | Table::Child | Table::Leased | Table::Stream => {}
         }
     }
     Ok(swept)

@@ -95,3 +95,36 @@ async fn protect_nothing_when_they_are_gone() {
     collector.await.unwrap();
     refused(metadata.collected().await, ErrorCode::Unknown, "garbage collection failed");
 }
+
+#[tokio::test]
+async fn keep_the_streams_that_were_registered_with_them() {
+    let fixture = Fixture::new();
+    let metadata = &fixture.metadata;
+    let streams = metadata.streams();
+    let leases = metadata.leases(&scope("a"));
+    leases.create(Some("l"), Labels::new()).await.unwrap();
+    let _free = streams.register("a", None, "free").unwrap();
+    let _kept = streams.register("a", Some("l"), "kept").unwrap();
+    let _orphan = streams.register("a", Some("no such lease"), "orphan").unwrap();
+    // A lease of the same name in another namespace is another lease.
+    let _other = streams.register("b", Some("l"), "other").unwrap();
+    let (_, named) = streams.register("a", Some("no such lease"), "named").unwrap().split();
+    let by_label = labels(&[("containerd.io/gc.ref.stream.0", "named")]);
+    let image = Image { labels: by_label, ..image("i", &digest_of(b"x")) };
+    metadata.images(&scope("a")).create(image, None).await.unwrap();
+
+    let alive = |namespace, id| {
+        let stream = streams.get(namespace, id).unwrap();
+        async move {
+            let message = Any { type_url: String::new(), value: Vec::new() };
+            stream.send(message).await.is_ok()
+        }
+    };
+    metadata.collect().await.unwrap();
+    assert!(alive("a", "free").await && alive("a", "kept").await && alive("a", "named").await);
+    assert!(!alive("a", "orphan").await && !alive("b", "other").await);
+    leases.delete("l", false).await.unwrap();
+    metadata.collect().await.unwrap();
+    assert!(alive("a", "free").await && !alive("a", "kept").await);
+    drop(named);
+}

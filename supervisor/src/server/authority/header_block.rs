@@ -173,7 +173,8 @@ fn huffman(bytes: &[u8]) -> Option<Vec<u8>> {
                 return None;
             }
             if code.wrapping_sub(first) < CODES_OF_LENGTH[length] {
-                let mut symbols = (0..CODE_LENGTHS.len()).filter(|at| usize::from(CODE_LENGTHS[*at]) == length);
+                let mut symbols =
+                    (0..CODE_LENGTHS.len()).filter(|at| usize::from(CODE_LENGTHS[*at]) == length);
                 let symbol = symbols.nth((code - first) as usize)?;
                 // 256 is the end, which may not be written out.
                 decoded.push(u8::try_from(symbol).ok()?);
