@@ -16,9 +16,23 @@ const ORDER: &[(&str, &[&str])] = &[
     ("davit-proto", &["davit-model", "davit-sys", "davit-oci", "davit-metadata"]),
     ("davit-shim-protocol", &["davit-oci", "davit-metadata"]),
     ("davit-content-store", &["davit-oci", "davit-metadata", "davit-proto", "davit-shim-protocol"]),
+    (
+        "davit-history",
+        &[
+            "davit-sys",
+            "davit-oci",
+            "davit-metadata",
+            "davit-proto",
+            "davit-shim-protocol",
+            "davit-content-store",
+        ],
+    ),
     ("davit-snapshotter", &["davit-oci", "davit-proto", "davit-shim-protocol"]),
     // The shim stays small: none of the daemon's crates.
-    ("davit-shim", &["davit-oci", "davit-metadata", "davit-content-store", "davit-snapshotter"]),
+    (
+        "davit-shim",
+        &["davit-oci", "davit-metadata", "davit-content-store", "davit-history", "davit-snapshotter"],
+    ),
     ("davit-supervisor", &["davit-oci", "davit-shim"]),
     // The CLI is a client of the gRPC API alone.
     (
@@ -27,6 +41,7 @@ const ORDER: &[(&str, &[&str])] = &[
             "davit-metadata",
             "davit-shim-protocol",
             "davit-content-store",
+            "davit-history",
             "davit-snapshotter",
             "davit-shim",
             "davit-supervisor",
@@ -39,6 +54,7 @@ const ORDER: &[(&str, &[&str])] = &[
             "davit-oci",
             "davit-metadata",
             "davit-shim-protocol",
+            "davit-history",
             "davit-shim",
             "davit-supervisor",
             "davit-ctl",
