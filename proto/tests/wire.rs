@@ -304,6 +304,7 @@ fn all_services_are_there() {
     }
     assert_eq!(methods("davit.shim.v1.Shim"), 2);
     assert_eq!(methods("davit.services.shims.v1.Shims"), 2);
+    assert_eq!(methods("davit.services.events.v1.Events"), 2);
 }
 
 #[test]

@@ -213,6 +213,13 @@ pub mod containerd {
 pub mod davit {
     /// Package `davit.services`.
     pub mod services {
+        /// Package `davit.services.events`.
+        pub mod events {
+            /// Package `davit.services.events.v1`.
+            pub mod v1 {
+                include!("davit.services.events.v1.rs");
+            }
+        }
         /// Package `davit.services.shims`.
         pub mod shims {
             /// Package `davit.services.shims.v1`.
