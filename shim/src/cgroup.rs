@@ -90,11 +90,35 @@ pub(crate) fn folders_of(name: &str) -> Vec<PathBuf> {
         .collect()
 }
 
+/// The folders of a container's cgroup, in every hierarchy of either version that is mounted: a runtime on a host with
+/// both makes one in each. `name` has no slash in front.
+pub(crate) fn folders_of_container(name: &Path) -> Vec<PathBuf> {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let folders = mounts.lines().filter_map(|line| {
+        let (mount, filesystem) = line.split_once(" - ")?;
+        let point = mount.split(' ').nth(4)?;
+        let kind = filesystem.split(' ').next()?;
+        matches!(kind, "cgroup" | "cgroup2").then(|| Path::new(point).join(name))
+    });
+    // Two mounts of one hierarchy, or one below the other, are the same folders twice.
+    folders.collect::<BTreeSet<PathBuf>>().into_iter().filter(|folder| folder.is_dir()).collect()
+}
+
+/// Lets the processes of a cgroup go on, and so be killed, if somebody has frozen them. Where it has no freezer, nothing
+/// happens.
+pub(crate) fn thaw(folder: &Path) {
+    for (file, thawed) in [("freezer.state", "THAWED"), ("cgroup.freeze", "0")] {
+        let opened = std::fs::File::options().write(true).open(folder.join(file));
+        let _ = opened.and_then(|mut file| std::io::Write::write_all(&mut file, thawed.as_bytes()));
+    }
+}
+
 fn unified() -> bool {
     statfs(ROOT).is_ok_and(|found| found.filesystem_type() == CGROUP2_SUPER_MAGIC)
 }
 
-fn collect(folder: &Path, found: &mut BTreeSet<u32>) {
+/// Adds the processes in a cgroup and below it.
+pub(crate) fn collect(folder: &Path, found: &mut BTreeSet<u32>) {
     let text = std::fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
     found.extend(text.lines().filter_map(|line| line.parse::<u32>().ok()).filter(|pid| *pid != 0));
     let Ok(entries) = std::fs::read_dir(folder) else { return };

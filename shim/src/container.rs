@@ -14,18 +14,20 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use davit_model::Mount;
 use davit_model::error::chain;
 use davit_proto::containerd::events;
 use davit_proto::containerd::task::v3::{CheckpointTaskRequest, CreateTaskRequest};
-use davit_shim_protocol::journal::{self, ExitRecord};
+use davit_shim_protocol::journal::{self, ExitRecord, StartRecord};
 
 use crate::cgroup::{Cgroup, oom};
 use crate::console::ConsoleSocket;
+use crate::deadline::Deadline;
 use crate::error::TaskError;
 use crate::executor::{Either, race, spawn};
+use crate::leftovers::Leftovers;
 use crate::log;
 use crate::options;
 use crate::outbox::ContainerJournal;
@@ -40,6 +42,11 @@ use crate::sync::{Condition, Lock};
 
 /// The status of a process whose end could not be observed (containerd `UnknownExitStatus`).
 const UNKNOWN_STATUS: u32 = 255;
+
+/// The time for a call of the runtime that no client waits for, but the news of an exit.
+const OWN_CALL: Duration = Duration::from_secs(10);
+/// The time for removing by force what a runtime has left.
+const CLEAN_UP: Duration = Duration::from_secs(10);
 
 /// A container and its processes.
 pub(crate) struct Container {
@@ -72,6 +79,7 @@ impl Container {
     pub(crate) async fn create(
         shim: &Rc<Shim>,
         request: &CreateTaskRequest,
+        deadline: Deadline,
     ) -> Result<Rc<Container>, TaskError> {
         if !request.checkpoint.is_empty() {
             return Err(TaskError::Unsupported { what: "restore of a checkpoint" });
@@ -109,7 +117,8 @@ impl Container {
             io_owner: (options.io_uid, options.io_gid),
         });
         if let Some(rootfs) = &container.rootfs {
-            rootfs::mount(mounts(request), rootfs).await?;
+            let mounted = deadline.bound(rootfs::mount(mounts(request), rootfs)).await;
+            mounted.unwrap_or(Err(TaskError::TimedOut { what: "mount of rootfs" }))?;
         }
         let mut flags = Vec::new();
         if options.no_pivot_root {
@@ -118,7 +127,7 @@ impl Container {
         if options.no_new_keyring {
             flags.push("--no-new-keyring");
         }
-        if let Err(error) = container.create_init(&flags).await {
+        if let Err(error) = container.create_init(&flags, deadline).await {
             if let Some(rootfs) = &container.rootfs
                 && let Err(error) = rootfs::unmount(rootfs).await
             {
@@ -129,34 +138,69 @@ impl Container {
         Ok(container)
     }
 
-    async fn create_init(self: &Rc<Container>, flags: &[&str]) -> Result<(), TaskError> {
+    async fn create_init(self: &Rc<Container>, flags: &[&str], deadline: Deadline) -> Result<(), TaskError> {
         let pid_file = self.bundle.join("init.pid");
-        let starting = Starting::begin();
         let (console, streams, ends) = self.open_streams(&self.init).await?;
+        // Not before: a logger may take long to be ready, and orphans are not reaped meanwhile.
+        let starting = Starting::begin();
         let socket = console.as_ref().map(ConsoleSocket::path);
-        let created = self.runtime.create(&self.id, &pid_file, socket, flags, ends).await;
-        if let Err(error) = created {
-            if let Some(streams) = streams {
-                streams.close();
+        let runtime = self.runtime.until(deadline);
+        let created = match runtime.create(&self.id, &pid_file, socket, flags, ends).await {
+            Ok(()) => self.take_init(&pid_file, console, streams).await,
+            Err(error) => {
+                if let Some(streams) = streams {
+                    streams.close();
+                }
+                Err(error.into())
             }
-            return Err(error.into());
-        }
-        let rest = async {
-            let pid = read_pid(&pid_file)?;
-            let awaited = adopt(pid)?;
-            self.init.adopt(Rc::new(awaited));
-            self.take_streams(&self.init, console, streams).await
         };
-        if let Err(error) = rest.await {
-            let force = ["delete", "--force", &self.id].map(OsStr::new);
-            if let Err(error) = self.runtime.simple("failed to delete task", &force).await {
-                log::warn(chain(&error));
-            }
+        if let Err(error) = created {
+            self.undo_create(&pid_file, &error).await;
             return Err(error);
         }
         drop(starting);
         self.watch_cgroup();
         Ok(())
+    }
+
+    async fn take_init(
+        &self,
+        pid_file: &Path,
+        console: Option<ConsoleSocket>,
+        streams: Option<Streams>,
+    ) -> Result<(), TaskError> {
+        self.init.adopt(Rc::new(adopt(read_pid(pid_file)?)?));
+        self.record_start(&self.init);
+        self.take_streams(&self.init, console, streams).await
+    }
+
+    /// Removes what a failed creation has left. A runtime that fails by itself leaves nothing, and is not asked.
+    async fn undo_create(&self, pid_file: &Path, error: &TaskError) {
+        if self.init.pid() == 0
+            && let Ok(pid) = read_pid_file(pid_file)
+            && let Ok(awaited) = Awaited::adopted(pid)
+        {
+            // It waits for a start that never comes.
+            let _ = awaited.signal(nix::libc::SIGKILL);
+        }
+        let began = self.init.pid() != 0;
+        let left = Leftovers::of(&self.runtime, &self.id, self.journal.running(), began);
+        let cut_short = match error {
+            TaskError::Runtime(error) => error.cut_short(),
+            _ => true,
+        };
+        if (cut_short || !left.is_empty()) && Deadline::within(CLEAN_UP).bound(left.remove()).await.is_none()
+        {
+            log::error(format_args!("something of {} is left that cannot be removed", self.id));
+        }
+    }
+
+    /// Takes note of a process that the runtime has left to us, before anybody is told.
+    fn record_start(&self, process: &Process) {
+        // It is a child of ours that nobody has reaped, so it is there.
+        let start_time = davit_sys::process::start_time(process.pid()).unwrap_or(0);
+        let (id, pid) = (process.id.clone(), process.pid().unsigned_abs());
+        self.journal.start(StartRecord { id, pid, start_time });
     }
 
     fn watch_cgroup(self: &Rc<Container>) {
@@ -200,11 +244,13 @@ impl Container {
             drop(awaited);
             container.record(&container.init, ended);
             container.init_dead.set(true);
+            container.changed.changed();
             container.report_oom();
             if container.init.state() == State::Paused {
                 // What is frozen can neither be killed nor removed.
                 let resume = ["resume", &container.id].map(OsStr::new);
-                if let Err(error) = container.runtime.simple("OCI runtime resume failed", &resume).await {
+                let runtime = container.runtime.until(Deadline::within(OWN_CALL));
+                if let Err(error) = runtime.simple("OCI runtime resume failed", &resume).await {
                     log::warn(chain(&error));
                 }
             }
@@ -228,7 +274,8 @@ impl Container {
             return;
         }
         let kill = ["kill", "--all", &self.id, "9"].map(OsStr::new);
-        if let Err(error) = self.runtime.simple("OCI runtime killall failed", &kill).await {
+        let runtime = self.runtime.until(Deadline::within(OWN_CALL));
+        if let Err(error) = runtime.simple("OCI runtime killall failed", &kill).await {
             log::warn(chain(&error));
         }
         // Runtimes differ in what `kill --all` does when init is gone.
@@ -250,6 +297,7 @@ impl Container {
             status: ended.status,
             seconds: at.seconds,
             nanos: at.nanos,
+            killed: false,
         });
     }
 
@@ -266,12 +314,12 @@ impl Container {
     }
 
     /// Starts init. Its start is published before its end can be.
-    pub(crate) async fn start(&self) -> Result<u32, TaskError> {
+    pub(crate) async fn start(&self, deadline: Deadline) -> Result<u32, TaskError> {
         let _alone = self.lifecycle.lock().await;
         let _announcing = self.init.announcing.lock().await;
         self.expect(&[State::Created], "start", "process")?;
         let start = ["start", &self.id].map(OsStr::new);
-        self.runtime.simple("OCI runtime start failed", &start).await?;
+        self.runtime.until(deadline).simple("OCI runtime start failed", &start).await?;
         self.init.set_state(State::Running);
         let pid = self.init.pid().unsigned_abs();
         self.publish("/tasks/start", &events::TaskStart { container_id: self.id.clone(), pid });
@@ -334,7 +382,7 @@ impl Container {
     }
 
     /// Signals init, or with `all` every process.
-    pub(crate) async fn kill(&self, signal: u32, all: bool) -> Result<(), TaskError> {
+    pub(crate) async fn kill(&self, signal: u32, all: bool, deadline: Deadline) -> Result<(), TaskError> {
         if self.init.state() == State::Deleted {
             return Err(TaskError::State { operation: "kill", state: State::Deleted, what: "process" });
         }
@@ -348,7 +396,8 @@ impl Container {
         }
         arguments.extend([self.id.as_str(), &signal]);
         let arguments: Vec<&OsStr> = arguments.into_iter().map(OsStr::new).collect();
-        self.runtime.simple("unknown error after kill", &arguments).await.map_err(|error| {
+        let runtime = self.runtime.until(deadline);
+        runtime.simple("unknown error after kill", &arguments).await.map_err(|error| {
             let text = error.to_string().to_lowercase();
             let gone = ["process already finished", "container not running", "no such process"];
             if gone.iter().any(|words| text.contains(words)) {
@@ -362,12 +411,12 @@ impl Container {
     }
 
     /// Freezes the container.
-    pub(crate) async fn pause(&self) -> Result<(), TaskError> {
+    pub(crate) async fn pause(&self, deadline: Deadline) -> Result<(), TaskError> {
         let _alone = self.lifecycle.lock().await;
         self.expect(&[State::Running], "pause", "container")?;
         self.pausing.set(true);
         let pause = ["pause", &self.id].map(OsStr::new);
-        let result = self.runtime.simple("OCI runtime pause failed", &pause).await;
+        let result = self.runtime.until(deadline).simple("OCI runtime pause failed", &pause).await;
         self.pausing.set(false);
         result?;
         self.move_init(State::Running, State::Paused);
@@ -376,11 +425,11 @@ impl Container {
     }
 
     /// Thaws the container.
-    pub(crate) async fn resume(&self) -> Result<(), TaskError> {
+    pub(crate) async fn resume(&self, deadline: Deadline) -> Result<(), TaskError> {
         let _alone = self.lifecycle.lock().await;
         self.expect(&[State::Paused], "resume", "container")?;
         let resume = ["resume", &self.id].map(OsStr::new);
-        self.runtime.simple("OCI runtime resume failed", &resume).await?;
+        self.runtime.until(deadline).simple("OCI runtime resume failed", &resume).await?;
         self.move_init(State::Paused, State::Running);
         self.publish("/tasks/resumed", &events::TaskResumed { container_id: self.id.clone() });
         Ok(())
@@ -394,17 +443,21 @@ impl Container {
     }
 
     /// Changes limits.
-    pub(crate) async fn update(&self, resources: &[u8]) -> Result<(), TaskError> {
+    pub(crate) async fn update(&self, resources: &[u8], deadline: Deadline) -> Result<(), TaskError> {
         let _alone = self.lifecycle.lock().await;
         self.expect(&[State::Created, State::Running, State::Paused], "update", "container")?;
-        Ok(self.runtime.update(&self.id, resources).await?)
+        Ok(self.runtime.until(deadline).update(&self.id, resources).await?)
     }
 
     /// Writes a checkpoint to `request.path`.
-    pub(crate) async fn checkpoint(&self, request: &CheckpointTaskRequest) -> Result<(), TaskError> {
+    pub(crate) async fn checkpoint(
+        &self,
+        request: &CheckpointTaskRequest,
+        deadline: Deadline,
+    ) -> Result<(), TaskError> {
         let _alone = self.lifecycle.lock().await;
         self.expect(&[State::Running, State::Paused], "checkpoint", "container")?;
-        crate::checkpoint::run(&self.runtime, &self.id, request).await?;
+        crate::checkpoint::run(&self.runtime.until(deadline), &self.id, request).await?;
         let done =
             events::TaskCheckpointed { container_id: self.id.clone(), checkpoint: request.path.clone() };
         self.publish("/tasks/checkpointed", &done);
@@ -416,34 +469,47 @@ impl Container {
         self.bundle.join(format!("exec-{}.pid", exec.id))
     }
 
-    /// Deletes the container, which must not run.
-    pub(crate) async fn delete(&self) -> Result<Ended, TaskError> {
+    /// Deletes the container, which must not run. Who comes second, having waited for who was first, gets the same answer.
+    pub(crate) async fn delete(&self, deadline: Deadline) -> Result<Ended, TaskError> {
         let _alone = self.lifecycle.lock().await;
+        if let (State::Deleted, Some(ended)) = (self.init.state(), self.init.ended()) {
+            return Ok(ended);
+        }
         self.expect(&[State::Created, State::Stopped], "delete", "process")?;
         if let (State::Stopped, Some(streams)) = (self.init.state(), self.init.streams())
             && !streams.drained().await
         {
             log::warn(format_args!("output of {} did not end in time", self.id));
         }
-        let delete = ["delete", &self.id].map(OsStr::new);
-        match self.runtime.simple("failed to delete task", &delete).await {
+        // What was never started, as far as anybody was told, is killed, also if a start that failed did start it.
+        let mut delete = vec!["delete"];
+        if self.init.state() == State::Created {
+            delete.push("--force");
+        }
+        delete.push(&self.id);
+        let delete: Vec<&OsStr> = delete.into_iter().map(OsStr::new).collect();
+        match self.runtime.until(deadline).simple("failed to delete task", &delete).await {
             // A runtime may have deleted the container by itself, after a checkpoint for example.
             Err(error) if error.to_string().contains("does not exist") => {}
             result => result?,
         }
+        let left = Leftovers::of(&self.runtime, &self.id, self.journal.running(), true);
+        if !left.is_empty() && deadline.bound(left.remove()).await.is_none() {
+            return Err(TaskError::TimedOut { what: "removal of what the OCI runtime has left" });
+        }
         // The runtime kills what was created and never started: that end is seen and published as any other.
-        let ended =
-            match race(self.init.wait(), crate::reactor::sleep(std::time::Duration::from_secs(10))).await {
-                Either::First(Some(ended)) => ended,
-                Either::First(None) | Either::Second(()) => {
-                    Ended { status: UNKNOWN_STATUS, at: SystemTime::now() }
-                }
-            };
+        let ended = match race(self.init.wait(), crate::reactor::sleep(Duration::from_secs(10))).await {
+            Either::First(Some(ended)) => ended,
+            Either::First(None) | Either::Second(()) => {
+                Ended { status: UNKNOWN_STATUS, at: SystemTime::now() }
+            }
+        };
         if let Some(streams) = self.init.streams() {
             streams.close();
         }
         if let Some(rootfs) = &self.rootfs {
-            rootfs::unmount(rootfs).await?;
+            let unmounted = deadline.bound(rootfs::unmount(rootfs)).await;
+            unmounted.unwrap_or(Err(TaskError::TimedOut { what: "unmount of rootfs" }))?;
         }
         self.init.set_state(State::Deleted);
         self.shim.remove(&self.id);

@@ -1,7 +1,7 @@
 //! The `delete` action: a daemon calls it when a shim is dead, or when a bundle was never started. It removes
-//! what is left of the container and tells how it ended.
+//! what is left of the container and tells how it ended. It does not end before the container's processes have: the
+//! caller says how long that may take, and comes back.
 
-use std::ffi::OsStr;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,8 @@ use std::time::SystemTime;
 
 use davit_model::error::chain;
 use davit_proto::containerd::task::v3::DeleteResponse;
-use davit_shim_protocol::{address, journal};
+use davit_shim_protocol::address;
+use davit_shim_protocol::journal::{self, ExitRecord, Journal, Record, StartRecord};
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use prost::Message;
@@ -17,6 +18,7 @@ use prost_types::Timestamp;
 
 use crate::arguments::Arguments;
 use crate::executor;
+use crate::leftovers::{self, Leftovers};
 use crate::log;
 use crate::options::runtime_of_bundle;
 use crate::runtime::read_pid_file;
@@ -31,33 +33,58 @@ pub(crate) fn run(arguments: Arguments) -> io::Result<()> {
         None => std::env::current_dir()?,
     };
     let id = arguments.id;
-    let runtime = runtime_of_bundle(&bundle, &arguments.namespace);
-    let deleted = {
-        let id = id.clone();
-        executor::run(async move {
-            let arguments = ["delete", "--force", &id].map(OsStr::new);
-            runtime.simple("failed to remove runtime container", &arguments).await
-        })
-    };
-    if let Err(error) = deleted {
+    let mut recorded = journal::read(&bundle.join(journal::FILE_NAME)).unwrap_or_else(|error| {
         log::warn(chain(&error));
+        journal::Contents::default()
+    });
+    let runtime = runtime_of_bundle(&bundle, &arguments.namespace);
+    let mut running: Vec<StartRecord> = recorded.running.values().cloned().collect();
+    let mut began = !running.is_empty() || !recorded.exits.is_empty();
+    if !began {
+        running.extend(leftovers::init_of_bundle(&bundle, &id));
+        began = !running.is_empty();
     }
+    let (name, left) = (id.clone(), running.clone());
+    executor::run(async move { Leftovers::of(&runtime, &name, left, began).remove().await });
+    record_killed(&bundle, running, &mut recorded);
     if let Err(error) = davit_sys::mount::unmount_all(&bundle.join("rootfs")) {
         log::warn(format_args!("failed to cleanup rootfs mount: {}", chain(&error)));
     }
     remove_dead_socket(&bundle);
-    let response = response(&bundle, &id);
+    let response = response(&bundle, &id, &recorded);
     let mut stdout = io::stdout();
     stdout.write_all(&response.encode_to_vec())?;
     stdout.flush()
 }
 
-/// How init ended: as the journal says, if the shim lived to see it.
-fn response(bundle: &Path, id: &str) -> DeleteResponse {
-    let recorded = journal::read(&bundle.join(journal::FILE_NAME)).unwrap_or_else(|error| {
+/// Records the ends of what was killed here, before anybody is told: whoever asks again hears the same.
+fn record_killed(bundle: &Path, killed: Vec<StartRecord>, recorded: &mut journal::Contents) {
+    let now = Timestamp::from(SystemTime::now());
+    let exits: Vec<ExitRecord> = killed
+        .into_iter()
+        .map(|process| ExitRecord {
+            id: process.id,
+            pid: process.pid,
+            status: KILLED,
+            seconds: now.seconds,
+            nanos: now.nanos,
+            killed: true,
+        })
+        .collect();
+    if exits.is_empty() {
+        return;
+    }
+    let records: Vec<Record> = exits.iter().cloned().map(Record::Exit).collect();
+    let appended =
+        Journal::open(&bundle.join(journal::FILE_NAME)).and_then(|(mut journal, _)| journal.append(&records));
+    if let Err(error) = appended {
         log::warn(chain(&error));
-        journal::Contents::default()
-    });
+    }
+    recorded.exits.extend(exits.into_iter().map(|exit| (exit.id.clone(), exit)));
+}
+
+/// How init ended: as the journal says, if the shim lived to see it.
+fn response(bundle: &Path, id: &str, recorded: &journal::Contents) -> DeleteResponse {
     if let Some(exit) = recorded.exits.get(id) {
         return DeleteResponse {
             pid: exit.pid,

@@ -137,6 +137,12 @@ pub(crate) enum TaskError {
         /// Why, as the helper process put it.
         reason: String,
     },
+    /// What sleeps in the kernel, most likely on a disk or a server that does not answer.
+    #[error("{what} did not end in time")]
+    TimedOut {
+        /// What was done.
+        what: &'static str,
+    },
     /// The journal cannot be opened.
     #[error("open journal")]
     Journal(#[from] JournalError),
@@ -174,6 +180,7 @@ impl Coded for TaskError {
             TaskError::State { .. } | TaskError::InitNotRunning { .. } | TaskError::ProcessNotStarted => {
                 ErrorCode::FailedPrecondition
             }
+            TaskError::TimedOut { .. } => ErrorCode::DeadlineExceeded,
             TaskError::Runtime(error) => error.code(),
             TaskError::Stdio(error) => error.code(),
             TaskError::Journal(error) => error.code(),

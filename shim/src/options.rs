@@ -6,9 +6,11 @@ use std::path::Path;
 
 use davit_proto::any;
 use davit_proto::containerd::runc::v1::Options;
+use davit_sys::fs::{read_regular, write_private};
 use prost_types::Any;
 use serde::{Deserialize, Serialize};
 
+use crate::deadline::Deadline;
 use crate::error::TaskError;
 use crate::runtime::{DEFAULT_BINARY, DEFAULT_ROOT, Runtime};
 
@@ -16,6 +18,8 @@ use crate::runtime::{DEFAULT_BINARY, DEFAULT_ROOT, Runtime};
 const OPTIONS_FILE: &str = "options.json";
 /// The file with the runtime's name, from before there were options.
 const RUNTIME_FILE: &str = "runtime";
+/// The most bytes of either: all of it comes in one message.
+const MAX_FILE: u64 = 4 << 20;
 
 /// The options in the JSON form that Go gives them, so that either shim can clean up after the other.
 #[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,8 +83,8 @@ pub(crate) fn write(bundle: &Path, options: &Options) -> io::Result<()> {
         task_api_address: options.task_api_address.clone(),
         task_api_version: options.task_api_version,
     };
-    std::fs::write(bundle.join(OPTIONS_FILE), serde_json::to_vec(&stored)?)?;
-    std::fs::write(bundle.join(RUNTIME_FILE), &options.binary_name)
+    write_private(&bundle.join(OPTIONS_FILE), &serde_json::to_vec(&stored)?)?;
+    write_private(&bundle.join(RUNTIME_FILE), options.binary_name.as_bytes())
 }
 
 /// The runtime that these options ask for.
@@ -98,16 +102,18 @@ pub(crate) fn runtime(
         bundle: bundle.to_owned(),
         systemd_cgroup: options.systemd_cgroup,
         oom_score_adj,
+        deadline: Deadline::default(),
     }
 }
 
 /// The runtime that a bundle was made with, as far as its files tell.
 pub(crate) fn runtime_of_bundle(bundle: &Path, namespace: &str) -> Runtime {
-    let stored: Stored = std::fs::read(bundle.join(OPTIONS_FILE))
+    let stored: Stored = read_regular(&bundle.join(OPTIONS_FILE), MAX_FILE)
         .ok()
         .and_then(|bytes| serde_json::from_slice(&bytes).ok())
         .unwrap_or_default();
-    let named = std::fs::read_to_string(bundle.join(RUNTIME_FILE)).unwrap_or_default();
+    let named = read_regular(&bundle.join(RUNTIME_FILE), MAX_FILE).unwrap_or_default();
+    let named = String::from_utf8(named).unwrap_or_default();
     let options = Options {
         binary_name: if stored.binary_name.is_empty() { named } else { stored.binary_name },
         root: stored.root,

@@ -19,7 +19,7 @@ use davit_model::error::chain;
 use davit_proto::containerd::services::events::ttrpc::v1::ForwardRequest;
 use davit_proto::containerd::types::Envelope;
 use davit_shim_protocol::frame::RpcError;
-use davit_shim_protocol::journal::{EventRecord, ExitRecord, Journal, JournalError, Record};
+use davit_shim_protocol::journal::{EventRecord, ExitRecord, Journal, JournalError, Record, StartRecord};
 use prost::{Message, Name};
 use prost_types::{Any, Timestamp};
 
@@ -39,6 +39,8 @@ const COMPACT_AT: u64 = 64 * 1024;
 pub(crate) struct ContainerJournal {
     journal: RefCell<Journal>,
     exits: RefCell<BTreeMap<String, ExitRecord>>,
+    /// The processes that have not ended.
+    running: RefCell<BTreeMap<String, StartRecord>>,
     /// The events of this journal that are not sent yet.
     pending: Cell<usize>,
 }
@@ -52,19 +54,34 @@ impl ContainerJournal {
         Ok(ContainerJournal {
             journal: RefCell::new(journal),
             exits: RefCell::default(),
+            running: RefCell::default(),
             pending: Cell::new(0),
         })
+    }
+
+    /// Records that a process is there, for whoever has to clean up after this shim.
+    pub(crate) fn start(&self, start: StartRecord) {
+        self.append(&[Record::Start(start.clone())]);
+        self.exits.borrow_mut().remove(&start.id);
+        self.running.borrow_mut().insert(start.id.clone(), start);
+    }
+
+    /// The processes that have not ended.
+    pub(crate) fn running(&self) -> Vec<StartRecord> {
+        self.running.borrow().values().cloned().collect()
     }
 
     /// Records how a process ended. To be called before anybody is told.
     pub(crate) fn exit(&self, exit: ExitRecord) {
         self.append(&[Record::Exit(exit.clone())]);
+        self.running.borrow_mut().remove(&exit.id);
         self.exits.borrow_mut().insert(exit.id.clone(), exit);
     }
 
     /// Forgets the exit of a deleted exec.
     pub(crate) fn forget(&self, exec_id: &str) {
-        if self.exits.borrow_mut().remove(exec_id).is_some() {
+        let running = self.running.borrow_mut().remove(exec_id).is_some();
+        if self.exits.borrow_mut().remove(exec_id).is_some() || running {
             self.append(&[Record::Forgotten(exec_id.to_owned())]);
         }
         self.compact();
@@ -86,7 +103,8 @@ impl ContainerJournal {
         if self.pending.get() > 0 || journal.length() < COMPACT_AT {
             return;
         }
-        let kept: Vec<Record> = self.exits.borrow().values().cloned().map(Record::Exit).collect();
+        let mut kept: Vec<Record> = self.running.borrow().values().cloned().map(Record::Start).collect();
+        kept.extend(self.exits.borrow().values().cloned().map(Record::Exit));
         // The bundle may be gone already; then the file is too, as soon as nobody holds it.
         if let Err(error) = journal.rewrite(&kept) {
             log::debug(chain(&error));

@@ -77,8 +77,18 @@ impl Awaited {
     }
 
     /// Claims a process that a runtime has left to us. To be called under [`Starting`].
+    ///
+    /// # Errors
+    /// That of the kernel. `InvalidData` for a process that cannot have been left to us, whatever a runtime says: it is no
+    /// child of ours, or somebody waits for it already. It must neither be waited for nor killed.
     pub(crate) fn adopted(pid: i32) -> io::Result<Awaited> {
-        Awaited::child(Child { pid, pidfd: process::pidfd_open(pid)? })
+        let pidfd = process::pidfd_open(pid)?;
+        let ours = process::is_child(pidfd.as_fd())?;
+        if !ours || REAPER.with(|reaper| reaper.awaited.borrow().contains(&pid)) {
+            let text = "the runtime has named a process that is not the container's";
+            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+        }
+        Awaited::child(Child { pid, pidfd })
     }
 
     /// Sends a signal to exactly this process.

@@ -9,12 +9,15 @@ use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use davit_model::{Coded, ErrorCode};
+use davit_sys::fs::{read_regular, write_private};
 use davit_sys::process::{Command, Exit, SpawnError, find_program};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::Deserialize;
 
+use crate::deadline::Deadline;
 use crate::reaper::Awaited;
 
 /// Where runtimes keep their state unless the options name another folder (containerd `process.RuncRoot`).
@@ -24,6 +27,20 @@ pub(crate) const DEFAULT_BINARY: &str = "runc";
 
 /// The most of a runtime's output and log that is read.
 const MAX_TEXT: u64 = 256 * 1024;
+/// More than the digits of any pid.
+const MAX_PID_FILE: u64 = 64;
+
+/// What a runtime does not inherit: variables by which systemd speaks to the daemon, since `runc` hands their sockets and
+/// descriptors on to the container (sd_listen_fds(3), sd_notify(3)).
+const NOT_FOR_RUNTIMES: [&str; 7] = [
+    "LISTEN_FDS",
+    "LISTEN_FDNAMES",
+    "LISTEN_PID",
+    "LISTEN_PIDFDID",
+    "NOTIFY_SOCKET",
+    "WATCHDOG_PID",
+    "WATCHDOG_USEC",
+];
 
 /// Why a call of the runtime failed.
 #[derive(Debug, thiserror::Error)]
@@ -61,7 +78,34 @@ pub(crate) enum RuntimeError {
         action: &'static str,
         /// The last error of its log, or else its exit and output.
         message: String,
+        /// A signal ended it, so it may have left things half done.
+        killed: bool,
     },
+    /// It did not end in time, and was killed. A runtime hangs when what it works on does: a process or a filesystem that
+    /// sleeps in the kernel, a cgroup that somebody has frozen.
+    #[error("{action}: {binary} did not end within {} ms and was killed (its state was {state})", limit.as_millis())]
+    TimedOut {
+        /// What was to be done.
+        action: &'static str,
+        /// The name or path.
+        binary: String,
+        /// The time that it had.
+        limit: Duration,
+        /// What it was doing when its time was over, as the kernel names it (proc_pid_stat(5)): `D` for sleeping in the
+        /// kernel.
+        state: char,
+    },
+}
+
+impl RuntimeError {
+    /// Whether the runtime came to no end of its own, so that nobody knows what it has done.
+    pub(crate) fn cut_short(&self) -> bool {
+        match self {
+            RuntimeError::Failed { killed, .. } => *killed,
+            RuntimeError::TimedOut { .. } | RuntimeError::Io { .. } => true,
+            RuntimeError::Missing { .. } | RuntimeError::Spawn { .. } => false,
+        }
+    }
 }
 
 impl Coded for RuntimeError {
@@ -70,6 +114,7 @@ impl Coded for RuntimeError {
             // containerd gives these no class, and clients know them as Unknown.
             RuntimeError::Missing { .. } | RuntimeError::Failed { .. } => ErrorCode::Unknown,
             RuntimeError::Spawn { .. } | RuntimeError::Io { .. } => ErrorCode::Internal,
+            RuntimeError::TimedOut { .. } => ErrorCode::DeadlineExceeded,
         }
     }
 }
@@ -87,6 +132,8 @@ pub(crate) struct Runtime {
     pub(crate) systemd_cgroup: bool,
     /// The `oom_score_adj` that the shim had before it changed its own.
     pub(crate) oom_score_adj: Option<i32>,
+    /// When a call is given up.
+    pub(crate) deadline: Deadline,
 }
 
 /// The descriptors that the runtime hands on to the container's process; `None` is `/dev/null`.
@@ -112,6 +159,16 @@ enum Io {
 }
 
 impl Runtime {
+    /// The same runtime, whose calls are given up at `deadline`.
+    pub(crate) fn until(&self, deadline: Deadline) -> Runtime {
+        Runtime { deadline, ..self.clone() }
+    }
+
+    /// The folder in which it keeps what it knows of a container: runc and crun have one for each, by its id.
+    pub(crate) fn state_of(&self, id: &str) -> PathBuf {
+        self.root.join(id)
+    }
+
     /// `create`: leaves the init process behind, waiting for `start`; its pid is in the pid file.
     pub(crate) async fn create(
         &self,
@@ -123,6 +180,8 @@ impl Runtime {
     ) -> Result<(), RuntimeError> {
         let mut arguments: Vec<OsString> = vec!["create".into(), "--bundle".into(), (&self.bundle).into()];
         arguments.extend(["--pid-file".into(), pid_file.into()]);
+        // Whatever it holds is the pid of another process.
+        let _ = std::fs::remove_file(pid_file);
         if let Some(socket) = console_socket {
             arguments.extend(["--console-socket".into(), socket.into()]);
         }
@@ -152,6 +211,7 @@ impl Runtime {
             arguments.extend(["--console-socket".into(), socket.into()]);
         }
         arguments.extend(["--detach".into(), "--pid-file".into(), pid_file.into(), id.into()]);
+        let _ = std::fs::remove_file(pid_file);
         let io = if console_socket.is_some() { Io::Captured { input: None } } else { Io::Container(stdio) };
         // Execs run in parallel, so each has a log of its own: in a shared one the last error may be
         // another's.
@@ -208,40 +268,50 @@ impl Runtime {
         io: Io,
     ) -> Result<(), RuntimeError> {
         let failed = |step| move |source| RuntimeError::Io { action, step, source };
+        // One of an earlier call would explain this one, and a link there would be followed by the runtime.
+        let _ = std::fs::remove_file(log);
         let path = std::env::var_os("PATH").unwrap_or_default();
         let program = find_program(OsStr::new(&self.binary), &path)
             .ok_or_else(|| RuntimeError::Missing { action, binary: self.binary.clone() })?;
         let output = memory_file().map_err(failed("prepare output"))?;
-        let child = {
-            let mut command = self
-                .command(&program, log, arguments)
-                .map_err(|nul| RuntimeError::Failed { action, message: nul.to_string() })?;
-            match &io {
-                Io::Container(stdio) => {
-                    let streams = [&stdio.stdin, &stdio.stdout, &stdio.stderr];
-                    for (number, stream) in (0..).zip(streams) {
-                        if let Some(stream) = stream {
-                            command.descriptor(number, stream.as_fd());
+        let child =
+            {
+                let mut command = self.command(&program, log, arguments).map_err(|nul| {
+                    RuntimeError::Failed { action, message: nul.to_string(), killed: false }
+                })?;
+                match &io {
+                    Io::Container(stdio) => {
+                        let streams = [&stdio.stdin, &stdio.stdout, &stdio.stderr];
+                        for (number, stream) in (0..).zip(streams) {
+                            if let Some(stream) = stream {
+                                command.descriptor(number, stream.as_fd());
+                            }
                         }
                     }
-                }
-                Io::Captured { input } => {
-                    if let Some(input) = input {
-                        command.descriptor(0, input.as_fd());
+                    Io::Captured { input } => {
+                        if let Some(input) = input {
+                            command.descriptor(0, input.as_fd());
+                        }
+                        command.descriptor(1, output.as_fd()).descriptor(2, output.as_fd());
                     }
-                    command.descriptor(1, output.as_fd()).descriptor(2, output.as_fd());
                 }
-            }
-            command.spawn().map_err(|source| RuntimeError::Spawn { action, source })?
-        };
+                command.spawn().map_err(|source| RuntimeError::Spawn { action, source })?
+            };
         // The ends of the container must not stay open here, or nobody ever sees them closed.
         drop(io);
-        let child = Awaited::child(child).map_err(failed("watch the runtime"))?;
-        let (exit, _) = child.exit().await.map_err(failed("wait for the runtime"))?;
+        // Whoever gives this call up wants it to have no effect any more.
+        let child = KilledOnDrop(Awaited::child(child).map_err(failed("watch the runtime"))?);
+        let begun = Instant::now();
+        let Some(ended) = self.deadline.bound(child.0.exit()).await else {
+            let (binary, limit) = (self.binary.clone(), begun.elapsed());
+            return Err(RuntimeError::TimedOut { action, binary, limit, state: state_of(child.0.pid) });
+        };
+        let (exit, _) = ended.map_err(failed("wait for the runtime"))?;
         if exit.success() {
             return Ok(());
         }
-        Err(RuntimeError::Failed { action, message: self.explain(exit, log, output.as_fd()) })
+        let killed = matches!(exit, Exit::Signal(_));
+        Err(RuntimeError::Failed { action, message: self.explain(exit, log, output.as_fd()), killed })
     }
 
     fn command(
@@ -251,7 +321,7 @@ impl Runtime {
         arguments: &[OsString],
     ) -> Result<Command<'_>, std::ffi::NulError> {
         let mut command = Command::new(program)?;
-        command.inherit_environment();
+        command.inherit_environment(&NOT_FOR_RUNTIMES);
         command.argument("--root")?.argument(&self.root)?;
         command.argument("--log")?.argument(log)?.argument("--log-format")?.argument("json")?;
         if self.systemd_cgroup {
@@ -288,10 +358,27 @@ impl Runtime {
     }
 }
 
+/// A runtime at work. One that has ended cannot be killed any more, whoever has its pid by then.
+struct KilledOnDrop(Awaited);
+
+impl Drop for KilledOnDrop {
+    fn drop(&mut self) {
+        let _ = self.0.signal(nix::libc::SIGKILL);
+    }
+}
+
+/// The state of a process, as one letter; `?` when there is no such process.
+fn state_of(pid: i32) -> char {
+    let line = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    line.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next()).unwrap_or('?')
+}
+
 /// The pid in a pid file.
 pub(crate) fn read_pid_file(path: &Path) -> io::Result<i32> {
-    let text = std::fs::read_to_string(path)?;
-    text.trim().parse().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+    let text = String::from_utf8(read_regular(path, MAX_PID_FILE)?)
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+    let pid: i32 = text.trim().parse().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+    if pid > 0 { Ok(pid) } else { Err(io::ErrorKind::InvalidData.into()) }
 }
 
 /// A file without a name: what a runtime prints into it never blocks it.
@@ -310,11 +397,6 @@ fn read_output(output: BorrowedFd<'_>) -> String {
     String::from_utf8_lossy(&read().unwrap_or_default()).into_owned()
 }
 
-fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    use std::os::unix::fs::OpenOptionsExt;
-    File::options().write(true).create(true).truncate(true).mode(0o600).open(path)?.write_all(bytes)
-}
-
 /// A line of a runtime's JSON log.
 #[derive(Deserialize)]
 struct LogLine {
@@ -327,8 +409,11 @@ struct LogLine {
 /// The last error of a runtime's log.
 fn last_error(log: &Path) -> Result<Option<String>, String> {
     let open = |error: io::Error| format!("open {}: {}", log.display(), go_words(&error));
-    let mut bytes = Vec::new();
-    File::open(log).map_err(open)?.take(MAX_TEXT).read_to_end(&mut bytes).map_err(open)?;
+    let bytes = match read_regular(log, MAX_TEXT) {
+        // Only a runtime that has gone mad writes so much.
+        Err(error) if error.kind() == io::ErrorKind::FileTooLarge => return Ok(None),
+        result => result.map_err(open)?,
+    };
     let mut last = None;
     for line in serde_json::Deserializer::from_slice(&bytes).into_iter::<LogLine>() {
         let line = line.map_err(|error| error.to_string())?;
@@ -364,5 +449,42 @@ mod tests {
         assert_eq!(last_error(&log), Ok(Some("the second one".to_owned())));
         std::fs::write(&log, "no json").unwrap();
         assert!(last_error(&log).is_err());
+    }
+
+    #[test]
+    fn only_a_positive_number_is_a_pid() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("pid");
+        std::fs::write(&file, "17\n").unwrap();
+        assert_eq!(read_pid_file(&file).unwrap(), 17);
+        for nonsense in ["", "0", "-1", "99999999999", "x", "1 2"] {
+            std::fs::write(&file, nonsense).unwrap();
+            assert!(read_pid_file(&file).is_err(), "{nonsense:?}");
+        }
+    }
+
+    #[test]
+    fn a_runtime_that_hangs_is_killed_and_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let script = folder.path().join("hangs");
+        std::fs::write(&script, "#!/bin/sh\nexec sleep 1000\n").unwrap();
+        std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let runtime = Runtime {
+            binary: script.display().to_string(),
+            root: folder.path().join("root"),
+            bundle: folder.path().to_owned(),
+            systemd_cgroup: false,
+            oom_score_adj: None,
+            deadline: Deadline::default(),
+        };
+        let error = crate::executor::run(async move {
+            let runtime = runtime.until(Deadline::within(Duration::from_millis(100)));
+            runtime.simple("it failed", &[OsStr::new("kill")]).await.unwrap_err()
+        });
+        assert_eq!(error.code(), ErrorCode::DeadlineExceeded);
+        assert!(error.cut_short());
+        let text = error.to_string();
+        assert!(text.starts_with("it failed: ") && text.contains("did not end within"), "{text}");
+        assert!(text.ends_with("(its state was S)"), "{text}");
     }
 }

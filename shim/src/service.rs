@@ -18,9 +18,11 @@ use davit_proto::containerd::task::v3::{
 };
 use davit_proto::containerd::ttrpc::Request;
 use davit_proto::containerd::v1::types::{ProcessInfo, Status as WireStatus};
+use davit_shim_protocol::frame;
 use prost::Message;
 
 use crate::container::{Container, Status};
+use crate::deadline::Deadline;
 use crate::error::TaskError;
 use crate::process::{Process, State};
 use crate::shim::Shim;
@@ -45,36 +47,37 @@ pub(crate) async fn call(shim: Rc<Shim>, request: Request) -> Result<Vec<u8>, Ta
     if !SERVICES.contains(&request.service.as_str()) {
         return Err(TaskError::Unimplemented { service: request.service, method: request.method });
     }
+    let deadline = Deadline::of_call(frame::timeout(&request));
     let bytes = request.payload.as_slice();
     match request.method.as_str() {
-        "Create" => create(&shim, decode(bytes, "CreateTaskRequest")?).await,
-        "Start" => start(&shim, decode(bytes, "StartRequest")?).await,
-        "Delete" => delete(&shim, decode(bytes, "DeleteRequest")?).await,
+        "Create" => create(&shim, deadline, decode(bytes, "CreateTaskRequest")?).await,
+        "Start" => start(&shim, deadline, decode(bytes, "StartRequest")?).await,
+        "Delete" => delete(&shim, deadline, decode(bytes, "DeleteRequest")?).await,
         "Exec" => exec(&shim, decode(bytes, "ExecProcessRequest")?),
         "State" => state(&shim, decode(bytes, "StateRequest")?),
-        "Kill" => kill(&shim, decode(bytes, "KillRequest")?).await,
+        "Kill" => kill(&shim, deadline, decode(bytes, "KillRequest")?).await,
         "Wait" => wait(&shim, decode(bytes, "WaitRequest")?).await,
         "Pids" => pids(&shim, decode(bytes, "PidsRequest")?),
         "Stats" => stats(&shim, decode(bytes, "StatsRequest")?),
         "Pause" => {
             let request: PauseRequest = decode(bytes, "PauseRequest")?;
-            shim.container(&request.id)?.pause().await?;
+            shim.container(&request.id)?.pause(deadline).await?;
             empty()
         }
         "Resume" => {
             let request: ResumeRequest = decode(bytes, "ResumeRequest")?;
-            shim.container(&request.id)?.resume().await?;
+            shim.container(&request.id)?.resume(deadline).await?;
             empty()
         }
         "Update" => {
             let request: UpdateTaskRequest = decode(bytes, "UpdateTaskRequest")?;
             let resources = request.resources.unwrap_or_default().value;
-            shim.container(&request.id)?.update(&resources).await?;
+            shim.container(&request.id)?.update(&resources, deadline).await?;
             empty()
         }
         "Checkpoint" => {
             let request: CheckpointTaskRequest = decode(bytes, "CheckpointTaskRequest")?;
-            shim.container(&request.id)?.checkpoint(&request).await?;
+            shim.container(&request.id)?.checkpoint(&request, deadline).await?;
             empty()
         }
         "ResizePty" => resize(&shim, decode(bytes, "ResizePtyRequest")?),
@@ -102,13 +105,17 @@ fn empty() -> Result<Vec<u8>, TaskError> {
     Ok(Vec::new())
 }
 
-async fn create(shim: &Rc<Shim>, request: CreateTaskRequest) -> Result<Vec<u8>, TaskError> {
+async fn create(
+    shim: &Rc<Shim>,
+    deadline: Deadline,
+    request: CreateTaskRequest,
+) -> Result<Vec<u8>, TaskError> {
     identifier::validate(&request.id)?;
     if !Path::new(&request.bundle).is_absolute() {
         return Err(TaskError::Bundle { path: request.bundle });
     }
     let reservation = shim.reserve(&request.id)?;
-    let container = Container::create(shim, &request).await?;
+    let container = Container::create(shim, &request, deadline).await?;
     shim.add(container.clone());
     drop(reservation);
     let pid = container.init.pid().unsigned_abs();
@@ -132,22 +139,24 @@ async fn create(shim: &Rc<Shim>, request: CreateTaskRequest) -> Result<Vec<u8>, 
     encode(&CreateTaskResponse { pid })
 }
 
-async fn start(shim: &Shim, request: StartRequest) -> Result<Vec<u8>, TaskError> {
+async fn start(shim: &Shim, deadline: Deadline, request: StartRequest) -> Result<Vec<u8>, TaskError> {
     let container = shim.container(&request.id)?;
     let pid = if request.exec_id.is_empty() {
-        container.start().await?
+        container.start(deadline).await?
     } else {
         let exec = container.process(&request.exec_id)?;
-        container.start_exec(&exec).await?
+        container.start_exec(&exec, deadline).await?
     };
     encode(&StartResponse { pid })
 }
 
-async fn delete(shim: &Shim, request: DeleteRequest) -> Result<Vec<u8>, TaskError> {
+async fn delete(shim: &Shim, deadline: Deadline, request: DeleteRequest) -> Result<Vec<u8>, TaskError> {
+    // Whoever gave a creation up wants to know that nothing is left of it, and not that nothing is there yet.
+    shim.created(&request.id).await;
     let container = shim.container(&request.id)?;
     let process = container.process(&request.exec_id)?;
     let ended = if request.exec_id.is_empty() {
-        Some(container.delete().await?)
+        Some(container.delete(deadline).await?)
     } else {
         container.delete_exec(&process).await?;
         process.ended()
@@ -202,10 +211,10 @@ fn state(shim: &Shim, request: StateRequest) -> Result<Vec<u8>, TaskError> {
     })
 }
 
-async fn kill(shim: &Shim, request: KillRequest) -> Result<Vec<u8>, TaskError> {
+async fn kill(shim: &Shim, deadline: Deadline, request: KillRequest) -> Result<Vec<u8>, TaskError> {
     let container = shim.container(&request.id)?;
     if request.exec_id.is_empty() {
-        container.kill(request.signal, request.all).await?;
+        container.kill(request.signal, request.all, deadline).await?;
     } else {
         let signal = i32::try_from(request.signal).unwrap_or(i32::MAX);
         container.process(&request.exec_id)?.signal(signal)?;

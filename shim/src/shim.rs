@@ -37,6 +37,7 @@ pub(crate) struct Reservation<'shim> {
 impl Drop for Reservation<'_> {
     fn drop(&mut self) {
         self.shim.creating.borrow_mut().retain(|id| *id != self.id);
+        self.shim.changed.changed();
     }
 }
 
@@ -69,6 +70,11 @@ impl Shim {
         }
         creating.push(id.to_owned());
         Ok(Reservation { shim: self, id: id.to_owned() })
+    }
+
+    /// Waits until no container of this id is being created.
+    pub(crate) async fn created(&self, id: &str) {
+        self.changed.until(|| !self.creating.borrow().iter().any(|creating| creating == id)).await;
     }
 
     /// Adds a container that has been created.

@@ -4,12 +4,16 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 
+use davit_sys::fs::read_regular;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
 /// The annotations that put containers into one shim, the first that is there counts (containerd
 /// `groupLabels`).
 const GROUP_ANNOTATIONS: [&str; 2] = ["io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id"];
+
+/// The most bytes of a `config.json`: it comes in a message of a client, of which daemons take at most 16 MiB.
+const MAX_SPECIFICATION: u64 = 32 << 20;
 
 /// The part of an OCI runtime specification that is read.
 #[derive(Debug, Default, Deserialize)]
@@ -22,6 +26,8 @@ pub(crate) struct Specification {
 
 #[derive(Debug, Default, Deserialize)]
 struct Linux {
+    #[serde(default, rename = "cgroupsPath")]
+    cgroups_path: Option<String>,
     #[serde(default)]
     namespaces: Option<Vec<Namespace>>,
 }
@@ -37,13 +43,21 @@ struct Namespace {
 impl Specification {
     /// Reads `config.json` of a bundle.
     pub(crate) fn read(bundle: &Path) -> io::Result<Specification> {
-        Ok(serde_json::from_slice(&std::fs::read(bundle.join("config.json"))?)?)
+        Ok(serde_json::from_slice(&read_regular(&bundle.join("config.json"), MAX_SPECIFICATION)?)?)
     }
 
     /// What the container is grouped by, if by anything but its own id.
     pub(crate) fn group(&self) -> Option<&str> {
         let annotations = self.annotations.as_ref()?;
         GROUP_ANNOTATIONS.iter().find_map(|name| annotations.get(*name)).map(String::as_str)
+    }
+
+    /// The name of the container's cgroup, if it is one below the roots of the hierarchies: not a unit of systemd, which
+    /// systemd itself removes, nor one that is relative to a place that only the runtime knows.
+    pub(crate) fn cgroup(&self) -> Option<&Path> {
+        let path = Path::new(self.linux.as_ref()?.cgroups_path.as_deref()?).strip_prefix("/").ok()?;
+        let plain = path.components().all(|part| matches!(part, std::path::Component::Normal(_)));
+        (plain && path.file_name().is_some()).then_some(path)
     }
 
     /// True unless the container has a pid namespace of its own, whose end kills all of its processes.
@@ -82,6 +96,21 @@ mod tests {
         let both =
             r#"{"annotations":{"io.kubernetes.cri.sandbox-id":"p","io.containerd.runc.v2.group":"g"}}"#;
         assert_eq!(parse(both).group(), Some("g"));
+    }
+
+    #[test]
+    fn only_a_cgroup_below_the_roots_is_named() {
+        let of = |path: &str| {
+            let text = format!(r#"{{"linux":{{"cgroupsPath":{path}}}}}"#);
+            parse(&text).cgroup().map(Path::to_owned)
+        };
+        assert_eq!(of(r#""/ns/box""#), Some("ns/box".into()));
+        for other in
+            ["null", r#""""#, r#""/""#, r#""//""#, r#""ns/box""#, r#""slice:cri:box""#, r#""/a/../..""#]
+        {
+            assert_eq!(of(other), None, "{other}");
+        }
+        assert_eq!(parse("{}").cgroup(), None);
     }
 
     #[test]

@@ -109,6 +109,9 @@ pub struct ExitRecord {
     /// The nanoseconds of that second.
     #[prost(int32, tag = "5")]
     pub nanos: i32,
+    /// The shim was gone, and who cleaned up after it killed the process: how it would have ended nobody knows.
+    #[prost(bool, tag = "6")]
+    pub killed: bool,
 }
 
 /// A process that the runtime has left to the shim, so that whoever cleans up after the shim knows it again.
@@ -444,7 +447,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn exit(id: &str, status: u32) -> Record {
-        Record::Exit(ExitRecord { id: id.to_owned(), pid: 42, status, seconds: 1, nanos: 2 })
+        Record::Exit(ExitRecord { id: id.to_owned(), pid: 42, status, seconds: 1, nanos: 2, killed: false })
     }
 
     fn event(sequence: u64) -> Record {

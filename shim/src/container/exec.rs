@@ -6,10 +6,12 @@ use davit_proto::containerd::events;
 
 use super::{Container, adopt, observe, read_pid};
 use crate::console::ConsoleSocket;
+use crate::deadline::Deadline;
 use crate::error::TaskError;
-use crate::executor::spawn;
+use crate::executor::{Either, race, spawn};
 use crate::process::{Process, State};
 use crate::reaper::{Awaited, Starting};
+use crate::runtime::read_pid_file;
 
 impl Container {
     /// Registers an exec.
@@ -31,12 +33,16 @@ impl Container {
     }
 
     /// Starts an exec. Several can be started at once.
-    pub(crate) async fn start_exec(self: &Rc<Container>, exec: &Rc<Process>) -> Result<u32, TaskError> {
+    pub(crate) async fn start_exec(
+        self: &Rc<Container>,
+        exec: &Rc<Process>,
+        deadline: Deadline,
+    ) -> Result<u32, TaskError> {
         if self.init_dead.get() {
             return Err(TaskError::InitNotRunning { id: self.id.clone() });
         }
         self.running_execs.set(self.running_execs.get() + 1);
-        let result = self.start_exec_process(exec).await;
+        let result = self.start_exec_process(exec, deadline).await;
         if result.is_err() {
             self.exec_gone();
         }
@@ -48,27 +54,52 @@ impl Container {
         self.changed.changed();
     }
 
-    async fn start_exec_process(self: &Rc<Container>, exec: &Rc<Process>) -> Result<u32, TaskError> {
+    async fn start_exec_process(
+        self: &Rc<Container>,
+        exec: &Rc<Process>,
+        deadline: Deadline,
+    ) -> Result<u32, TaskError> {
         let _announcing = exec.announcing.lock().await;
         if exec.state() != State::Created {
             return Err(TaskError::State { operation: "start", state: exec.state(), what: "process" });
         }
         exec.set_failed(false);
         let pid_file = self.exec_pid_file(exec);
-        let starting = Starting::begin();
+        // What an exec that failed has left must not be taken for this one's.
+        let _ = std::fs::remove_file(&pid_file);
         let (console, streams, ends) = self.open_streams(exec).await?;
+        // Not before: a logger may take long to be ready, and orphans are not reaped meanwhile.
+        let starting = Starting::begin();
         let socket = console.as_ref().map(ConsoleSocket::path);
-        let started = self.runtime.exec(&self.id, &exec.id, &exec.document, &pid_file, socket, ends).await;
-        if let Err(error) = started {
-            if let Some(streams) = streams {
-                streams.close();
+        let runtime = self.runtime.until(deadline);
+        let work = runtime.exec(&self.id, &exec.id, &exec.document, &pid_file, socket, ends);
+        // Init's exit waits for those of all execs: a runtime that hangs must not hold it back. Nothing can be executed in
+        // a container that is dead.
+        let init_dead = self.changed.until(|| self.init_dead.get());
+        let started = match race(work, init_dead).await {
+            Either::First(result) => result.map_err(TaskError::from),
+            Either::Second(()) => Err(TaskError::InitNotRunning { id: self.id.clone() }),
+        };
+        let started = started.and_then(|()| adopt(read_pid(&pid_file)?));
+        let awaited = match started {
+            Ok(awaited) => Rc::new(awaited),
+            Err(error) => {
+                if let Some(streams) = streams {
+                    streams.close();
+                }
+                // A runtime that was cut short may have left the process all the same, of which nobody will ever know.
+                if let Ok(pid) = read_pid_file(&pid_file)
+                    && let Ok(awaited) = Awaited::adopted(pid)
+                {
+                    let _ = awaited.signal(nix::libc::SIGKILL);
+                }
+                exec.set_failed(true);
+                return Err(error);
             }
-            exec.set_failed(true);
-            return Err(error.into());
-        }
-        let awaited = Rc::new(adopt(read_pid(&pid_file)?)?);
+        };
         drop(starting);
         exec.adopt(awaited.clone());
+        self.record_start(exec);
         let streams = self.take_streams(exec, console, streams).await;
         if streams.is_err() {
             let _ = awaited.signal(nix::libc::SIGKILL);
@@ -81,7 +112,9 @@ impl Container {
             self.publish("/tasks/exec-started", &started);
             self.watch_exec(exec.clone(), awaited);
         } else {
-            exec.set_ended(observe(&awaited).await);
+            let ended = observe(&awaited).await;
+            self.record(exec, ended);
+            exec.set_ended(ended);
         }
         streams.map(|()| pid)
     }
