@@ -156,6 +156,12 @@ impl Tasks {
         load::load(&self.shared, records)
     }
 
+    /// Returns when nothing of the tasks that were deleted is left on disk. To be called at the end of the daemon; the
+    /// next one removes what this one does not.
+    pub async fn settle(&self) {
+        self.shared.removals_over().await;
+    }
+
     /// Serves the socket that shims report to until the future is dropped. Only processes of the daemon's own
     /// user are heard.
     pub async fn serve_events(&self, listener: UnixListener) {

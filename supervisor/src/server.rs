@@ -97,6 +97,7 @@ pub async fn run(config: Config) -> Result<()> {
     tokio::spawn(loading.finished());
 
     let plugins = plugins::list(&text(&config.root.join(CONTENT)), &text(&config.root.join(LOGS)), entries);
+    let settling = tasks.clone();
     let parts = grpc::Parts { metadata, tasks, hub: hub.clone(), plugins: plugins.into() };
     let routes = grpc::routes(parts, &config.root.join(IDENTITY), grpc)
         .await
@@ -107,6 +108,9 @@ pub async fn run(config: Config) -> Result<()> {
     });
     serve(&config, routes, api, &db, stop.clone()).await?;
 
+    if tokio::time::timeout(DRAIN, settling.settle()).await.is_err() {
+        tracing::info!("files of deleted tasks are left to the next daemon");
+    }
     collector.await.context("the collector panicked")?;
     tokio::task::spawn_blocking(move || db.close()).await?.context("cannot close the metadata")?;
     tracing::info!("stopped");

@@ -174,3 +174,34 @@ fn what_is_stale_is_put_aside_and_removed() {
     assert_eq!(left, [space.join(".half"), space.join("keep")]);
     assert_eq!(bundle::set_aside(&roots.state().join("missing"), |_| true).unwrap().len(), 0);
 }
+
+/// The id is free as soon as a bundle is put away, however long its files stay; what a daemon that dies leaves of it is
+/// found by the next one, whose own names do not collide with it.
+#[test]
+fn an_id_is_free_before_its_files_are_gone() {
+    let roots = Roots::new();
+    let bundle = roots.bundle("box");
+    let away: Vec<_> = (0..3)
+        .map(|_| {
+            bundle.create(Some(b"{}")).unwrap();
+            let away = bundle.put_away().unwrap();
+            assert!(!bundle.path().exists());
+            away
+        })
+        .collect();
+    bundle.create(Some(b"{}")).unwrap();
+    assert_eq!(roots.left().len(), 2 * 4);
+    let mut away = away.into_iter();
+    away.next().unwrap().remove().unwrap();
+    assert_eq!(roots.left().len(), 2 * 3);
+    drop(away);
+
+    let mut stale = bundle::set_aside(&roots.state().join("space"), |name| name == "box").unwrap();
+    stale.extend(bundle::set_aside(&roots.root().join("space"), |name| name == "box").unwrap());
+    assert_eq!(stale.len(), 2 * 2);
+    bundle.delete().unwrap();
+    assert_eq!(roots.left().len(), 2 * 2, "a later deletion leaves what is put aside alone");
+    stale.iter().for_each(|path| bundle::remove_stale(path).unwrap());
+    assert_eq!(roots.left(), Vec::<PathBuf>::new());
+    bundle.put_away().unwrap().remove().unwrap();
+}

@@ -14,7 +14,8 @@
 //!   is refused and read again as an `Any`.
 
 use std::ffi::OsString;
-use std::io;
+use std::fs::File;
+use std::io::{self, Seek, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -25,10 +26,11 @@ use davit_proto::containerd::types::RuntimeInfo;
 use davit_shim_protocol::bootstrap::{Generation, StartInput, StartResult};
 use davit_shim_protocol::bundle::Bundle;
 use davit_sys::process::find_program;
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use prost::Message;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 use tokio::process::{Child, Command};
 
@@ -152,19 +154,17 @@ pub(super) async fn start(
     if config.debug {
         command.arg("-debug");
     }
-    command.arg(ACTION).stdin(Stdio::piped()).stdout(writer.try_clone().map_err(spawn)?).stderr(writer);
+    let input = start_input(config, bundle, binary, options);
+    command.arg(ACTION).stdin(stdin(&input).map_err(spawn)?);
+    command.stdout(writer.try_clone().map_err(spawn)?).stderr(writer);
     let mut child = command.spawn().map_err(spawn)?;
     // The command holds our ends of the pipe for writing.
     drop(command);
     let mut reader = pipe::Receiver::from_owned_fd(OwnedFd::from(reader)).map_err(spawn)?;
-    let input = start_input(config, bundle, binary, options);
     let mut output = Vec::new();
     let limit = config.timeouts.start;
     let talk = async {
-        let stdin = child.stdin.take();
-        let write = write_input(stdin, &input);
-        let (_, read) = tokio::join!(write, read_bounded(&mut reader, &mut output));
-        read?;
+        read_bounded(&mut reader, &mut output).await?;
         child.wait().await
     };
     let begun = Instant::now();
@@ -224,21 +224,13 @@ async fn capture(
     input: &[u8],
     limit: Duration,
 ) -> Result<Vec<u8>, ShimError> {
-    let stdin = if input.is_empty() { Stdio::null() } else { Stdio::piped() };
-    let mut child = command
-        .stdin(stdin)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(|source| ShimError::Spawn { binary: binary.to_owned(), action, source })?;
+    let spawn = |source| ShimError::Spawn { binary: binary.to_owned(), action, source };
+    command.stdin(stdin(input).map_err(spawn)?).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().map_err(spawn)?;
     let (mut output, mut log) = (Vec::new(), Vec::new());
-    let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
     let talk = async {
-        let ((), output, log) = tokio::join!(
-            write_input(stdin, input),
-            read_optional(stdout, &mut output),
-            read_optional(stderr, &mut log)
-        );
+        let (output, log) = tokio::join!(read_optional(stdout, &mut output), read_optional(stderr, &mut log));
         output?;
         log?;
         child.wait().await
@@ -264,13 +256,16 @@ async fn capture(
     }
 }
 
-async fn write_input(stdin: Option<tokio::process::ChildStdin>, input: &[u8]) {
-    if let Some(mut stdin) = stdin
-        && let Err(error) = stdin.write_all(input).await
-    {
-        // Many shims do not read it.
-        tracing::debug!(%error, "shim does not read its input");
+/// Standard input that holds all of `input`: a file without a name, so that nobody has to write while the binary runs,
+/// which may not read it at all.
+fn stdin(input: &[u8]) -> io::Result<Stdio> {
+    if input.is_empty() {
+        return Ok(Stdio::null());
     }
+    let mut file = File::from(memfd_create(c"shim-input", MFdFlags::MFD_CLOEXEC)?);
+    file.write_all(input)?;
+    file.rewind()?;
+    Ok(file.into())
 }
 
 async fn read_optional(stream: Option<impl AsyncReadExt + Unpin>, output: &mut Vec<u8>) -> io::Result<()> {

@@ -87,19 +87,20 @@ async fn bring_up(
         }
     };
     debug!(address = told.address, version = told.version, "shim");
-    // Before anything else is done with the shim: a daemon that dies from here on finds it again.
+    // Before anything is asked of the shim: a daemon that dies from here on finds it again.
     let (bundle, recorded, sandbox) = (context.bundle.clone(), told.clone(), options.sandbox_id.clone());
     let joined = made.joined;
-    blocking(&context.shared.lane, move || {
+    let record = blocking(&context.shared.lane, move || {
         if joined {
             bundle.write_sandbox(&sandbox)?;
         }
         bundle.write_bootstrap(&recorded)
-    })
-    .await
-    .map_err(|source| start_error(ShimError::Record { source }))?;
-    let shim = Shim::connect(&context.bundle, &told, joined, &config.timeouts).await.map_err(start_error)?;
+    });
+    let connect = Shim::connect(&context.bundle, &told, joined, &config.timeouts);
+    let (recorded, connected) = tokio::join!(record, connect);
+    let shim = connected.map_err(start_error)?;
     made.shim = Some(shim.clone());
+    recorded.map_err(|source| start_error(ShimError::Record { source }))?;
     tokio::spawn(log.follow(shim.closed()).instrument(Span::current()));
     let pid = shim
         .create(

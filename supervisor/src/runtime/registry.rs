@@ -3,8 +3,13 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use davit_model::error::chain;
+use davit_shim_protocol::bundle::PutAway;
 use tokio::sync::{mpsc, watch};
+use tokio_util::task::TaskTracker;
+use tracing::{Instrument, warn};
 
+use super::create::blocking;
 use super::owner::Message;
 use super::shim::Shim;
 use super::transitions::Phase;
@@ -21,6 +26,8 @@ pub(super) struct Shared {
     pub(super) lane: Lane,
     /// Short sections only; never held over an await.
     tasks: Mutex<BTreeMap<Key, Handle>>,
+    /// Removals that nobody waits for but the end of the daemon.
+    removals: TaskTracker,
 }
 
 /// Namespace and container.
@@ -74,7 +81,8 @@ impl Handle {
 
 impl Shared {
     pub(super) fn new(config: Config, hub: Hub) -> Shared {
-        Shared { config, hub, lane: Lane::runtime(), tasks: Mutex::new(BTreeMap::new()) }
+        let (tasks, removals) = (Mutex::new(BTreeMap::new()), TaskTracker::new());
+        Shared { config, hub, lane: Lane::runtime(), tasks, removals }
     }
 
     pub(super) fn get(&self, namespace: &str, id: &str) -> Option<Handle> {
@@ -112,6 +120,26 @@ impl Shared {
             (other_namespace, other_id) != (&namespace.to_owned(), &id.to_owned())
                 && handle.view.borrow().shim.as_ref().is_some_and(|shim| shim.address() == address)
         })
+    }
+
+    /// Removes a bundle that is out of use, in the background.
+    pub(super) fn remove_later(&self, bundle: PutAway) {
+        let lane = self.lane.clone();
+        let remove = async move {
+            if let Err(error) = blocking(&lane, move || bundle.remove()).await {
+                warn!(
+                    error = chain(&error),
+                    "cannot remove the files of a deleted task; the next daemon will"
+                );
+            }
+        };
+        self.removals.spawn(remove.in_current_span());
+    }
+
+    /// Returns when what is being removed is gone.
+    pub(super) async fn removals_over(&self) {
+        self.removals.close();
+        self.removals.wait().await;
     }
 
     fn tasks(&self) -> MutexGuard<'_, BTreeMap<Key, Handle>> {

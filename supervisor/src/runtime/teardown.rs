@@ -25,7 +25,8 @@ use crate::events::{Cause, Envelope};
 /// How often to ask again after a shim whose connection has ended and that neither answers nor is gone.
 const DOUBT: Duration = Duration::from_secs(1);
 
-/// Has the shim delete the task, and then takes down the shim and the bundle.
+/// Has the shim delete the task, and then takes down the shim and the bundle. The id is free afterwards; the files of
+/// the bundle are removed while nobody waits.
 pub(super) async fn delete(context: Context, shim: Shim) {
     let exit = match shim.delete("").await {
         Ok(exit) => Some(exit),
@@ -36,13 +37,16 @@ pub(super) async fn delete(context: Context, shim: Shim) {
         }
         Err(error) => return context.report(Message::DeleteRefused(error)).await,
     };
-    if !end_shim(&context, &shim).await {
+    let bundle = context.bundle.clone();
+    let put_away = blocking(&context.shared.lane, move || bundle.put_away());
+    let (ended, put_away) = tokio::join!(end_shim(&context, &shim), put_away);
+    if !ended {
         warn!("the shim has not ended after the deletion of its task");
     }
     shim.close();
-    let bundle = context.bundle.clone();
-    if let Err(error) = blocking(&context.shared.lane, move || bundle.delete()).await {
-        warn!(error = chain(&error), "cannot delete the bundle");
+    match put_away {
+        Ok(put_away) => context.shared.remove_later(put_away),
+        Err(error) => warn!(error = chain(&error), "cannot delete the bundle"),
     }
     context.report(Message::Deleted(exit)).await;
 }
