@@ -90,6 +90,26 @@ pub struct Runtime {
     pub shim: PathBuf,
     /// The folder of the shims' sockets; containerd's own tools look in the default.
     pub socket_dir: PathBuf,
+    /// How long shims and OCI runtimes may take.
+    pub timeouts: Timeouts,
+}
+
+/// `[runtime.timeouts]`, in seconds. The defaults are containerd's where it has a bound at all.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Timeouts {
+    /// To create a task: mounts and the OCI runtime's work.
+    pub create: u64,
+    /// Any other call that changes something. A client may of course give up earlier.
+    pub call: u64,
+    /// To answer a daemon that has just started, before a shim counts as unreachable.
+    pub load: u64,
+    /// To remove what a dead shim left, before that is tried again.
+    pub cleanup: u64,
+    /// For a shim to take note that it is not needed any more.
+    pub shutdown: u64,
+    /// To say the state of a task.
+    pub state: u64,
 }
 
 impl Default for Config {
@@ -132,7 +152,14 @@ impl Default for Metadata {
 
 impl Default for Runtime {
     fn default() -> Self {
-        Runtime { shim: PathBuf::new(), socket_dir: PathBuf::from("/run/containerd/s") }
+        let socket_dir = PathBuf::from("/run/containerd/s");
+        Runtime { shim: PathBuf::new(), socket_dir, timeouts: Timeouts::default() }
+    }
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Timeouts { create: 240, call: 120, load: 5, cleanup: 5, shutdown: 3, state: 2 }
     }
 }
 
@@ -207,6 +234,20 @@ impl Config {
             let reason = "want trace, debug, info, warn, error, or a filter with `=`";
             return Err(ConfigError::Value { key, value, reason });
         }
+        let timeouts = &self.runtime.timeouts;
+        for (key, seconds) in [
+            ("runtime.timeouts.create", timeouts.create),
+            ("runtime.timeouts.call", timeouts.call),
+            ("runtime.timeouts.load", timeouts.load),
+            ("runtime.timeouts.cleanup", timeouts.cleanup),
+            ("runtime.timeouts.shutdown", timeouts.shutdown),
+            ("runtime.timeouts.state", timeouts.state),
+        ] {
+            if !(1..=86400).contains(&seconds) {
+                let reason = "want from 1 second to a day";
+                return Err(ConfigError::Value { key, value: seconds.to_string(), reason });
+            }
+        }
         // sockaddr_un holds 108 bytes with the final NUL (unix(7)), and `.ttrpc` goes behind the path.
         if self.grpc.address.as_os_str().len() + ".ttrpc".len() > 104 {
             let value = self.grpc.address.display().to_string();
@@ -258,5 +299,12 @@ mod tests {
         let mut config = Config::default();
         config.grpc.address = PathBuf::from(format!("/{}", "x".repeat(100)));
         assert!(config.validate().is_err());
+    }
+
+    #[test]
+    fn a_timeout_of_nothing_is_refused() {
+        let mut config = Config::default();
+        config.runtime.timeouts.call = 0;
+        assert!(config.validate().unwrap_err().to_string().contains("runtime.timeouts.call"));
     }
 }

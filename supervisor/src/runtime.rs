@@ -208,7 +208,13 @@ impl Tasks {
         if !task.tell(owner::Message::Delete { reply }).await {
             return Err(Error::NotFound { id: id.to_owned() });
         }
-        answer.await.unwrap_or(Err(Error::Stopping))
+        // The shim has its bound, and so has each step after it; what is left over is what a dead shim has left, and that
+        // may take for ever.
+        let timeouts = &self.shared.config.timeouts;
+        match tokio::time::timeout(timeouts.call + task.patience, answer).await {
+            Ok(answer) => answer.unwrap_or(Err(Error::Stopping)),
+            Err(_) => Err(Error::NotCleanedUp { id: id.to_owned() }),
+        }
     }
 
     /// Deletes an exec that has ended or never started.

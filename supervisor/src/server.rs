@@ -165,6 +165,16 @@ fn open_runtime(config: &Config, hub: &Hub) -> Result<Tasks> {
     let daemon_binary = std::env::current_exe().context("no path of the daemon's own program")?;
     let shim_directory = daemon_binary.parent().map(Path::to_owned).unwrap_or_default();
     let own = |path: &Path| (!path.as_os_str().is_empty()).then(|| path.to_owned());
+    let config::Timeouts { create, call, load, cleanup, shutdown, state } = config.runtime.timeouts;
+    let timeouts = runtime::Timeouts {
+        create: Duration::from_secs(create),
+        call: Duration::from_secs(call),
+        load: Duration::from_secs(load),
+        cleanup: Duration::from_secs(cleanup),
+        shutdown: Duration::from_secs(shutdown),
+        state: Duration::from_secs(state),
+        ..runtime::Timeouts::default()
+    };
     let config = runtime::Config {
         root: config.root.join(RUNTIME),
         state: config.state.join(RUNTIME),
@@ -177,7 +187,7 @@ fn open_runtime(config: &Config, hub: &Hub) -> Result<Tasks> {
         socket_directory: own(&config.runtime.socket_dir),
         environment: Vec::new(),
         debug: config.log.level.contains("debug"),
-        timeouts: runtime::Timeouts::default(),
+        timeouts,
     };
     Ok(Tasks::open(config, hub.clone())?)
 }

@@ -116,6 +116,11 @@ impl ErrorCode {
 pub trait Coded: std::error::Error {
     /// The class of this error.
     fn code(&self) -> ErrorCode;
+
+    /// Why, for programs, where the class alone does not say it: upper-case words as in `google.rpc.ErrorInfo`.
+    fn reason(&self) -> Option<&'static str> {
+        None
+    }
 }
 
 /// The whole chain of an error on one line, `outer: inner: innermost`, for logs and replies. The errors of this

@@ -188,9 +188,9 @@ async fn undo(context: &Context, binary: &Path, made: Made) {
             Ok(_) => true,
             Err(error) => error.code() == ErrorCode::NotFound,
         };
-        if !made.joined && !teardown::end_shim(context, shim).await {
+        // One that does not say that it holds nothing may be at work on the container still, and then it does not end.
+        if !made.joined && (!teardown::end_shim(context, shim).await || !clean) {
             teardown::kill_shim(context, binary, shim).await;
-            teardown::remove_socket(context).await;
         }
         shim.close();
     }
@@ -199,6 +199,9 @@ async fn undo(context: &Context, binary: &Path, made: Made) {
             Ok(_) => {}
             Err(error) => debug!(error = chain(&error), "shim delete after a failed create"),
         }
+    }
+    if !made.joined {
+        teardown::remove_socket(context).await;
     }
     let bundle = context.bundle.clone();
     if let Err(error) = blocking(&context.shared.lane, move || bundle.delete()).await {

@@ -73,6 +73,13 @@ pub enum Error {
         /// The container.
         id: String,
     },
+    /// The shim is gone, and what it left of the container does not go away: a process that sleeps in the kernel, an OCI
+    /// runtime that hangs. It is tried again and again.
+    #[error("the shim of task {id} is gone, and what it left cannot be removed yet")]
+    NotCleanedUp {
+        /// The container.
+        id: String,
+    },
     /// No answer within the bound of the call.
     #[error("the shim of task {id} did not answer {method} in time")]
     Timeout {
@@ -148,13 +155,44 @@ impl Coded for Error {
             | Error::NoExecId
             | Error::ExecId { .. }
             | Error::TaskApiAddress { .. } => ErrorCode::InvalidArgument,
-            Error::Unreachable { .. } | Error::ShimGone { .. } | Error::Stopping => ErrorCode::Unavailable,
+            Error::Unreachable { .. }
+            | Error::ShimGone { .. }
+            | Error::NotCleanedUp { .. }
+            | Error::Stopping => ErrorCode::Unavailable,
             Error::Timeout { .. } => ErrorCode::DeadlineExceeded,
             Error::Shim { code, .. } | Error::Create { code, .. } => *code,
             Error::Protocol { source, .. } => source.code(),
             Error::Shared { source } => source.code(),
             Error::StartShim { source } => source.code(),
             Error::Bundle { source, .. } => source.code(),
+        }
+    }
+
+    fn reason(&self) -> Option<&'static str> {
+        match self {
+            Error::Unreachable { .. } => Some("SHIM_UNREACHABLE"),
+            Error::ShimGone { .. } => Some("SHIM_GONE"),
+            Error::NotCleanedUp { .. } => Some("NOT_CLEANED_UP"),
+            Error::Timeout { .. } => Some("SHIM_TIMEOUT"),
+            // The shim answers, so what it called has not.
+            Error::Shim { code: ErrorCode::DeadlineExceeded, .. }
+            | Error::Create { code: ErrorCode::DeadlineExceeded, .. } => Some("RUNTIME_TIMEOUT"),
+            Error::StartShim { source: ShimError::Timeout { .. } } => Some("SHIM_START_TIMEOUT"),
+            Error::Shared { source } => source.reason(),
+            Error::NotFound { .. }
+            | Error::AlreadyExists { .. }
+            | Error::TaskId { .. }
+            | Error::Namespace { .. }
+            | Error::NoExecId
+            | Error::ExecId { .. }
+            | Error::ExecExists { .. }
+            | Error::Shim { .. }
+            | Error::Protocol { .. }
+            | Error::Create { .. }
+            | Error::StartShim { .. }
+            | Error::Bundle { .. }
+            | Error::TaskApiAddress { .. }
+            | Error::Stopping => None,
         }
     }
 }

@@ -43,8 +43,15 @@ pub(super) enum Message {
     DeleteLost,
     /// Everything is deleted; `None` when the shim knew no such task.
     Deleted(Option<Exit>),
+    /// The job of cleaning up has ended all that ran. `published` is dropped when that is told.
+    Perished {
+        journal: Vec<(String, Exit, Cause)>,
+        running: Vec<(String, u32)>,
+        killed: Option<Exit>,
+        published: oneshot::Sender<()>,
+    },
     /// The job of cleaning up is over.
-    CleanedUp { journal: Vec<(String, Exit)>, killed: Option<Exit> },
+    CleanedUp,
     /// A process was started.
     Started { process: String, pid: u32 },
     /// An exec was registered.
@@ -158,6 +165,8 @@ struct Owner {
     waits: BTreeMap<String, Vec<Reply<Exit>>>,
     /// What the shim said when it refused the deletion that the machine is just told of.
     refused: Option<Error>,
+    /// The shim has published the deletion, and so everything before it.
+    delete_published: bool,
 }
 
 impl Owner {
@@ -170,7 +179,8 @@ impl Owner {
     ) -> Owner {
         let (owner, mailbox) = mpsc::channel(MAILBOX);
         let bundle = Bundle::new(&shared.config.state, &shared.config.root, namespace, id);
-        let view = watch::Sender::new(View { phase: machine.phase(), pid: 0, shim: None });
+        let phase = machine.phase();
+        let view = watch::Sender::new(View { phase, pid: 0, shim: None, delete_published: false });
         Owner {
             context: Context { shared: shared.clone(), bundle, owner },
             machine,
@@ -181,11 +191,15 @@ impl Owner {
             deletes: Vec::new(),
             waits: BTreeMap::new(),
             refused: None,
+            delete_published: false,
         }
     }
 
     fn handle(&self) -> Handle {
-        Handle { mailbox: self.context.owner.clone(), view: self.view.subscribe() }
+        let timeouts = &self.context.shared.config.timeouts;
+        // A removal has two tries before it is the container that hangs.
+        let patience = timeouts.load + 2 * timeouts.cleanup;
+        Handle { mailbox: self.context.owner.clone(), view: self.view.subscribe(), patience }
     }
 
     fn spawn(self) {
@@ -214,6 +228,7 @@ impl Owner {
 
     fn take(&mut self, message: Message) {
         let mut created = None;
+        let mut told = None;
         let input = match message {
             Message::Created(Ok((shim, pid))) => {
                 self.attach(shim);
@@ -241,14 +256,19 @@ impl Owner {
             }
             Message::DeleteLost => Input::DeleteLost,
             Message::Deleted(exit) => Input::Deleted { exit },
-            Message::CleanedUp { journal, killed } => {
-                Input::CleanedUp { journal, killed, now: SystemTime::now() }
+            Message::Perished { journal, running, killed, published } => {
+                told = Some(published);
+                Input::Perished { journal, running, killed, now: SystemTime::now() }
             }
+            Message::CleanedUp => Input::CleanedUp,
             Message::Started { process, pid } => Input::Started { process, pid },
             Message::ExecAdded { process } => Input::ExecAdded { process },
             Message::ExecDeleted { process, exit } => Input::ExecDeleted { process, exit },
             Message::Exited { process, exit } => Input::Exited { process, exit },
-            Message::DeletePublished => Input::DeletePublished,
+            Message::DeletePublished => {
+                self.delete_published = true;
+                Input::DeletePublished
+            }
             Message::Wait { process, reply } => {
                 let waiting = self.waits.entry(process.clone()).or_default();
                 // A shim's wait may take months; those who gave up in the meantime must not pile up.
@@ -277,7 +297,8 @@ impl Owner {
             // Before anyone is answered: the name is free for whoever hears of it.
             self.context.shared.remove(self.context.namespace(), self.context.id());
         }
-        self.view.send_replace(View { phase, pid: self.machine.pid(), shim: self.shim.clone() });
+        let (pid, shim) = (self.machine.pid(), self.shim.clone());
+        self.view.send_replace(View { phase, pid, shim, delete_published: self.delete_published });
         if let (Some(result), Some(reply)) = (created, self.create.take()) {
             // Nobody may be waiting; the task exists, or does not, all the same.
             let _ = reply.send(result);
@@ -285,6 +306,7 @@ impl Owner {
         for action in actions {
             self.act(action);
         }
+        drop(told);
     }
 
     /// Takes the connection in, and looks out for its end.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use davit_model::error::chain;
 use davit_shim_protocol::bundle::PutAway;
@@ -38,6 +39,8 @@ type Key = (String, String);
 pub(super) struct Handle {
     pub(super) mailbox: mpsc::Sender<Message>,
     pub(super) view: watch::Receiver<View>,
+    /// How long a call waits until it is decided whether there is a shim for it.
+    pub(super) patience: Duration,
 }
 
 /// What an owner lets everyone see, so that most calls need not ask it.
@@ -47,6 +50,8 @@ pub(super) struct View {
     pub(super) pid: u32,
     /// The connection, from its making until its end.
     pub(super) shim: Option<Shim>,
+    /// The shim has published the deletion of the task.
+    pub(super) delete_published: bool,
 }
 
 impl Handle {
@@ -60,8 +65,26 @@ impl Handle {
         self.view.borrow().pid
     }
 
-    /// The shim to send a call to; waits while that is not decided.
+    /// The shim to send a call to; waits while that is not decided, but not for ever: what a dead shim has left may
+    /// sleep in the kernel.
     pub(super) async fn ready(&self, id: &str) -> Result<Shim, Error> {
+        match tokio::time::timeout(self.patience, self.decided(id)).await {
+            Ok(decided) => decided,
+            Err(_) => Err(Error::NotCleanedUp { id: id.to_owned() }),
+        }
+    }
+
+    /// Whether the shim has published the deletion.
+    pub(super) fn is_delete_published(&self) -> bool {
+        self.view.borrow().delete_published
+    }
+
+    /// Returns when the shim has published the deletion, or the owner is gone.
+    pub(super) async fn delete_published(&self) {
+        let _ = self.view.clone().wait_for(|view| view.delete_published).await;
+    }
+
+    async fn decided(&self, id: &str) -> Result<Shim, Error> {
         let not_found = || Error::NotFound { id: id.to_owned() };
         let mut view = self.view.clone();
         loop {

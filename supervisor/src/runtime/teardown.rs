@@ -2,6 +2,7 @@
 //! of a shim.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use davit_sys::process::{pidfd_open, pidfd_send_signal};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr};
+use tokio::sync::oneshot;
 use tracing::{debug, info, warn};
 
 use super::create::blocking;
@@ -19,11 +21,17 @@ use super::load::{self, Probe};
 use super::owner::{Context, Message};
 use super::shim::Shim;
 use super::task::Exit;
-use super::{Error, binary, forward};
+use super::{Error, ShimError, binary, forward};
 use crate::events::{Cause, Envelope};
 
 /// How often to ask again after a shim whose connection has ended and that neither answers nor is gone.
 const DOUBT: Duration = Duration::from_secs(1);
+
+/// The pauses between tries to remove what does not go away.
+const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(15));
+
+/// How often a binary that fails is run.
+const TRIES: usize = 3;
 
 /// Has the shim delete the task, and then takes down the shim and the bundle. The id is free afterwards; the files of
 /// the bundle are removed while nobody waits.
@@ -37,23 +45,51 @@ pub(super) async fn delete(context: Context, shim: Shim) {
         }
         Err(error) => return context.report(Message::DeleteRefused(error)).await,
     };
-    let bundle = context.bundle.clone();
-    let put_away = blocking(&context.shared.lane, move || bundle.put_away());
-    let (ended, put_away) = tokio::join!(end_shim(&context, &shim), put_away);
-    if !ended {
-        warn!("the shim has not ended after the deletion of its task");
+    // Before the bundle goes the shim has been told to end, and has told all: a daemon that dies in between finds it
+    // again by its bundle, and the events in its journal.
+    let ended = end_shim(&context, &shim).await;
+    if exit.is_some() {
+        hear_all(&context).await;
+    }
+    if !ended && let Some(binary) = remembered_binary(&context).await {
+        kill_shim(&context, &binary, &shim).await;
+        remove_socket(&context).await;
     }
     shim.close();
-    match put_away {
+    let bundle = context.bundle.clone();
+    match blocking(&context.shared.lane, move || bundle.put_away()).await {
         Ok(put_away) => context.shared.remove_later(put_away),
         Err(error) => warn!(error = chain(&error), "cannot delete the bundle"),
     }
     context.report(Message::Deleted(exit)).await;
 }
 
-/// Asks the shim to end, if no other container needs it. False when it has not ended in time.
+/// Waits until the shim has published the deletion of its task, the last of its events, and publishes from its journal
+/// what does not come. A shim of others, which has no journal, may never say it.
+async fn hear_all(context: &Context) {
+    let Some(task) = context.shared.get(context.namespace(), context.id()) else { return };
+    let unsent = |journal: Contents| !journal.unsent.is_empty();
+    if task.is_delete_published() || !unsent(read_journal(context).await) {
+        return;
+    }
+    let limit = context.shared.config.timeouts.shutdown;
+    if tokio::time::timeout(limit, task.delete_published()).await.is_err() {
+        publish_unsent(context, read_journal(context).await.unsent).await;
+    }
+}
+
+async fn publish_unsent(context: &Context, events: Vec<EventRecord>) {
+    for event in events {
+        if let Err(error) = forward::accept(&context.shared, envelope(event)).await {
+            warn!(error = %error, "the shim's journal holds an event that makes no sense");
+        }
+    }
+}
+
+/// Asks the shim to end. It does so if it holds no other container: that of a group knows that best, for two may be
+/// deleted at once. False when it has not answered in time.
 pub(super) async fn end_shim(context: &Context, shim: &Shim) -> bool {
-    if shim.is_of_sandbox() || shared_shim(context, shim) {
+    if shim.is_of_sandbox() {
         return true;
     }
     let limit = context.shared.config.timeouts.shutdown;
@@ -68,8 +104,8 @@ fn shared_shim(context: &Context, shim: &Shim) -> bool {
     context.shared.address_shared(context.namespace(), context.id(), shim.address())
 }
 
-/// Kills a shim that does not end by itself, after a creation that failed. It holds no container that anyone
-/// knows of.
+/// Kills a shim that does not end by itself, after a creation that failed or the deletion of its task. It holds no
+/// container that anyone knows of.
 pub(super) async fn kill_shim(context: &Context, binary: &Path, shim: &Shim) {
     if shared_shim(context, shim) {
         return;
@@ -98,7 +134,7 @@ pub(super) fn shim_processes(namespace: &str, id: &str, binary: Option<&Path>) -
         let flag = |name: &str, value: &str| {
             arguments.windows(2).any(|pair| pair == [name.as_bytes(), value.as_bytes()])
         };
-        if !flag("-namespace", namespace) || !flag("-id", id) {
+        if !flag("-namespace", namespace) || !flag("-id", id) || !has_our_root(pid) {
             return None;
         }
         let runs = |binary: &Path| {
@@ -113,6 +149,13 @@ pub(super) fn shim_processes(namespace: &str, id: &str, binary: Option<&Path>) -
         binary.is_none_or(runs).then_some(pidfd)
     };
     pids.filter_map(shim).collect()
+}
+
+/// Whether a process sees the same root as we do. A container's does not, whatever it names itself.
+fn has_our_root(pid: i32) -> bool {
+    let root =
+        |pid: &str| std::fs::metadata(format!("/proc/{pid}/root")).ok().map(|root| (root.dev(), root.ino()));
+    root(&pid.to_string()).is_some_and(|theirs| root("self") == Some(theirs))
 }
 
 /// Cleans up after a shim whose connection has ended. First it is made sure that it is gone: a live one is
@@ -143,20 +186,23 @@ pub(super) async fn clean_up(context: Context) {
             }
         }
     }
-    let journal = read_journal(&context).await;
-    for event in journal.unsent {
-        if let Err(error) = forward::accept(&context.shared, envelope(event)).await {
-            warn!(error = %error, "the shim's journal holds an event that makes no sense");
-        }
-    }
+    // What is known is told at once: to end what runs may take long.
+    publish_unsent(&context, read_journal(&context).await.unsent).await;
     let killed = kill_container(&context).await;
+    // Whoever ended it has recorded that, so that a daemon after this one would tell the same.
+    let journal = read_journal(&context).await;
+    let running = journal.running.values().map(|process| (process.id.clone(), process.pid)).collect();
+    let exits = journal.exits_in_order().into_iter().map(exit).collect();
+    let (published, told) = oneshot::channel();
+    context.report(Message::Perished { journal: exits, running, killed, published }).await;
+    // An error is the answer: nothing is ever sent.
+    let _ = told.await;
     remove_socket(&context).await;
     let bundle = context.bundle.clone();
     if let Err(error) = blocking(&context.shared.lane, move || bundle.delete()).await {
         warn!(error = chain(&error), "cannot delete the bundle of a dead shim");
     }
-    let journal = journal.exits.into_values().map(exit).collect();
-    context.report(Message::CleanedUp { journal, killed }).await;
+    context.report(Message::CleanedUp).await;
 }
 
 /// Removes the socket of a shim that was killed, which no one else does, if none of its group lives on.
@@ -185,17 +231,37 @@ fn remove_dead_socket(path: &Path) -> Result<(), Errno> {
 }
 
 /// Has the shim's binary kill what the shim left. Says how the init process ended.
+///
+/// One that does not end in time waits for processes that do not die, or for an OCI runtime that hangs. It is run again
+/// until it succeeds, for what is not killed here runs on without anyone who knows it. One that fails is no shim of ours,
+/// and will not do better later.
 async fn kill_container(context: &Context) -> Option<Exit> {
-    let binary = remembered_binary(context).await?;
-    // A second try, for a machine that is so busy that the first ran out of time: what is not killed here
-    // runs on without anyone who knows it.
-    for _ in 0..2 {
+    let mut binary = remembered_binary(context).await?;
+    let mut failures = 0;
+    let (mut pause, longest) = RETRY;
+    loop {
         match binary::delete(&context.shared.config, &context.bundle, &binary).await {
             Ok(exit) => return Some(exit),
-            Err(error) => warn!(error = chain(&error), "cannot clean up after the shim"),
+            Err(error @ ShimError::Timeout { .. }) => {
+                warn!(error = chain(&error), "what the shim left does not go away; trying again");
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(longest);
+            }
+            Err(error) => {
+                warn!(error = chain(&error), "cannot clean up after the shim");
+                failures += 1;
+                if failures == TRIES {
+                    return None;
+                }
+                // The binary may have been removed since; ours can clean up after most others.
+                if matches!(error, ShimError::Spawn { .. })
+                    && let Ok(own) = binary::resolve(&context.shared.config, "io.containerd.runc.v2")
+                {
+                    binary = own;
+                }
+            }
         }
     }
-    None
 }
 
 async fn read_journal(context: &Context) -> Contents {
@@ -220,9 +286,10 @@ async fn remembered_binary(context: &Context) -> Option<PathBuf> {
     }
 }
 
-fn exit(record: ExitRecord) -> (String, Exit) {
+fn exit(record: &ExitRecord) -> (String, Exit, Cause) {
     let exited_at = time(record.seconds, record.nanos);
-    (record.id, Exit { pid: record.pid, status: record.status, exited_at })
+    let cause = if record.killed { Cause::ShimKilled } else { Cause::None };
+    (record.id.clone(), Exit { pid: record.pid, status: record.status, exited_at }, cause)
 }
 
 fn envelope(record: EventRecord) -> Envelope {

@@ -91,15 +91,21 @@ pub enum Input {
         /// The exit of the init process.
         exit: Option<Exit>,
     },
-    /// What a dead shim left is removed.
-    CleanedUp {
-        /// The exits that its journal holds, oldest first.
-        journal: Vec<(String, Exit)>,
+    /// Nothing of the container runs any more, and it is known how it all ended. Its bundle is still there, so that a
+    /// daemon that dies before this is published finds out again.
+    Perished {
+        /// The exits that the shim's journal holds, oldest first, and why it is not the shim that tells them.
+        journal: Vec<(String, Exit, Cause)>,
+        /// The processes that the journal knows to have been there and whose end it does not: some of them may be of an
+        /// earlier daemon's time.
+        running: Vec<(String, u32)>,
         /// What `shim delete` said of the init process.
         killed: Option<Exit>,
         /// The time to put on deaths that nobody recorded.
         now: SystemTime,
     },
+    /// What a dead shim left is removed.
+    CleanedUp,
     /// A process was started.
     Started {
         /// The container's id for the init process, else the exec's.
@@ -148,7 +154,7 @@ pub enum Action {
     /// Ask the shim to delete the task, then take the shim and the bundle down. Ends in `Deleted`,
     /// `DeleteRefused` or `DeleteLost`.
     Delete,
-    /// Remove what the dead shim left. Ends in `CleanedUp`.
+    /// End and remove what the dead shim left. Ends in `Perished` and then `CleanedUp`, or in `Found`.
     CleanUp,
     /// Ask the shim to wait for a process. Ends in `WaitOver`.
     AskWait(String),
@@ -280,8 +286,12 @@ impl Machine {
                 self.clean_up()
             }
             Input::Deleted { exit } if self.phase == Phase::Deleting => self.deleted(exit),
-            Input::CleanedUp { journal, killed, now } if self.phase == Phase::Cleaning => {
-                self.cleaned_up(journal, killed, now)
+            Input::Perished { journal, running, killed, now } if self.phase == Phase::Cleaning => {
+                self.perished(journal, running, killed, now)
+            }
+            Input::CleanedUp if self.phase == Phase::Cleaning => {
+                let init = self.processes.get(&self.id).and_then(|init| init.exit).filter(|_| self.had_task);
+                self.deleted(init)
             }
             Input::Started { process, pid } => {
                 // After a restart the exec may have been registered with an earlier daemon.
@@ -329,7 +339,8 @@ impl Machine {
             | Input::DeleteRefused
             | Input::DeleteLost
             | Input::Deleted { .. }
-            | Input::CleanedUp { .. } => Vec::new(),
+            | Input::Perished { .. }
+            | Input::CleanedUp => Vec::new(),
         }
     }
 
@@ -420,9 +431,10 @@ impl Machine {
         actions
     }
 
-    fn cleaned_up(
+    fn perished(
         &mut self,
-        journal: Vec<(String, Exit)>,
+        journal: Vec<(String, Exit, Cause)>,
+        running: Vec<(String, u32)>,
         killed: Option<Exit>,
         now: SystemTime,
     ) -> Vec<Action> {
@@ -430,17 +442,23 @@ impl Machine {
         let mut init_exit = None;
         // A shim that never had a task has nothing to report, whatever `shim delete` makes up.
         if self.had_task {
-            for (process, exit) in journal {
+            for (process, exit, cause) in journal {
                 let known = self.processes.entry(process.clone()).or_default();
                 if known.exit.is_none() && (known.pid == 0 || known.pid == exit.pid) {
                     known.exit = Some(exit);
                     known.pid = exit.pid;
                     // Init's exit comes after those of its execs, as a shim publishes them.
                     if process == self.id {
-                        init_exit = Some((exit, Cause::None));
+                        init_exit = Some((exit, cause));
                     } else {
-                        actions.push(Action::PublishExit(process, exit, Cause::None));
+                        actions.push(Action::PublishExit(process, exit, cause));
                     }
+                }
+            }
+            for (process, pid) in running {
+                let known = self.processes.entry(process).or_default();
+                if known.exit.is_none() {
+                    known.pid = pid;
                 }
             }
             let killed_with_shim = |pid: u32| Exit { pid, status: KILLED, exited_at: Some(now) };
@@ -471,9 +489,9 @@ impl Machine {
         if let Some(exit) = init
             && !self.delete_published
         {
+            self.delete_published = true;
             actions.push(Action::PublishDelete(exit));
         }
-        actions.extend(self.deleted(init));
         actions
     }
 

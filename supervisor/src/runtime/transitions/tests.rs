@@ -20,9 +20,17 @@ fn wait(process: &str) -> Input {
     Input::Wait { process: process.into() }
 }
 
-fn cleaned_up(journal: &[(&str, Exit)], killed: Option<Exit>) -> Input {
-    let journal = journal.iter().map(|(id, exit)| ((*id).to_owned(), *exit)).collect();
-    Input::CleanedUp { journal, killed, now: NOW }
+fn perished(journal: &[(&str, Exit)], killed: Option<Exit>) -> Input {
+    let journal = journal.iter().map(|(id, exit)| ((*id).to_owned(), *exit, Cause::None)).collect();
+    Input::Perished { journal, running: Vec::new(), killed, now: NOW }
+}
+
+/// What follows from the end of a cleaning.
+fn cleaned_up(machine: &mut Machine, journal: &[(&str, Exit)], killed: Option<Exit>) -> Vec<Action> {
+    let mut actions = machine.apply(perished(journal, killed));
+    assert_eq!(machine.phase(), Phase::Cleaning, "what is told twice is better than what is not told");
+    actions.extend(machine.apply(Input::CleanedUp));
+    actions
 }
 
 fn exec_running(machine: &mut Machine, id: &str, pid: u32) {
@@ -80,7 +88,7 @@ fn a_shim_that_dies_is_reported_with_what_the_journal_holds() {
     let journal = [("c", exit(10, 7)), ("e1", exit(11, 1)), ("e2", exit(12, 2))];
     let killed = Exit { pid: 13, status: KILLED, exited_at: Some(NOW) };
     assert_eq!(
-        machine.apply(cleaned_up(&journal, Some(exit(10, 137)))),
+        cleaned_up(&mut machine, &journal, Some(exit(10, 137))),
         [
             Action::PublishExit("e2".into(), exit(12, 2), Cause::None),
             Action::PublishExit("e3".into(), killed, Cause::ShimKilled),
@@ -95,17 +103,47 @@ fn a_shim_that_dies_is_reported_with_what_the_journal_holds() {
 }
 
 #[test]
+fn exits_are_published_in_their_order() {
+    let mut machine = live();
+    machine.apply(Input::Disconnected);
+    let journal = [("z", exit(1, 0)), ("a", exit(2, 0)), ("c", exit(10, 0)), ("m", exit(3, 0))];
+    let actions = machine.apply(perished(&journal, None));
+    let published = actions.iter().filter_map(|action| match action {
+        Action::PublishExit(process, ..) => Some(process.as_str()),
+        _ => None,
+    });
+    assert_eq!(published.collect::<Vec<_>>(), ["z", "a", "m", "c"], "init is last, as a shim publishes it");
+}
+
+#[test]
+fn an_exec_of_an_earlier_daemons_time_dies_with_its_shim_too() {
+    let mut machine = Machine::loading("c");
+    machine.apply(Input::Found { pid: 10, exit: None });
+    machine.apply(Input::Disconnected);
+    let running = vec![("c".to_owned(), 10), ("e".to_owned(), 11)];
+    let actions = machine.apply(Input::Perished { journal: Vec::new(), running, killed: None, now: NOW });
+    let killed = |pid| Exit { pid, status: KILLED, exited_at: Some(NOW) };
+    assert_eq!(
+        actions[..2],
+        [
+            Action::PublishExit("e".into(), killed(11), Cause::ShimKilled),
+            Action::PublishExit("c".into(), killed(10), Cause::ShimKilled),
+        ]
+    );
+}
+
+#[test]
 fn a_death_that_nobody_recorded_is_137() {
     let mut machine = live();
     machine.apply(Input::Disconnected);
     let killed = Exit { pid: 10, status: KILLED, exited_at: Some(NOW) };
-    let actions = machine.apply(cleaned_up(&[], None));
+    let actions = cleaned_up(&mut machine, &[], None);
     assert_eq!(actions[0], Action::PublishExit("c".into(), killed, Cause::ShimKilled));
     // `shim delete` may know less of the process than we do.
     let mut machine = live();
     machine.apply(Input::Disconnected);
     let told = Exit { pid: 0, status: 137, exited_at: None };
-    let actions = machine.apply(cleaned_up(&[], Some(told)));
+    let actions = cleaned_up(&mut machine, &[], Some(told));
     assert_eq!(actions[0], Action::PublishExit("c".into(), killed, Cause::ShimKilled));
 }
 
@@ -117,7 +155,7 @@ fn what_the_shim_has_published_is_not_published_again() {
     machine.apply(Input::DeletePublished);
     assert_eq!(machine.apply(Input::DeleteLost), [Action::CleanUp]);
     assert_eq!(
-        machine.apply(cleaned_up(&[("c", exit(10, 3))], Some(exit(10, 137)))),
+        cleaned_up(&mut machine, &[("c", exit(10, 3))], Some(exit(10, 137))),
         [Action::AnswerDelete(Some(exit(10, 3))), Action::Leave]
     );
 }
@@ -171,13 +209,13 @@ fn an_exit_that_was_published_before_is_not_published_when_the_shim_dies() {
     machine.apply(Input::Exited { process: "c".into(), exit: exit(10, 3) });
     machine.apply(Input::Found { pid: 10, exit: None });
     machine.apply(Input::Disconnected);
-    let actions = machine.apply(cleaned_up(&[], Some(exit(10, 137))));
+    let actions = cleaned_up(&mut machine, &[], Some(exit(10, 137)));
     assert_eq!(actions[0], Action::PublishDelete(exit(10, 3)));
 
     let mut machine = Machine::loading("c");
     machine.apply(Input::Found { pid: 10, exit: Some(exit(10, 3)) });
     machine.apply(Input::Disconnected);
-    let actions = machine.apply(cleaned_up(&[], Some(exit(10, 137))));
+    let actions = cleaned_up(&mut machine, &[], Some(exit(10, 137)));
     assert_eq!(actions[0], Action::PublishDelete(exit(10, 3)));
 }
 
@@ -186,7 +224,7 @@ fn a_bundle_that_never_had_a_process_reports_none() {
     let mut machine = Machine::loading("c");
     assert_eq!(machine.apply(Input::Dead { pid: 0 }), [Action::CleanUp]);
     assert_eq!(
-        machine.apply(cleaned_up(&[], Some(exit(0, 137)))),
+        cleaned_up(&mut machine, &[], Some(exit(0, 137))),
         [Action::AnswerDelete(None), Action::Leave]
     );
 }
@@ -195,7 +233,7 @@ fn a_bundle_that_never_had_a_process_reports_none() {
 fn a_task_whose_shim_died_with_the_daemon_is_reported() {
     let mut machine = Machine::loading("c");
     machine.apply(Input::Dead { pid: 10 });
-    let actions = machine.apply(cleaned_up(&[], Some(exit(10, 137))));
+    let actions = cleaned_up(&mut machine, &[], Some(exit(10, 137)));
     assert_eq!(actions[0], Action::PublishExit("c".into(), exit(10, 137), Cause::ShimKilled));
     assert_eq!(actions[1], Action::PublishDelete(exit(10, 137)));
 }
@@ -241,7 +279,8 @@ fn any_input() -> impl Strategy<Value = Input> {
         Just(Input::DeleteRefused),
         Just(Input::DeleteLost),
         pid.clone().prop_map(|pid| Input::Deleted { exit: (pid > 0).then(|| exit(pid, 0)) }),
-        (process.clone(), pid.clone()).prop_map(|(id, pid)| cleaned_up(&[(&id, exit(pid, 1))], None)),
+        (process.clone(), pid.clone()).prop_map(|(id, pid)| perished(&[(&id, exit(pid, 1))], None)),
+        Just(Input::CleanedUp),
         (process.clone(), pid.clone()).prop_map(|(process, pid)| Input::Started { process, pid }),
         Just(Input::ExecAdded { process: "e".into() }),
         pid.clone().prop_map(|pid| Input::ExecDeleted { process: "e".into(), exit: exit(pid, 0) }),
@@ -297,7 +336,9 @@ proptest! {
                     Action::Delete | Action::CleanUp | Action::AskWait(_) => {
                         prop_assert!(before != Phase::Gone);
                     }
-                    Action::PublishDelete(_) => prop_assert!(before == Phase::Cleaning),
+                    Action::PublishDelete(_) => {
+                        prop_assert!(before == Phase::Cleaning && machine.phase() == Phase::Cleaning);
+                    }
                 }
             }
             if machine.phase() == Phase::Gone {
