@@ -28,10 +28,14 @@ const ORDER: &[(&str, &[&str])] = &[
         ],
     ),
     ("davit-snapshotter", &["davit-oci", "davit-proto", "davit-shim-protocol"]),
+    (
+        "davit-distribution",
+        &["davit-sys", "davit-metadata", "davit-proto", "davit-shim-protocol", "davit-snapshotter"],
+    ),
     // The shim stays small: none of the daemon's crates.
     (
         "davit-shim",
-        &["davit-oci", "davit-metadata", "davit-content-store", "davit-history", "davit-snapshotter"],
+        &["davit-oci", "davit-metadata", "davit-content-store", "davit-history", "davit-snapshotter", "davit-distribution"],
     ),
     ("davit-supervisor", &["davit-oci", "davit-shim"]),
     // The CLI is a client of the gRPC API alone.
@@ -55,6 +59,7 @@ const ORDER: &[(&str, &[&str])] = &[
             "davit-metadata",
             "davit-shim-protocol",
             "davit-history",
+            "davit-distribution",
             "davit-shim",
             "davit-supervisor",
             "davit-ctl",

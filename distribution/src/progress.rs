@@ -1,0 +1,73 @@
+//! What a transfer tells while it runs.
+
+use davit_oci::image::Descriptor;
+
+/// How far something has come; the words are those that `ctr` shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// A name is being resolved.
+    Resolving,
+    /// It was.
+    Resolved,
+    /// It is known that something is to be moved, but it has not begun.
+    Waiting,
+    /// Bytes come in.
+    Downloading,
+    /// Bytes go out.
+    Uploading,
+    /// Nothing has to be moved: it is there.
+    Exists,
+    /// The registry took it from another of its repositories.
+    Mounted,
+    /// All of it was moved.
+    Done,
+}
+
+impl State {
+    /// The word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            State::Resolving => "resolving",
+            State::Resolved => "resolved",
+            State::Waiting => "waiting",
+            State::Downloading => "downloading",
+            State::Uploading => "uploading",
+            State::Exists => "exists",
+            State::Mounted => "mounted",
+            State::Done => "done",
+        }
+    }
+}
+
+/// One piece of news.
+#[derive(Debug, Clone)]
+pub struct Progress {
+    /// What has happened.
+    pub state: State,
+    /// The name of what it is about: that of the image, or a key such as `layer-sha256:…`, by which containerd's
+    /// clients know the ingest.
+    pub reference: String,
+    /// What is moved; none while a name is being resolved.
+    pub descriptor: Option<Descriptor>,
+    /// The digest of the manifest or index that named it, if one did.
+    pub parent: Option<davit_model::Digest>,
+    /// Bytes moved.
+    pub offset: u64,
+    /// Bytes to move; 0 if unknown.
+    pub total: u64,
+}
+
+/// Who is told. The calls come from several tasks and must be quick; those of one thing come in order, and bytes are
+/// told of at most ten times a second.
+pub trait Observer: Send + Sync {
+    /// Takes one piece of news.
+    fn progress(&self, progress: Progress);
+}
+
+/// Nobody.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Unobserved;
+
+impl Observer for Unobserved {
+    fn progress(&self, _: Progress) {}
+}

@@ -1,0 +1,223 @@
+//! Pushing an image: its blobs side by side, then its manifests, then the indexes, the outermost last and by its tag, so
+//! that a name never stands for something incomplete.
+
+use std::io::Read;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use davit_model::{Coded, Digest, ErrorCode};
+use davit_oci::image::{self, Descriptor, MAX_DOCUMENT_SIZE, Target};
+use davit_oci::media_type;
+use davit_oci::platform::{self, Platform};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+
+use crate::error::Error;
+use crate::labels;
+use crate::progress::{Observer, Progress, State};
+use crate::registry::Retry;
+use crate::repository::Repository;
+use crate::retry::Backoff;
+use crate::store::{SinkError, Source};
+use crate::upload::Uploaded;
+
+/// The most documents of an image.
+const MAX_DOCUMENTS: usize = 1024;
+/// How often bytes are told of.
+const NEWS: Duration = Duration::from_millis(100);
+
+/// How an image is pushed.
+#[derive(Debug, Clone)]
+pub struct PushOptions {
+    /// The platforms whose manifests are pushed; all if there are none. An index is pushed as it is, and most registries
+    /// refuse one whose manifests they lack.
+    pub platforms: Vec<Platform>,
+    /// How many blobs are sent at once.
+    pub parallel: usize,
+    /// How a blob whose connection breaks is tried again.
+    pub retry: Retry,
+}
+
+impl Default for PushOptions {
+    fn default() -> PushOptions {
+        PushOptions { platforms: Vec::new(), parallel: 3, retry: Retry::default() }
+    }
+}
+
+/// A document to push, with its bytes and the document that names it.
+type Document = (Descriptor, Bytes, Option<Digest>);
+
+/// Pushes an image to the repository, under the tag of its reference, or by its digest if that has no tag or names
+/// another digest.
+///
+/// # Errors
+/// Those of requests and of the store; content that is not in the store.
+pub async fn push(
+    repository: &Repository,
+    source: Arc<dyn Source>,
+    root: &Descriptor,
+    options: &PushOptions,
+    observer: Arc<dyn Observer>,
+) -> Result<(), Error> {
+    let (documents, blobs) = plan(&source, root, options).await?;
+    let job = Arc::new(Job { repository: repository.clone(), source, observer, retry: options.retry });
+    for (document, _, parent) in &documents {
+        job.tell(State::Waiting, document, parent.as_ref(), 0);
+    }
+    let places = Arc::new(Semaphore::new(options.parallel.max(1)));
+    let mut tasks = JoinSet::new();
+    for (blob, parent, labels) in blobs {
+        let (job, places) = (job.clone(), places.clone());
+        tasks.spawn(async move {
+            job.tell(State::Waiting, &blob, Some(&parent), 0);
+            let _place = places.acquire().await;
+            job.push_blob(&blob, &parent, labels).await
+        });
+    }
+    while let Some(finished) = tasks.join_next().await {
+        finished.map_err(|_| Error::Task { task: "pushing" })??;
+    }
+    // A document comes after those that it names: they were found in the other order.
+    for (document, bytes, parent) in documents.into_iter().rev() {
+        let reference = &repository.reference;
+        let by_tag = parent.is_none() && reference.digest().is_none_or(|digest| *digest == document.digest);
+        let tag = if by_tag { reference.tag() } else { None };
+        job.tell(State::Uploading, &document, parent.as_ref(), 0);
+        let uploaded = repository.put_manifest(&document, bytes, tag).await?;
+        job.tell_end(&uploaded, &document, parent.as_ref());
+    }
+    Ok(())
+}
+
+struct Job {
+    repository: Repository,
+    source: Arc<dyn Source>,
+    observer: Arc<dyn Observer>,
+    retry: Retry,
+}
+
+impl Job {
+    fn tell(&self, state: State, descriptor: &Descriptor, parent: Option<&Digest>, offset: u64) {
+        self.observer.progress(Progress {
+            state,
+            reference: labels::ingest_reference(descriptor),
+            descriptor: Some(descriptor.clone()),
+            parent: parent.cloned(),
+            offset,
+            total: descriptor.size,
+        });
+    }
+
+    fn tell_end(&self, uploaded: &Uploaded, descriptor: &Descriptor, parent: Option<&Digest>) {
+        let state = match uploaded {
+            Uploaded::Sent => State::Done,
+            Uploaded::Existed => State::Exists,
+            Uploaded::Mounted(_) => State::Mounted,
+        };
+        self.tell(state, descriptor, parent, descriptor.size);
+    }
+
+    async fn push_blob(
+        self: &Arc<Self>,
+        blob: &Descriptor,
+        parent: &Digest,
+        labels: davit_model::Labels,
+    ) -> Result<(), Error> {
+        let from = labels::mount_source(&labels, &self.repository.reference);
+        let told = {
+            let (job, blob, parent) = (self.clone(), blob.clone(), parent.clone());
+            let last = Mutex::new(Instant::now());
+            move |offset| {
+                let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
+                if last.elapsed() >= NEWS {
+                    *last = Instant::now();
+                    job.tell(State::Uploading, &blob, Some(&parent), offset);
+                }
+            }
+        };
+        let backoff = Backoff::new(self.retry);
+        let (repository, source) = (&self.repository, self.source.clone());
+        let uploaded = repository.put_blob(blob, source, from.as_deref(), backoff, Arc::new(told)).await?;
+        self.tell_end(&uploaded, blob, Some(parent));
+        Ok(())
+    }
+}
+
+type Blobs = Vec<(Descriptor, Digest, davit_model::Labels)>;
+
+/// Reads the documents, outermost first, and lists the blobs that they name, each once, with the labels of the blob and
+/// of the documents around it.
+async fn plan(
+    source: &Arc<dyn Source>,
+    root: &Descriptor,
+    options: &PushOptions,
+) -> Result<(Vec<Document>, Blobs), Error> {
+    let (source, root, platforms) = (source.clone(), root.clone(), options.platforms.clone());
+    tokio::task::spawn_blocking(move || {
+        let (mut documents, mut blobs): (Vec<Document>, Blobs) = (Vec::new(), Vec::new());
+        let mut queue = std::collections::VecDeque::from([(root, None)]);
+        while let Some((descriptor, parent)) = queue.pop_front() {
+            if documents.iter().any(|(known, _, _)| known.digest == descriptor.digest) {
+                continue;
+            }
+            if documents.len() == MAX_DOCUMENTS {
+                return Err(Error::TooMany { parts: "manifests", limit: MAX_DOCUMENTS });
+            }
+            let bytes = read(&*source, &descriptor)?;
+            let digest = descriptor.digest.clone();
+            let parsed = image::parse_target(&descriptor.media_type, &bytes)
+                .map_err(|source| Error::Document { digest: digest.clone(), source })?;
+            let own = labels_of(&*source, &digest)?;
+            let children: Vec<Descriptor> = match parsed {
+                Target::Index(index) => {
+                    index.manifests.into_iter().filter(|one| is_wanted(one, &platforms)).collect()
+                }
+                Target::Manifest(manifest) => {
+                    std::iter::once(manifest.config).chain(manifest.layers).collect()
+                }
+            };
+            documents.push((descriptor, bytes, parent));
+            for child in children {
+                let name = child.media_type.as_str();
+                if media_type::is_manifest(name) || media_type::is_index(name) {
+                    queue.push_back((child, Some(digest.clone())));
+                } else if !blobs.iter().any(|(known, _, _)| known.digest == child.digest) {
+                    // A registry has the parts of what it has.
+                    let mut labels = own.clone();
+                    labels.extend(labels_of(&*source, &child.digest)?);
+                    blobs.push((child, digest.clone(), labels));
+                }
+            }
+        }
+        Ok((documents, blobs))
+    })
+    .await
+    .map_err(|_| Error::Task { task: "reading documents" })?
+}
+
+fn is_wanted(descriptor: &Descriptor, platforms: &[Platform]) -> bool {
+    platforms.is_empty()
+        || platforms
+            .iter()
+            .any(|platform| platform::best(std::slice::from_ref(descriptor), platform).is_some())
+}
+
+fn labels_of(source: &dyn Source, digest: &Digest) -> Result<davit_model::Labels, Error> {
+    match source.labels(digest) {
+        Ok(labels) => Ok(labels),
+        // Content that is missing fails where it is needed.
+        Err(error) if error.code() == ErrorCode::NotFound => Ok(davit_model::Labels::new()),
+        Err(source) => Err(Error::Store { action: "read labels", source }),
+    }
+}
+
+fn read(source: &dyn Source, descriptor: &Descriptor) -> Result<Bytes, Error> {
+    let failed = |source| Error::Store { action: "read", source };
+    let reader = source.open(&descriptor.digest).map_err(failed)?;
+    let mut bytes = Vec::new();
+    reader.take(MAX_DOCUMENT_SIZE + 1).read_to_end(&mut bytes).map_err(|error| {
+        failed(SinkError { code: ErrorCode::Internal, text: format!("read {}: {error}", descriptor.digest) })
+    })?;
+    Ok(bytes.into())
+}
