@@ -1,4 +1,4 @@
-//! The event hub: what happened, told in order to everyone who listens.
+//! The event hub: what happened, told in order to everyone who listens, and kept in the [`History`].
 //!
 //! containerd's `Subscribe` is live only: no replay, no acknowledgement, all namespaces unless filtered. The hub
 //! keeps to that with one addition. Exits that shims recorded while no daemon ran arrive when the next daemon
@@ -8,14 +8,19 @@
 //! was published or it gets it from the window.
 //!
 //! A shim repeats an event until it is acknowledged; the hub knows the last [`RECENT`] of what came so and drops
-//! what comes again ([`Hub::publish_once`]).
+//! what comes again ([`Hub::publish_once`]). What an earlier daemon has put into the history and a shim repeats, because
+//! that daemon died before it could answer, is told to subscribers, for nobody knows whom it reached, but kept once.
 //!
 //! A subscriber that does not read is cut off when its queue is full ([`QUEUE`] events); it never slows the
 //! publisher down and never grows the daemon without bound.
 
+mod history;
+mod query;
 mod recent;
+mod record;
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::hash::{BuildHasher, DefaultHasher, Hasher, RandomState};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
@@ -24,6 +29,8 @@ use davit_model::filter::{Adaptor, Filter, label_field, text_field};
 use davit_model::{Any, Labels};
 use tokio::sync::mpsc;
 
+pub use history::History;
+pub use query::{Found, Query, Since};
 use recent::Recent;
 
 /// The events that a subscriber may lag behind before it is cut off.
@@ -122,6 +129,7 @@ pub struct Hub {
 struct Shared {
     started: SystemTime,
     reading: Reading,
+    history: Option<History>,
     /// Hashes occurrences. Its seed is random, so that nobody can make events that are taken for others.
     hashes: Seeded,
     state: Mutex<State>,
@@ -142,6 +150,8 @@ struct State {
     subscribers: Vec<Subscriber>,
     /// What came from shims.
     recent: Recent<u64>,
+    /// What earlier daemons have put into the history.
+    earlier: HashSet<u64>,
     /// Events older than the daemon, while the window is open.
     window: Option<Vec<Arc<Published>>>,
 }
@@ -161,16 +171,23 @@ struct Subscriber {
 pub type Subscription = mpsc::Receiver<Arc<Envelope>>;
 
 impl Hub {
-    /// A hub whose window is open.
+    /// A hub without a history. Its window is open.
     pub fn new(reading: Reading) -> Hub {
-        let state = State { subscribers: Vec::new(), recent: Recent::new(RECENT), window: Some(Vec::new()) };
-        let shared = Shared {
-            started: SystemTime::now(),
-            reading,
-            hashes: Seeded(RandomState::new()),
-            state: Mutex::new(state),
-        };
-        Hub { shared: Arc::new(shared) }
+        Hub::open(reading, None, &[])
+    }
+
+    /// A hub that keeps what it is told in `history`, whose last events are `earlier`.
+    pub fn with_history(reading: Reading, history: History, earlier: &[Envelope]) -> Hub {
+        Hub::open(reading, Some(history), earlier)
+    }
+
+    fn open(reading: Reading, history: Option<History>, earlier: &[Envelope]) -> Hub {
+        let hashes = Seeded(RandomState::new());
+        let earlier = earlier.iter().map(|envelope| hashes.occurrence(&reading, envelope)).collect();
+        let (recent, window) = (Recent::new(RECENT), Some(Vec::new()));
+        let state = Mutex::new(State { subscribers: Vec::new(), recent, earlier, window });
+        let started = SystemTime::now();
+        Hub { shared: Arc::new(Shared { started, reading, history, hashes, state }) }
     }
 
     /// Closes the window: from now on a new subscriber sees live events only.
@@ -178,10 +195,12 @@ impl Hub {
         self.state().window = None;
     }
 
-    /// Tells every subscriber, in the order of the calls. Never waits.
+    /// Tells every subscriber and the history, in the order of the calls. Never waits.
     pub fn publish(&self, envelope: Envelope) {
         let published = self.read(envelope);
-        self.tell(&mut self.state(), published);
+        let mut state = self.state();
+        self.keep(&published);
+        self.tell(&mut state, published);
     }
 
     /// The same for an event that may come again: from a shim, or of what a shim may have told already. False when it
@@ -193,8 +212,19 @@ impl Hub {
         if !state.recent.insert(occurrence) {
             return false;
         }
+        if !state.earlier.remove(&occurrence) {
+            self.keep(&published);
+        }
         self.tell(&mut state, published);
         true
+    }
+
+    /// Returns when everything that was published before the call survives the death of the daemon. See
+    /// [`History::recorded`].
+    pub async fn recorded(&self) {
+        if let Some(history) = &self.shared.history {
+            history.recorded().await;
+        }
     }
 
     /// Whether [`publish_once`](Hub::publish_once) would drop it.
@@ -207,6 +237,13 @@ impl Hub {
     fn read(&self, envelope: Envelope) -> Arc<Published> {
         let fields = (self.shared.reading.fields)(&envelope.event);
         Arc::new(Published { envelope: Arc::new(envelope), fields })
+    }
+
+    /// To be called under the lock, so that cursors rise as subscribers are told.
+    fn keep(&self, published: &Published) {
+        if let Some(history) = &self.shared.history {
+            history.append(&published.envelope);
+        }
     }
 
     fn tell(&self, state: &mut State, published: Arc<Published>) {
@@ -241,7 +278,8 @@ impl Hub {
 impl Subscriber {
     /// False when the subscriber is gone or too far behind.
     fn offer(&self, published: &Published) -> bool {
-        if !self.filter.matches(published) {
+        let asked = Asked { envelope: &published.envelope, fields: &published.fields };
+        if !self.filter.matches(&asked) {
             return !self.queue.is_closed();
         }
         match self.queue.try_send(published.envelope.clone()) {
@@ -255,123 +293,23 @@ impl Subscriber {
     }
 }
 
-/// What a filter may ask: `namespace`, `topic`, `event.…`.
-impl Adaptor for Published {
+/// What a filter may ask: `namespace`, `topic`, `event.…`, and `cause`, which containerd does not have.
+struct Asked<'a> {
+    envelope: &'a Envelope,
+    fields: &'a Fields,
+}
+
+impl Adaptor for Asked<'_> {
     fn field(&self, path: &[String]) -> Option<Cow<'_, str>> {
         match path.first().map(String::as_str)? {
             "namespace" => Some(Cow::Borrowed(&self.envelope.namespace)),
             "topic" => Some(Cow::Borrowed(&self.envelope.topic)),
             "event" => self.fields.field(&path[1..]),
+            "cause" => text_field(self.envelope.cause.name()),
             _ => None,
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::hash::Hash;
-    use std::sync::atomic::{AtomicUsize, Ordering};
-    use std::time::Duration;
-
-    fn envelope(topic: &str, timestamp: SystemTime) -> Envelope {
-        Envelope {
-            timestamp,
-            namespace: "n".into(),
-            topic: topic.into(),
-            event: Any::default(),
-            cause: Cause::None,
-        }
-    }
-
-    fn hub() -> Hub {
-        hub_with(|_| Fields { texts: vec![("id", "x".to_owned())], ..Fields::default() })
-    }
-
-    fn hub_with(fields: fn(&Any) -> Fields) -> Hub {
-        Hub::new(Reading { fields, occurrence: |envelope, hasher| envelope.topic.hash(hasher) })
-    }
-
-    fn filter(text: &str) -> Filter {
-        Filter::parse(&[text.to_owned()]).unwrap()
-    }
-
-    #[test]
-    fn filters_and_order() {
-        let hub = hub();
-        let mut all = hub.subscribe(filter(""));
-        let mut some = hub.subscribe(filter(r#"topic=="/b",event.id==x"#));
-        for topic in ["/a", "/b"] {
-            hub.publish(envelope(topic, SystemTime::now()));
-        }
-        assert_eq!(all.try_recv().unwrap().topic, "/a");
-        assert_eq!(all.try_recv().unwrap().topic, "/b");
-        assert_eq!(some.try_recv().unwrap().topic, "/b");
-        assert!(some.try_recv().is_err());
-    }
-
-    #[test]
-    fn an_event_is_read_once_however_many_filters_ask() {
-        static READ: AtomicUsize = AtomicUsize::new(0);
-        let hub = hub_with(|_| {
-            READ.fetch_add(1, Ordering::Relaxed);
-            Fields { texts: vec![("id", "x".to_owned()), ("empty", String::new())], ..Fields::default() }
-        });
-        let wants = |text: &str| filter(text);
-        let mut found = [hub.subscribe(wants("event.id==x,event.id")), hub.subscribe(wants("event.id!=y"))];
-        let mut not = hub.subscribe(Filter::parse(&["event.empty".into(), "event".into()]).unwrap());
-        hub.publish(envelope("/old", SystemTime::now() - Duration::from_secs(60)));
-        for subscription in &mut found {
-            assert_eq!(subscription.try_recv().unwrap().topic, "/old");
-        }
-        assert!(not.try_recv().is_err());
-        assert!(hub.subscribe(wants("event.id==x")).try_recv().is_ok());
-        assert_eq!(READ.load(Ordering::Relaxed), 1);
-    }
-
-    #[test]
-    fn what_comes_again_is_dropped() {
-        let hub = hub();
-        let mut all = hub.subscribe(filter(""));
-        for (topic, new) in [("/a", true), ("/b", true), ("/a", false)] {
-            let envelope = envelope(topic, SystemTime::now());
-            assert_eq!(hub.has_told(&envelope), !new);
-            assert_eq!(hub.publish_once(envelope), new);
-        }
-        // A client may say the same as often as it likes.
-        hub.publish(envelope("/a", SystemTime::now()));
-        let topics: Vec<_> =
-            std::iter::from_fn(|| all.try_recv().ok()).map(|event| event.topic.clone()).collect();
-        assert_eq!(topics, ["/a", "/b", "/a"]);
-    }
-
-    #[test]
-    fn only_events_older_than_the_daemon_wait_for_a_late_subscriber() {
-        let hub = hub();
-        let before = SystemTime::now() - Duration::from_secs(60);
-        hub.publish(envelope("/old", before));
-        hub.publish(envelope("/live", SystemTime::now()));
-        let mut late = hub.subscribe(filter(""));
-        assert_eq!(late.try_recv().unwrap().topic, "/old");
-        assert!(late.try_recv().is_err());
-        hub.close_window();
-        assert!(hub.subscribe(filter("")).try_recv().is_err());
-    }
-
-    #[test]
-    fn a_subscriber_that_does_not_read_is_cut_off_and_others_go_on() {
-        let hub = hub();
-        let mut stuck = hub.subscribe(filter(""));
-        for _ in 0..QUEUE + 1 {
-            hub.publish(envelope("/a", SystemTime::now()));
-        }
-        let mut count = 0;
-        while stuck.blocking_recv().is_some() {
-            count += 1;
-        }
-        assert_eq!(count, QUEUE);
-        let mut other = hub.subscribe(filter(""));
-        hub.publish(envelope("/b", SystemTime::now()));
-        assert_eq!(other.try_recv().unwrap().topic, "/b");
-    }
-}
+mod tests;

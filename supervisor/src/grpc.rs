@@ -1,5 +1,5 @@
-//! The gRPC API: one adapter per service of containerd. An adapter parses, calls, and maps the error; it holds no state
-//! of its own beside what it serves.
+//! The gRPC API: one adapter per service of containerd, and of our own. An adapter parses, calls, and maps the error; it
+//! holds no state of its own beside what it serves.
 
 pub mod containers;
 pub mod content;
@@ -7,6 +7,7 @@ pub mod context;
 pub mod convert;
 pub mod diff;
 pub mod events;
+pub mod history;
 pub mod images;
 pub mod introspection;
 pub mod leases;
@@ -34,10 +35,11 @@ use davit_proto::containerd::services::snapshots::v1::snapshots_server::Snapshot
 use davit_proto::containerd::services::streaming::v1::streaming_server::StreamingServer;
 use davit_proto::containerd::services::tasks::v1::tasks_server::TasksServer;
 use davit_proto::containerd::services::version::v1::version_server::VersionServer;
+use davit_proto::davit::services::events::v1::events_server::EventsServer as HistoryServer;
 use tonic::service::Routes;
 
 use crate::config;
-use crate::events::Hub;
+use crate::events::{History, Hub};
 use crate::metadata::Metadata;
 use crate::plugins::Plugin;
 use crate::runtime::Tasks;
@@ -50,6 +52,8 @@ pub struct Parts {
     pub tasks: Tasks,
     /// What happens.
     pub hub: Hub,
+    /// What has happened.
+    pub history: History,
     /// What clients are told that there is.
     pub plugins: Arc<[Plugin]>,
 }
@@ -61,7 +65,7 @@ pub struct Parts {
 /// # Errors
 /// The identity can be neither read nor written.
 pub async fn routes(parts: Parts, identity: &Path, limits: &config::Grpc) -> io::Result<Routes> {
-    let Parts { metadata, tasks, hub, plugins } = parts;
+    let Parts { metadata, tasks, hub, history, plugins } = parts;
     let introspection = introspection::IntrospectionService::open(identity, plugins, tasks.clone())?;
     let (health, health_server) = tonic_health::server::health_reporter();
     health.set_service_status("", tonic_health::ServingStatus::Serving).await;
@@ -89,5 +93,6 @@ pub async fn routes(parts: Parts, identity: &Path, limits: &config::Grpc) -> io:
     let routes =
         serve!(routes, StreamingServer, streaming::StreamingService::new(metadata.streams().clone()));
     let routes = serve!(routes, EventsServer, events::EventsService::new(hub));
+    let routes = serve!(routes, HistoryServer, history::HistoryService::new(history));
     Ok(serve!(routes, TasksServer, tasks::TasksService::new(metadata, tasks)))
 }

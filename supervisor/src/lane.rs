@@ -25,9 +25,11 @@ const SNAPSHOTTERS: usize = 2;
 const LAYERS: usize = 32;
 /// The runtime: bundles, whose removal may have to unmount something.
 const RUNTIME: usize = 64;
+/// What reads the history, piece by piece.
+const HISTORY: usize = 4;
 
 /// All lanes may be stuck, and the start and the end of the daemon and the collector still find a thread.
-const _: () = assert!(CONTENT + SNAPSHOTTER * SNAPSHOTTERS + LAYERS + RUNTIME + 8 <= THREADS);
+const _: () = assert!(CONTENT + SNAPSHOTTER * SNAPSHOTTERS + LAYERS + RUNTIME + HISTORY + 8 <= THREADS);
 
 /// The way to the threads for the work on one backend. Clones are the same lane.
 #[derive(Debug, Clone)]
@@ -59,6 +61,11 @@ impl Lane {
     /// A lane for the runtime.
     pub fn runtime() -> Lane {
         Lane::new(RUNTIME)
+    }
+
+    /// A lane for what reads the history.
+    pub fn history() -> Lane {
+        Lane::new(HISTORY)
     }
 
     /// Runs work that blocks, in its turn. If the caller goes away the work is not begun, or runs to its end.

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use davit_content_store::Store;
+use davit_history::Limits;
 use davit_metadata::{Db, EngineKind};
 use davit_model::error::chain;
 use davit_model::{Coded, ErrorCode};
@@ -28,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
 use crate::config::{self, Config, Engine};
-use crate::events::Hub;
+use crate::events::{History, Hub};
 use crate::grpc::context::ContextLayer;
 use crate::grpc::{self, notice};
 use crate::metadata::{Metadata, Parts, Scope, Sharing, gc};
@@ -40,6 +41,8 @@ use authority::AnyAuthority;
 const CONTENT: &str = "io.containerd.content.v1.content";
 /// The folder of the database.
 const METADATA: &str = "io.davit.metadata.v1";
+/// The folder of the history of events.
+const EVENTS: &str = "io.davit.events.v1";
 /// The folder of tasks, below both root and state.
 const RUNTIME: &str = "io.containerd.runtime.v2.task";
 /// The folder of the daemon's identity.
@@ -69,14 +72,13 @@ pub async fn run(config: Config) -> Result<()> {
     listen::folder(&config.state, 0o711)?;
     // The database locks the root. Two daemons of one state folder would share its tasks, and each collect the other's.
     let _state = listen::lock(&config.state)?;
-    for name in [CONTENT, METADATA, IDENTITY, LOGS] {
+    for name in [CONTENT, METADATA, EVENTS, IDENTITY, LOGS] {
         listen::folder(&config.root.join(name), 0o700)?;
     }
 
-    let hub = Hub::new(notice::READING);
-    let opening = (config.clone(), hub.clone());
-    let (db, metadata, entries) =
-        tokio::task::spawn_blocking(move || open_stores(&opening.0, &opening.1)).await??;
+    let opening = config.clone();
+    let Stores { db, history, hub, metadata, snapshotters: entries } =
+        tokio::task::spawn_blocking(move || open_stores(&opening)).await??;
     let stop = CancellationToken::new();
     let collector = tokio::spawn(metadata.clone().run_collector(gc::Config::default(), stop.clone()));
 
@@ -98,7 +100,8 @@ pub async fn run(config: Config) -> Result<()> {
 
     let plugins = plugins::list(&text(&config.root.join(CONTENT)), &text(&config.root.join(LOGS)), entries);
     let settling = tasks.clone();
-    let parts = grpc::Parts { metadata, tasks, hub: hub.clone(), plugins: plugins.into() };
+    let parts =
+        grpc::Parts { metadata, tasks, hub: hub.clone(), history: history.clone(), plugins: plugins.into() };
     let routes = grpc::routes(parts, &config.root.join(IDENTITY), grpc)
         .await
         .context("cannot keep the identity of the daemon")?;
@@ -112,26 +115,43 @@ pub async fn run(config: Config) -> Result<()> {
         tracing::info!("files of deleted tasks are left to the next daemon");
     }
     collector.await.context("the collector panicked")?;
+    // What shims report from now on they report to the next daemon.
+    let closing = tokio::task::spawn_blocking(move || history.close());
+    if tokio::time::timeout(DRAIN, closing).await.is_err() {
+        tracing::warn!("the history cannot be written");
+    }
     tokio::task::spawn_blocking(move || db.close()).await?.context("cannot close the metadata")?;
     tracing::info!("stopped");
     Ok(())
 }
 
+/// What is on disk, and the hub that tells of its changes.
+struct Stores {
+    db: Db,
+    history: History,
+    hub: Hub,
+    metadata: Metadata,
+    snapshotters: Vec<SnapshotterEntry>,
+}
+
 /// Opens what is on disk. Blocks.
-fn open_stores(config: &Config, hub: &Hub) -> Result<(Db, Metadata, Vec<SnapshotterEntry>)> {
+fn open_stores(config: &Config) -> Result<Stores> {
     let root = &config.root;
     let engine = match config.metadata.engine {
         Engine::Sled => EngineKind::Sled,
         Engine::Redb => EngineKind::Redb,
     };
     let db = Db::open(&root.join(METADATA), engine)?;
+    // After the database, which locks the root: the end of the history is cut where a daemon died.
+    let (history, earlier) = History::open(&root.join(EVENTS), Limits::default())?;
+    let hub = Hub::with_history(notice::READING, history.clone(), &earlier);
     let store = Store::open(&root.join(CONTENT)).context("cannot open the content store")?;
     let (snapshotters, entries) = open_snapshotters(root, &db);
-    let hub = hub.clone();
-    let events = Arc::new(move |namespace: &str, event| hub.publish(notice::envelope(namespace, event)));
+    let telling = hub.clone();
+    let events = Arc::new(move |namespace: &str, event| telling.publish(notice::envelope(namespace, event)));
     let parts = Parts { db: db.clone(), store, snapshotters, sharing: Sharing::Shared, events };
     let metadata = Metadata::open(parts).context("cannot open the metadata")?;
-    Ok((db, metadata, entries))
+    Ok(Stores { db, history, hub, metadata, snapshotters: entries })
 }
 
 type Snapshotters = BTreeMap<String, Arc<dyn Snapshotter>>;

@@ -74,7 +74,8 @@ pub(super) enum EventError {
     Event { source: prost::DecodeError },
 }
 
-/// Takes an event in: the owner of its container learns of it, then everyone who listens.
+/// Takes an event in: the owner of its container learns of it, then everyone who listens. Returns when it is in the
+/// history, so that whoever is answered then may forget it.
 pub(super) async fn accept(shared: &Shared, envelope: Envelope) -> Result<(), EventError> {
     identifier::validate(&envelope.namespace).map_err(|source| EventError::Namespace { source })?;
     identifier::validate_topic(&envelope.topic).map_err(|source| EventError::Topic { source })?;
@@ -93,6 +94,8 @@ pub(super) async fn accept(shared: &Shared, envelope: Envelope) -> Result<(), Ev
         }
         shared.hub.publish_once(envelope);
     }
+    // Also for what comes again: its first report may still be on its way to the disk.
+    shared.hub.recorded().await;
     Ok(())
 }
 
