@@ -163,6 +163,10 @@ pub struct Stream {
     /// The bytes that were dropped because there was no room or no working log.
     #[prost(uint64, tag = "3")]
     pub dropped: u64,
+    /// The longest time in microseconds for which the process had written something
+    /// that nobody took.
+    #[prost(uint64, tag = "4")]
+    pub stalled_micros: u64,
 }
 impl ::prost::Name for Stream {
     const NAME: &'static str = "Stream";
