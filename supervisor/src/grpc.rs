@@ -13,6 +13,7 @@ pub mod introspection;
 pub mod leases;
 pub mod namespaces;
 pub mod notice;
+pub mod sandboxes;
 pub mod snapshots;
 pub mod status;
 pub mod streaming;
@@ -31,6 +32,8 @@ use davit_proto::containerd::services::images::v1::images_server::ImagesServer;
 use davit_proto::containerd::services::introspection::v1::introspection_server::IntrospectionServer;
 use davit_proto::containerd::services::leases::v1::leases_server::LeasesServer;
 use davit_proto::containerd::services::namespaces::v1::namespaces_server::NamespacesServer;
+use davit_proto::containerd::services::sandbox::v1::controller_server::ControllerServer;
+use davit_proto::containerd::services::sandbox::v1::store_server::StoreServer;
 use davit_proto::containerd::services::snapshots::v1::snapshots_server::SnapshotsServer;
 use davit_proto::containerd::services::streaming::v1::streaming_server::StreamingServer;
 use davit_proto::containerd::services::tasks::v1::tasks_server::TasksServer;
@@ -42,7 +45,7 @@ use crate::config;
 use crate::events::{History, Hub};
 use crate::metadata::Metadata;
 use crate::plugins::Plugin;
-use crate::runtime::Tasks;
+use crate::runtime::{Sandboxes, Tasks};
 
 /// What the services are made of.
 pub struct Parts {
@@ -50,6 +53,8 @@ pub struct Parts {
     pub metadata: Metadata,
     /// What runs.
     pub tasks: Tasks,
+    /// The sandboxes that shims run.
+    pub sandboxes: Sandboxes,
     /// What happens.
     pub hub: Hub,
     /// What has happened.
@@ -60,12 +65,12 @@ pub struct Parts {
 
 /// All services, with their limits. The identity of the daemon is kept in `identity`.
 ///
-/// Sandbox, Transfer and Mounts are not served yet: a call of them is answered `Unimplemented`.
+/// Transfer and Mounts are not served yet: a call of them is answered `Unimplemented`.
 ///
 /// # Errors
 /// The identity can be neither read nor written.
 pub async fn routes(parts: Parts, identity: &Path, limits: &config::Grpc) -> io::Result<Routes> {
-    let Parts { metadata, tasks, hub, history, plugins } = parts;
+    let Parts { metadata, tasks, sandboxes, hub, history, plugins } = parts;
     let introspection = introspection::IntrospectionService::open(identity, plugins, tasks.clone())?;
     let (health, health_server) = tonic_health::server::health_reporter();
     health.set_service_status("", tonic_health::ServingStatus::Serving).await;
@@ -92,6 +97,8 @@ pub async fn routes(parts: Parts, identity: &Path, limits: &config::Grpc) -> io:
     let routes = serve!(routes, LeasesServer, leases::LeasesService::new(metadata.clone()));
     let routes =
         serve!(routes, StreamingServer, streaming::StreamingService::new(metadata.streams().clone()));
+    let routes = serve!(routes, StoreServer, sandboxes::StoreService::new(metadata.clone()));
+    let routes = serve!(routes, ControllerServer, sandboxes::ControllerService::new(sandboxes));
     let routes = serve!(routes, EventsServer, events::EventsService::new(hub));
     let routes = serve!(routes, HistoryServer, history::HistoryService::new(history));
     Ok(serve!(routes, TasksServer, tasks::TasksService::new(metadata, tasks)))

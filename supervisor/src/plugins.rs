@@ -76,6 +76,8 @@ pub fn list(content_root: &str, logs: &str, snapshotters: Vec<SnapshotterEntry>)
             .export("policy", "shared"),
         Plugin::new("gc.v1", "scheduler", &["metadata.v1"]),
         Plugin::new("lease.v1", "manager", &["metadata.v1"]),
+        Plugin::new("sandbox.store.v1", "local", &["metadata.v1"]),
+        Plugin::new("sandbox.controller.v1", "shim", &["shim.v1", "event.v1"]),
         Plugin::new("streaming.v1", "manager", &["metadata.v1"]),
         Plugin::new("differ.v1", "walking", &["metadata.v1"]).on_platform(),
         Plugin::new("shim.v1", "manager", &["event.v1", "metadata.v1"]).on_platform(),
@@ -110,6 +112,9 @@ pub fn list(content_root: &str, logs: &str, snapshotters: Vec<SnapshotterEntry>)
         plugins.push(Plugin::new("service.v1", &format!("{name}-service"), &["metadata.v1"]));
         plugins.push(Plugin::new("grpc.v1", name, &["service.v1"]));
     }
+    plugins.push(Plugin::new("grpc.v1", "sandboxes", &["sandbox.store.v1"]));
+    let requires = ["podsandbox.controller.v1", "sandbox.controller.v1", "event.v1"];
+    plugins.push(Plugin::new("grpc.v1", "sandbox-controllers", &requires));
     plugins.push(Plugin::new("grpc.v1", "streaming", &["streaming.v1"]));
     for name in ["events", "healthcheck", "version"] {
         plugins.push(Plugin::new("grpc.v1", name, &[]));

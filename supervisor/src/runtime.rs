@@ -12,6 +12,7 @@
 //! * `create`, `teardown` and `load` are the three jobs that take longer: to bring a shim up, to take it down
 //!   (asked for, or after its death), and to find it again after the daemon's restart.
 //! * `binary` runs shim binaries; `shim` speaks to a running one; `log` reads its log pipe.
+//! * `sandbox` is the controller of sandboxes that a shim runs.
 //! * `forward` is the socket on which shims tell what happened.
 //!
 //! A call that changes something runs in its own task of tokio to its end, whether or not its caller still
@@ -25,6 +26,7 @@ mod load;
 mod log;
 mod owner;
 mod registry;
+mod sandbox;
 mod shim;
 mod task;
 mod teardown;
@@ -44,6 +46,9 @@ use crate::events::Hub;
 
 pub use error::{Error, ShimError};
 pub use load::{Loading, Records};
+pub use sandbox::{
+    SandboxError, SandboxMetric, SandboxOptions, SandboxPlatform, SandboxStatus, Sandboxes, Started,
+};
 pub use task::{
     CreateOptions, ExecOptions, Exit, Metric, Process, ProcessInfo, Status, Stdio, UpdateOptions,
 };

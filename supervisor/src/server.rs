@@ -34,7 +34,7 @@ use crate::grpc::context::ContextLayer;
 use crate::grpc::{self, notice};
 use crate::metadata::{Metadata, Parts, Scope, Sharing, gc};
 use crate::plugins::{self, SnapshotterEntry};
-use crate::runtime::{self, Tasks};
+use crate::runtime::{self, Sandboxes, Tasks};
 use authority::AnyAuthority;
 
 /// The folder of blobs, named as containerd names it.
@@ -45,6 +45,8 @@ const METADATA: &str = "io.davit.metadata.v1";
 const EVENTS: &str = "io.davit.events.v1";
 /// The folder of tasks, below both root and state.
 const RUNTIME: &str = "io.containerd.runtime.v2.task";
+/// The folder of the sandboxes that shims run, below both root and state.
+const SANDBOXES: &str = "io.containerd.sandbox.controller.v1.shim";
 /// The folder of the daemon's identity.
 const IDENTITY: &str = "io.containerd.grpc.v1.introspection";
 /// The folder of the logs of detached containers.
@@ -92,6 +94,13 @@ pub async fn run(config: Config) -> Result<()> {
         let found = Scope::new(namespace, None).and_then(|scope| known.containers(&scope).get(id));
         !found.is_err_and(|error| error.code() == ErrorCode::NotFound)
     }));
+    let known = metadata.clone();
+    let records = Arc::new(move |namespace: &str, id: &str| {
+        let found = Scope::new(namespace, None).and_then(|scope| known.sandboxes(&scope).get(id));
+        !found.is_err_and(|error| error.code() == ErrorCode::NotFound)
+    });
+    let (root, state) = (config.root.join(SANDBOXES), config.state.join(SANDBOXES));
+    let sandboxes = Sandboxes::open(&tasks, root, state, records)?;
     // After the tasks are known: what shims report is then told to their owners.
     let listening = tasks.clone();
     tokio::spawn(async move { listening.serve_events(reports).await });
@@ -100,8 +109,14 @@ pub async fn run(config: Config) -> Result<()> {
 
     let plugins = plugins::list(&text(&config.root.join(CONTENT)), &text(&config.root.join(LOGS)), entries);
     let settling = tasks.clone();
-    let parts =
-        grpc::Parts { metadata, tasks, hub: hub.clone(), history: history.clone(), plugins: plugins.into() };
+    let parts = grpc::Parts {
+        metadata,
+        tasks,
+        sandboxes,
+        hub: hub.clone(),
+        history: history.clone(),
+        plugins: plugins.into(),
+    };
     let routes = grpc::routes(parts, &config.root.join(IDENTITY), grpc)
         .await
         .context("cannot keep the identity of the daemon")?;

@@ -143,6 +143,7 @@ fn existing_shim(
     let sandbox = context.shared.get(context.namespace(), sandbox_id);
     let view = sandbox.map(|task| task.view.borrow().clone()).filter(|view| view.phase == Phase::Live);
     let told = view.and_then(|view| view.shim).map(|shim| shim.bootstrap());
+    let told = told.or_else(|| context.shared.sandboxes.bootstrap(context.namespace(), sandbox_id));
     // A shim of version 2 is asked by running its binary: only that knows whether it groups.
     Ok(told.filter(|told| told.version >= VERSION_3))
 }

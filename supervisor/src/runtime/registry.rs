@@ -12,6 +12,7 @@ use tracing::{Instrument, warn};
 
 use super::create::blocking;
 use super::owner::Message;
+use super::sandbox;
 use super::shim::Shim;
 use super::transitions::Phase;
 use super::{Config, Error};
@@ -25,6 +26,8 @@ pub(super) struct Shared {
     pub(super) hub: Hub,
     /// Where what blocks runs.
     pub(super) lane: Lane,
+    /// The sandboxes with a shim of their own, which tasks can join.
+    pub(super) sandboxes: sandbox::Registry,
     /// Short sections only; never held over an await.
     tasks: Mutex<BTreeMap<Key, Handle>>,
     /// Removals that nobody waits for but the end of the daemon.
@@ -105,7 +108,8 @@ impl Handle {
 impl Shared {
     pub(super) fn new(config: Config, hub: Hub) -> Shared {
         let (tasks, removals) = (Mutex::new(BTreeMap::new()), TaskTracker::new());
-        Shared { config, hub, lane: Lane::runtime(), tasks, removals }
+        let sandboxes = sandbox::Registry::default();
+        Shared { config, hub, lane: Lane::runtime(), sandboxes, tasks, removals }
     }
 
     pub(super) fn get(&self, namespace: &str, id: &str) -> Option<Handle> {

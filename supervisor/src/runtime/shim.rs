@@ -356,7 +356,7 @@ fn status_from_wire(status: wire_process::Status) -> Status {
     }
 }
 
-fn mount_to_wire(mount: Mount) -> wire_types::Mount {
+pub(super) fn mount_to_wire(mount: Mount) -> wire_types::Mount {
     wire_types::Mount {
         r#type: mount.kind,
         source: mount.source,

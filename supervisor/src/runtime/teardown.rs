@@ -221,7 +221,7 @@ pub(super) async fn remove_socket(context: &Context) {
 
 /// Removes the file of a socket that nobody listens on. The kernel refuses a connection to it at once;
 /// whatever else happens means that somebody does.
-fn remove_dead_socket(path: &Path) -> Result<(), Errno> {
+pub(super) fn remove_dead_socket(path: &Path) -> Result<(), Errno> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = nix::sys::socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
     match nix::sys::socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?) {

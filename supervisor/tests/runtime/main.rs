@@ -7,5 +7,6 @@ mod fake;
 mod group;
 mod life;
 mod restart;
+mod sandbox;
 mod start;
 mod world;
