@@ -92,7 +92,7 @@ enum Command {
     Rmi(commands::rmi::Options),
     /// Show everything about containers and images as JSON
     Inspect(commands::inspect::Options),
-    /// Print events as they happen
+    /// Print events of the past and as they happen
     Events(commands::events::Options),
     /// Show what the daemon and this machine are
     Info,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use davit_proto::containerd::services as api;
+use davit_proto::davit::services as own;
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
@@ -51,10 +52,10 @@ pub(crate) struct Client {
 }
 
 macro_rules! services {
-    ($($method:ident: $module:ident, $server:ident, $client:ident;)*) => {
+    ($services:ident; $($method:ident: $module:ident, $server:ident, $client:ident;)*) => {
         impl Client {
-            $(pub(crate) fn $method(&self) -> api::$module::v1::$server::$client<Wire> {
-                api::$module::v1::$server::$client::with_interceptor(self.channel.clone(), self.headers.clone())
+            $(pub(crate) fn $method(&self) -> $services::$module::v1::$server::$client<Wire> {
+                $services::$module::v1::$server::$client::with_interceptor(self.channel.clone(), self.headers.clone())
                     .max_decoding_message_size(MAX_MESSAGE_SIZE)
                     .max_encoding_message_size(MAX_MESSAGE_SIZE)
             })*
@@ -62,7 +63,7 @@ macro_rules! services {
     };
 }
 
-services! {
+services! { api;
     containers: containers, containers_client, ContainersClient;
     content: content, content_client, ContentClient;
     diff: diff, diff_client, DiffClient;
@@ -73,6 +74,11 @@ services! {
     snapshots: snapshots, snapshots_client, SnapshotsClient;
     tasks: tasks, tasks_client, TasksClient;
     version: version, version_client, VersionClient;
+}
+
+// What only davitd has.
+services! { own;
+    history: events, events_client, EventsClient;
 }
 
 impl Client {

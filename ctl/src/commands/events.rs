@@ -1,4 +1,7 @@
-//! `davit events`: what happens, as it happens.
+//! `davit events`: what happened, and what happens.
+
+mod filters;
+mod when;
 
 use std::fmt::Write as _;
 use std::io::Write;
@@ -9,49 +12,189 @@ use davit_proto::containerd::events as ev;
 use davit_proto::containerd::services::events::v1::SubscribeRequest;
 use davit_proto::containerd::services::images::v1 as images;
 use davit_proto::containerd::types::Envelope;
+use davit_proto::davit::services::events::v1::entry::What;
+use davit_proto::davit::services::events::v1::{
+    Entry, Event, FollowRequest, Gap, ListRequest, follow_request, list_request,
+};
+use serde_json::{Map, Value, json};
+use tonic::{Code, Status, Streaming};
 
 use crate::client::Client;
 use crate::error::{CallContext, Error, Result};
 use crate::format;
+use when::When;
+
+const ACTION: &str = "read events";
+
+const EXAMPLES: &str = "\
+Examples:
+  davit events                                     what happens from now on
+  davit events --since 10m                         the last ten minutes, and on
+  davit events --since 1h --until 0s               the last hour, and no more
+  davit events --since 2026-11-21 -f event=die -f container=web
+  davit events --since cursor:1048592 --format json
+  davit events -f 'topic~=^/tasks/,event.container_id==web'
+
+A WHEN is a duration before now (90s, 10m, 1h30m, 7d), a time of RFC 3339 or
+its date (in UTC unless it says otherwise), or seconds since 1970. Each event
+has a cursor, which --format json shows: with --since cursor:N a reader that
+was away gets every later event that is kept, once. An exit that no shim could
+report shows its cause.";
 
 /// Options of `davit events`.
 #[derive(Debug, clap::Args)]
-#[command(
-    after_help = "Examples:\n  davit events\n  davit events -f 'topic~=^/tasks/'\n  davit events -f 'event.container_id==ID'"
-)]
+#[command(after_help = EXAMPLES)]
 pub(crate) struct Options {
-    /// A filter in containerd's language; several are alternatives
-    #[arg(short, long, value_name = "FILTER")]
+    /// Begin with the events of the past from there on
+    #[arg(long, value_name = "WHEN|cursor:N", value_parser = when::parse)]
+    since: Option<When>,
+    /// End there; without it, follow what happens
+    #[arg(long, value_name = "WHEN", value_parser = parse_until)]
+    until: Option<SystemTime>,
+    /// container=, event=, type= or cause=, or a filter in containerd's language
+    #[arg(short, long, value_name = "KEY=VALUE|FILTER")]
     filter: Vec<String>,
+    /// Print events as lines of words or as objects
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    format: Format,
     /// Those of all namespaces
     #[arg(long)]
     all_namespaces: bool,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Format {
+    Text,
+    #[value(alias = "{{json .}}")]
+    Json,
+}
+
+/// `0s` is now, which as a duration is nothing.
+fn parse_until(text: &str) -> std::result::Result<SystemTime, String> {
+    if text == "0s" || text == "now" { Ok(SystemTime::now()) } else { when::parse_time(text) }
+}
+
 /// `davit events`.
 pub(crate) async fn run(client: &Client, options: Options, out: &mut dyn Write) -> Result<()> {
-    let action = "subscribe to events";
-    let own = format!("namespace=={}", client.namespace());
-    let filters = match (options.all_namespaces, options.filter.is_empty()) {
-        (true, _) => options.filter,
-        (false, true) => vec![own],
-        (false, false) => options.filter.iter().map(|filter| format!("{own},{filter}")).collect(),
+    let filters = filters::build(client, options.all_namespaces, &options.filter).await?;
+    let ends = options.until.filter(|until| *until <= SystemTime::now());
+    if let Some(until) = ends {
+        let since = options.since.map(|since| match since {
+            When::Time(time) => list_request::Since::Time(time.into()),
+            When::Cursor(cursor) => list_request::Since::Cursor(cursor),
+        });
+        let request = ListRequest { since, until: Some(until.into()), filters, limit: 0 };
+        let stream = client.history().list(request).await;
+        return print(known(stream)?, options.format, None, out).await;
+    }
+    let since = options.since.map(|since| match since {
+        When::Time(time) => follow_request::Since::Time(time.into()),
+        When::Cursor(cursor) => follow_request::Since::Cursor(cursor),
+    });
+    let past = since.is_some() || options.until.is_some();
+    let request = FollowRequest { since, filters: filters.clone() };
+    match client.history().follow(request).await {
+        // Other daemons tell what happens, and no more.
+        Err(status) if status.code() == Code::Unimplemented && !past => {
+            subscribe(client, filters, options.format, out).await
+        }
+        stream => print(known(stream)?, options.format, options.until, out).await,
+    }
+}
+
+fn known<T>(answer: std::result::Result<tonic::Response<T>, Status>) -> Result<T> {
+    match answer {
+        Err(status) if status.code() == Code::Unimplemented => Err(Error::usage(
+            "this daemon keeps no history of events",
+            "leave --since and --until out to see what happens from now on",
+        )),
+        answer => answer.call(ACTION),
+    }
+}
+
+/// Prints entries until there are no more, or until a time.
+async fn print(
+    mut stream: Streaming<Entry>,
+    format: Format,
+    until: Option<SystemTime>,
+    out: &mut dyn Write,
+) -> Result<()> {
+    let left = until.map(|until| until.duration_since(SystemTime::now()).unwrap_or_default());
+    let end = async {
+        match left {
+            Some(left) => tokio::time::sleep(left).await,
+            None => std::future::pending().await,
+        }
     };
-    let mut stream = client.events().subscribe(SubscribeRequest { filters }).await.call(action)?;
-    while let Some(envelope) =
-        stream.message().await.map_err(|status| Error::Call { action: action.to_owned(), status })?
-    {
-        format::line(out, describe(&envelope))?;
+    tokio::pin!(end);
+    loop {
+        // Cancel safety: `end` is pinned outside of the loop, and after it nothing is read any more.
+        let entry = tokio::select! {
+            biased;
+            entry = stream.message() => entry.map_err(failed)?,
+            () = &mut end => None,
+        };
+        let Some(entry) = entry else { return Ok(()) };
+        match entry.what {
+            Some(What::Event(Event { envelope: Some(envelope), cause })) => {
+                if until.is_some_and(|until| time(&envelope) >= until) {
+                    continue;
+                }
+                let text = match format {
+                    Format::Text => describe(&envelope, &cause),
+                    Format::Json => object(Some(entry.cursor), &envelope, &cause).to_string(),
+                };
+                format::line(out, text)?;
+            }
+            Some(What::Gap(gap)) => tell_gap(entry.cursor, &gap, format, out)?,
+            // Something of a later release.
+            Some(What::Event(Event { envelope: None, .. })) | None => {}
+        }
+        out.flush().map_err(Error::Output)?;
+    }
+}
+
+fn tell_gap(cursor: u64, gap: &Gap, format: Format, out: &mut dyn Write) -> Result<()> {
+    if format == Format::Json {
+        return format::line(out, json!({ "cursor": cursor, "gap": { "lost": gap.lost } }));
+    }
+    // Not among the events, but where a person sees it; that nobody can read it is no failure.
+    let stderr = &mut std::io::stderr();
+    let _ = match gap.lost {
+        0 => writeln!(stderr, "davit: events are missing here: they are too old or damaged"),
+        lost => writeln!(stderr, "davit: {lost} events are missing here: they could not be kept"),
+    };
+    Ok(())
+}
+
+/// containerd's own way: live only, and without causes.
+async fn subscribe(client: &Client, filters: Vec<String>, format: Format, out: &mut dyn Write) -> Result<()> {
+    let mut stream = client.events().subscribe(SubscribeRequest { filters }).await.call(ACTION)?;
+    while let Some(envelope) = stream.message().await.map_err(failed)? {
+        let text = match format {
+            Format::Text => describe(&envelope, ""),
+            Format::Json => object(None, &envelope, "").to_string(),
+        };
+        format::line(out, text)?;
         out.flush().map_err(Error::Output)?;
     }
     Ok(())
 }
 
+fn failed(status: Status) -> Error {
+    Error::Call { action: ACTION.to_owned(), status }
+}
+
+fn time(envelope: &Envelope) -> SystemTime {
+    envelope.timestamp.as_ref().and_then(format::system_time).unwrap_or(SystemTime::UNIX_EPOCH)
+}
+
 /// One line: time, namespace, topic, and what the event holds. Those of types that are not known show their type.
-fn describe(envelope: &Envelope) -> String {
-    let time = envelope.timestamp.as_ref().and_then(format::system_time).unwrap_or(SystemTime::UNIX_EPOCH);
-    let mut text = format!("{} {} {}", format::rfc3339(time), envelope.namespace, envelope.topic);
-    for (key, value) in fields(envelope) {
+fn describe(envelope: &Envelope, cause: &str) -> String {
+    let mut text = format!("{} {} {}", format::rfc3339(time(envelope)), envelope.namespace, envelope.topic);
+    let cause = (!cause.is_empty()).then(|| ("cause", Value::from(cause)));
+    for (key, value) in fields(envelope).into_iter().chain(cause) {
+        let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
         let clean: String = value.chars().map(|c| if c.is_control() { '?' } else { c }).collect();
         let quoted = clean.is_empty() || clean.contains([' ', '"']);
         // Writing to a string cannot fail.
@@ -60,12 +203,30 @@ fn describe(envelope: &Envelope) -> String {
     text
 }
 
-type Fields = Vec<(&'static str, String)>;
+/// The same as an object.
+fn object(cursor: Option<u64>, envelope: &Envelope, cause: &str) -> Value {
+    let mut object = Map::new();
+    if let Some(cursor) = cursor {
+        object.insert("cursor".to_owned(), cursor.into());
+    }
+    object.insert("time".to_owned(), format::rfc3339(time(envelope)).into());
+    object.insert("namespace".to_owned(), envelope.namespace.as_str().into());
+    object.insert("topic".to_owned(), envelope.topic.as_str().into());
+    let event: Map<String, Value> =
+        fields(envelope).into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+    object.insert("event".to_owned(), event.into());
+    if !cause.is_empty() {
+        object.insert("cause".to_owned(), cause.into());
+    }
+    object.into()
+}
+
+type Fields = Vec<(&'static str, Value)>;
 
 macro_rules! known {
     ($any:expr; $($type:ty { $($field:ident),* };)*) => {
         $(if let Ok(Some(event)) = unpack::<$type>($any) {
-            return vec![$((stringify!($field), event.$field.to_string())),*];
+            return vec![$((stringify!($field), Value::from(event.$field))),*];
         })*
     };
 }
@@ -101,7 +262,7 @@ fn fields(envelope: &Envelope) -> Fields {
         images::ImageUpdate { name };
         images::ImageDelete { name };
     }
-    vec![("type", any.type_url.clone())]
+    vec![("type", Value::from(any.type_url.as_str()))]
 }
 
 #[cfg(test)]
@@ -125,10 +286,14 @@ mod tests {
         };
         let want =
             "1970-01-12T13:46:40.000000005Z default /tasks/exit container_id=c id=c pid=7 exit_status=137";
-        assert_eq!(describe(&envelope), want);
+        assert_eq!(describe(&envelope, ""), want);
+        assert_eq!(describe(&envelope, "shim-killed"), format!("{want} cause=shim-killed"));
+        let json = object(Some(5), &envelope, "shim-killed").to_string();
+        let want = r#"{"cause":"shim-killed","cursor":5,"event":{"container_id":"c","exit_status":137,"id":"c","pid":7},"#;
+        assert!(json.starts_with(want), "{json}");
         envelope.event = Some(davit_proto::any::pack(&images::ImageDelete { name: "a b\n".to_owned() }));
-        assert!(describe(&envelope).ends_with(" name=\"a b?\""));
+        assert!(describe(&envelope, "").ends_with(" name=\"a b?\""));
         envelope.event = Some(prost_types::Any { type_url: "x.Y".to_owned(), value: vec![1] });
-        assert!(describe(&envelope).ends_with(" type=x.Y"));
+        assert!(describe(&envelope, "").ends_with(" type=x.Y"));
     }
 }
