@@ -94,6 +94,8 @@ enum Command {
     Inspect(commands::inspect::Options),
     /// Print events of the past and as they happen
     Events(commands::events::Options),
+    /// Show and upgrade the processes that keep containers
+    Shim(commands::shim::Options),
     /// Show what the daemon and this machine are
     Info,
     /// Show the versions of client and daemon
@@ -208,6 +210,7 @@ async fn dispatch(cli: Cli) -> Result<u8> {
         Command::Rmi(options) => commands::rmi::run(&client, options, out).await?,
         Command::Inspect(options) => commands::inspect::run(&client, options, out).await?,
         Command::Events(options) => commands::events::run(&client, options, out).await?,
+        Command::Shim(options) => commands::shim::run(&client, options, out).await?,
         Command::Info => commands::info::run(&client, &global.address, out).await?,
         Command::Version | Command::Completion(_) | Command::Man(_) => {}
     }

@@ -79,6 +79,7 @@ services! { api;
 // What only davitd has.
 services! { own;
     history: events, events_client, EventsClient;
+    shims: shims, shims_client, ShimsClient;
 }
 
 impl Client {

@@ -15,6 +15,7 @@ pub(crate) mod ps;
 pub(crate) mod rm;
 pub(crate) mod rmi;
 pub(crate) mod run;
+pub(crate) mod shim;
 pub(crate) mod start;
 pub(crate) mod stats;
 pub(crate) mod stop;

@@ -14,6 +14,7 @@ pub mod leases;
 pub mod namespaces;
 pub mod notice;
 pub mod sandboxes;
+pub mod shims;
 pub mod snapshots;
 pub mod status;
 pub mod streaming;
@@ -39,6 +40,7 @@ use davit_proto::containerd::services::streaming::v1::streaming_server::Streamin
 use davit_proto::containerd::services::tasks::v1::tasks_server::TasksServer;
 use davit_proto::containerd::services::version::v1::version_server::VersionServer;
 use davit_proto::davit::services::events::v1::events_server::EventsServer as HistoryServer;
+use davit_proto::davit::services::shims::v1::shims_server::ShimsServer;
 use tonic::service::Routes;
 
 use crate::config;
@@ -101,5 +103,6 @@ pub async fn routes(parts: Parts, identity: &Path, limits: &config::Grpc) -> io:
     let routes = serve!(routes, ControllerServer, sandboxes::ControllerService::new(sandboxes));
     let routes = serve!(routes, EventsServer, events::EventsService::new(hub));
     let routes = serve!(routes, HistoryServer, history::HistoryService::new(history));
+    let routes = serve!(routes, ShimsServer, shims::ShimsService::new(tasks.clone()));
     Ok(serve!(routes, TasksServer, tasks::TasksService::new(metadata, tasks)))
 }

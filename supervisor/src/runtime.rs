@@ -11,7 +11,8 @@
 //!   everything.
 //! * `create`, `teardown` and `load` are the three jobs that take longer: to bring a shim up, to take it down
 //!   (asked for, or after its death), and to find it again after the daemon's restart.
-//! * `binary` runs shim binaries; `shim` speaks to a running one; `log` reads its log pipe.
+//! * `binary` runs shim binaries; `shim` speaks to a running one, and `shims` has it upgrade itself; `log` reads its log
+//!   pipe.
 //! * `sandbox` is the controller of sandboxes that a shim runs.
 //! * `forward` is the socket on which shims tell what happened.
 //!
@@ -28,6 +29,7 @@ mod owner;
 mod registry;
 mod sandbox;
 mod shim;
+mod shims;
 mod task;
 mod teardown;
 pub mod transitions;
@@ -49,6 +51,7 @@ pub use load::{Loading, Records};
 pub use sandbox::{
     SandboxError, SandboxMetric, SandboxOptions, SandboxPlatform, SandboxStatus, Sandboxes, Started,
 };
+pub use shims::RunningShim;
 pub use task::{
     CreateOptions, ExecOptions, Exit, Metric, Process, ProcessInfo, Status, Stdio, UpdateOptions,
 };

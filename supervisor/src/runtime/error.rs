@@ -140,6 +140,12 @@ pub enum Error {
         /// The answer.
         source: std::sync::Arc<Error>,
     },
+    /// The shim of the container is another project's, or from before there were upgrades.
+    #[error("the shim of task {id} knows no upgrade: it is another project's, or too old")]
+    NotUpgradable {
+        /// The container.
+        id: String,
+    },
     /// The owner of the container ended without an answer: the daemon is stopping.
     #[error("the daemon is shutting down")]
     Stopping,
@@ -160,6 +166,7 @@ impl Coded for Error {
             | Error::NotCleanedUp { .. }
             | Error::Stopping => ErrorCode::Unavailable,
             Error::Timeout { .. } => ErrorCode::DeadlineExceeded,
+            Error::NotUpgradable { .. } => ErrorCode::Unimplemented,
             Error::Shim { code, .. } | Error::Create { code, .. } => *code,
             Error::Protocol { source, .. } => source.code(),
             Error::Shared { source } => source.code(),
@@ -192,6 +199,7 @@ impl Coded for Error {
             | Error::StartShim { .. }
             | Error::Bundle { .. }
             | Error::TaskApiAddress { .. }
+            | Error::NotUpgradable { .. }
             | Error::Stopping => None,
         }
     }

@@ -251,7 +251,7 @@ pub(super) async fn probe(context: &Context, connection: &mut Option<Shim>) -> P
     };
     *connection = Some(shim.clone());
     match shim.ping(limit).await {
-        Ok(()) => {}
+        Ok(_) => {}
         Err(Error::ShimGone { .. }) => return lost(context).await,
         Err(Error::Timeout { .. }) => return Probe::Silent,
         // Even a refusal is a sign of life.

@@ -166,12 +166,24 @@ impl Shim {
         }
     }
 
-    /// Asks the shim for itself: proof that it is alive.
-    pub(super) async fn ping(&self, limit: Duration) -> Result<(), Error> {
+    /// A call of another service than that of tasks.
+    pub(super) async fn call_other<Reply: Message + Default>(
+        &self,
+        service: &'static str,
+        method: &'static str,
+        limit: Duration,
+        message: &impl Message,
+    ) -> Result<Reply, Error> {
+        let target = Target { service, method, namespace: &self.inner.namespace, limit: Some(limit) };
+        self.inner.client.call(target, message).await.map_err(|error| self.error(method, error))
+    }
+
+    /// Asks the shim for itself: proof that it is alive. Gives its process.
+    pub(super) async fn ping(&self, limit: Duration) -> Result<u32, Error> {
         let request = wire::ConnectRequest { id: self.id() };
         let reply: wire::ConnectResponse = self.call_within("Connect", Some(limit), &request).await?;
         tracing::debug!(shim.pid = reply.shim_pid, version = reply.version, "shim answers");
-        Ok(())
+        Ok(reply.shim_pid)
     }
 
     /// Has the shim create the container. Gives the init process.
