@@ -101,8 +101,8 @@ impl Repository {
         offset: u64,
         excluded: &[usize],
     ) -> Result<Download, Error> {
-        if descriptor.size == 0 || offset >= descriptor.size {
-            let reason = "there is nothing to fetch: it reports a content size of zero, or all is there";
+        if offset >= descriptor.size {
+            let reason = "there is nothing to fetch at this offset";
             return Err(Error::Descriptor { digest: descriptor.digest.clone(), reason });
         }
         let hosts = self.hosts(Operation::Pull, excluded)?;
@@ -145,6 +145,11 @@ impl Repository {
         backoff: &mut Backoff,
         told: &(dyn Fn(u64) + Sync),
     ) -> Result<Box<dyn SinkWriter>, Error> {
+        if descriptor.size == 0 {
+            // Registries that do not say a size make manifests of such. containerd refuses them, too.
+            let reason = "it reports a content size of zero";
+            return Err(Error::Descriptor { digest: descriptor.digest.clone(), reason });
+        }
         let mut excluded = Vec::new();
         let mut broken = vec![0; self.endpoints.len()];
         let mut first_reason: Option<Error> = None;

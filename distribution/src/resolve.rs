@@ -90,29 +90,33 @@ async fn resolve_at(
         return Err(failure(response, Method::GET).await);
     }
     if !response.status.is_success() {
-        return Err(failure(response, Method::HEAD).await);
+        let method = response.method.clone();
+        return Err(failure(response, method).await);
     }
-    let size = response.content_length();
-    let told = digest_header(&response)?;
-    if let (Some(told), Some(wanted)) = (&told, wanted)
-        && told.algorithm() == wanted.algorithm()
-        && told != wanted
-    {
-        return Err(Error::WrongDigest {
-            url: response.shown(),
-            actual: told.to_string(),
-            expected: wanted.clone(),
-        });
-    }
-    if let (Some(size), Some(digest)) = (size, wanted.cloned().or(told)) {
-        return descriptor(&response, digest, size);
-    }
-    debug!(host = endpoint.name(), "the headers do not say digest and size, fetching the manifest instead");
-    drop(response);
-    ask.method = Method::GET;
-    let mut response = endpoint.send(&ask).await?;
-    if !response.status.is_success() {
-        return Err(failure(response, Method::GET).await);
+    let mut response = response;
+    // A registry that does not know HEAD has sent the manifest already.
+    if response.method == Method::HEAD {
+        let told = digest_header(&response)?;
+        let url = response.shown();
+        if let (Some(told), Some(wanted)) = (&told, wanted)
+            && told.algorithm() == wanted.algorithm()
+            && told != wanted
+        {
+            return Err(Error::WrongDigest { url, actual: told.to_string(), expected: wanted.clone() });
+        }
+        if let (Some(size), Some(digest)) = (response.content_length(), wanted.cloned().or(told)) {
+            return descriptor(&response, digest, size);
+        }
+        debug!(
+            host = endpoint.name(),
+            "the headers do not say digest and size, fetching the manifest instead"
+        );
+        drop(response);
+        ask.method = Method::GET;
+        response = endpoint.send(&ask).await?;
+        if !response.status.is_success() {
+            return Err(failure(response, Method::GET).await);
+        }
     }
     let told = digest_header(&response)?;
     let url = response.shown();

@@ -209,7 +209,7 @@ impl Transport {
     pub(crate) async fn send(&self, call: Call) -> Result<Response, TransportError> {
         let places = self.shared.places(&call.uri).await;
         let mut request = Request::builder()
-            .method(call.method)
+            .method(call.method.clone())
             .uri(call.uri.clone())
             .body(call.body)
             .map_err(|source| TransportError::Request { source })?;
@@ -239,6 +239,7 @@ impl Transport {
         };
         let (head, body) = response.into_parts();
         Ok(Response {
+            method: call.method,
             status: head.status,
             peer: head.extensions.get::<Peer>().map(|peer| peer.0.ip()),
             headers: head.headers,
@@ -255,6 +256,8 @@ impl Transport {
 /// A response, whose body may still be on its way.
 #[derive(Debug)]
 pub(crate) struct Response {
+    /// How it was asked for.
+    pub(crate) method: Method,
     pub(crate) status: StatusCode,
     pub(crate) headers: HeaderMap,
     /// What was asked, after redirects.
