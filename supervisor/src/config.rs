@@ -24,6 +24,8 @@ pub struct Config {
     pub metadata: Metadata,
     /// How containers are run.
     pub runtime: Runtime,
+    /// How containers with a restart policy are kept running.
+    pub restart: Restart,
 }
 
 /// `[grpc]`
@@ -94,6 +96,14 @@ pub struct Runtime {
     pub timeouts: Timeouts,
 }
 
+/// `[restart]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Restart {
+    /// How often the daemon looks for containers to restart, in seconds; containerd's default.
+    pub interval: u64,
+}
+
 /// `[runtime.timeouts]`, in seconds. The defaults are containerd's where it has a bound at all.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -121,6 +131,7 @@ impl Default for Config {
             log: Log::default(),
             metadata: Metadata::default(),
             runtime: Runtime::default(),
+            restart: Restart::default(),
         }
     }
 }
@@ -147,6 +158,12 @@ impl Default for Log {
 impl Default for Metadata {
     fn default() -> Self {
         Metadata { engine: Engine::Redb }
+    }
+}
+
+impl Default for Restart {
+    fn default() -> Self {
+        Restart { interval: 10 }
     }
 }
 
@@ -242,6 +259,7 @@ impl Config {
             ("runtime.timeouts.cleanup", timeouts.cleanup),
             ("runtime.timeouts.shutdown", timeouts.shutdown),
             ("runtime.timeouts.state", timeouts.state),
+            ("restart.interval", self.restart.interval),
         ] {
             if !(1..=86400).contains(&seconds) {
                 let reason = "want from 1 second to a day";

@@ -3,7 +3,8 @@
 //! Reading order: [`server`] builds everything and is the one place where the parts meet; [`metadata`] holds what
 //! the daemon knows (namespaces, content, images, containers, snapshots, leases) and collects garbage;
 //! [`runtime`] holds what runs (shims and tasks); [`events`] tells what happened; [`grpc`] translates between all
-//! of these and the wire. [`streams`] are what services and clients say
+//! of these and the wire. [`restart`] keeps tasks in the state that labels ask
+//! for; [`streams`] are what services and clients say
 //! beside calls. What blocks goes through a [`lane`].
 
 pub mod config;
@@ -13,6 +14,7 @@ pub mod lane;
 pub mod metadata;
 pub mod plugins;
 pub mod publish;
+pub mod restart;
 pub mod runtime;
 pub mod server;
 pub mod streams;

@@ -1,10 +1,12 @@
 //! The plugin list. Nothing here is a plugin; but clients choose what they do by this list, so it is an API:
 //! nerdctl, BuildKit, Docker Engine and containerd's own client look for types, ids, platforms and capabilities.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use davit_model::filter::Adaptor;
-use std::borrow::Cow;
+
+use crate::restart;
 
 /// One entry of the list.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -50,6 +52,11 @@ impl Plugin {
         self
     }
 
+    fn with_capabilities(mut self, capabilities: &[&str]) -> Plugin {
+        self.capabilities = capabilities.iter().map(|&name| name.to_owned()).collect();
+        self
+    }
+
     fn export(mut self, key: &str, value: impl Into<String>) -> Plugin {
         self.exports.insert(key.to_owned(), value.into());
         self
@@ -78,6 +85,8 @@ pub fn list(content_root: &str, logs: &str, snapshotters: Vec<SnapshotterEntry>)
         Plugin::new("lease.v1", "manager", &["metadata.v1"]),
         Plugin::new("sandbox.store.v1", "local", &["metadata.v1"]),
         Plugin::new("sandbox.controller.v1", "shim", &["shim.v1", "event.v1"]),
+        Plugin::new("monitor.container.v1", "restart", &["event.v1", "service.v1"])
+            .with_capabilities(&restart::CAPABILITIES),
         Plugin::new("streaming.v1", "manager", &["metadata.v1"]),
         Plugin::new("differ.v1", "walking", &["metadata.v1"]).on_platform(),
         Plugin::new("shim.v1", "manager", &["event.v1", "metadata.v1"]).on_platform(),
@@ -143,6 +152,6 @@ mod tests {
             find("type==io.containerd.snapshotter.v1,id==native")[0].init_error.as_deref(),
             Some("no")
         );
-        assert_eq!(find("id==restart").len(), 0);
+        assert!(find("id==restart")[0].capabilities.contains(&"unless-stopped".to_owned()));
     }
 }

@@ -34,6 +34,7 @@ use crate::grpc::context::ContextLayer;
 use crate::grpc::{self, notice};
 use crate::metadata::{Metadata, Parts, Scope, Sharing, gc};
 use crate::plugins::{self, SnapshotterEntry};
+use crate::restart::Monitor;
 use crate::runtime::{self, Sandboxes, Tasks};
 use authority::AnyAuthority;
 
@@ -108,6 +109,9 @@ pub async fn run(config: Config) -> Result<()> {
     tokio::spawn(loading.finished());
 
     let plugins = plugins::list(&text(&config.root.join(CONTENT)), &text(&config.root.join(LOGS)), entries);
+    let interval = Duration::from_secs(config.restart.interval);
+    let monitor = Monitor::new(metadata.clone(), tasks.clone(), interval);
+    tokio::spawn(monitor.run(stop.clone()));
     let settling = tasks.clone();
     let parts = grpc::Parts {
         metadata,
