@@ -360,7 +360,7 @@ impl Container {
 
     fn owner<'a>(&'a self, process: &'a Process) -> Owner<'a> {
         let (uid, gid) = self.io_owner;
-        Owner { id: &process.id, namespace: &self.shim.namespace, uid, gid }
+        Owner { id: &process.id, namespace: &self.shim.namespace, bundle: &self.bundle, uid, gid }
     }
 
     /// The process of this exec id; init for the empty one.

@@ -1,22 +1,44 @@
 //! Moves the bytes of containers: from pipes and terminals to where clients want them, and back.
 //!
 //! Between pipes the bytes are spliced and never enter this process. Otherwise they go through one small
-//! buffer that all copies share; a copy has memory of its own only while its receiver has taken just a part.
+//! buffer that all copies share. Bytes that were read and not delivered belong to the copy, never to a task that is
+//! in the middle of something: at each `.await` a copy can be saved and goes on elsewhere without losing any.
+//!
+//! An output to a FIFO or to a logger:
+//! ```text
+//!                     reader gone, logger full                 logger gone
+//!   Direct: spliced ──────────────────────────► Kept: spooled ─────────────► Discarding
+//!      ▲  │                                       │    │
+//!      └──│───────────────────────────────────────┘    │ end of the output, and a FIFO without a reader
+//!         │    reader there, and the spool delivered   ▼
+//!         └──────────► Done ◄──────────────── Waiting for a reader, until Delete
+//!     end of the output
+//! ```
+//! A full FIFO with a reader makes the process wait, as does a logger that takes something every [`PATIENCE`].
+
+pub(crate) mod presence;
+
+mod input;
+mod output;
 
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{SpliceFFlags, splice};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::{read, write};
 
-use crate::executor::{Either, race};
-use crate::log;
-use crate::reactor::{Async, yield_now};
+use crate::json_log::Lines;
+use crate::log_sink::Log;
+use crate::reactor::Async;
 use crate::sync::Condition;
+
+pub(crate) use input::{Input, InputSink};
+pub(crate) use output::Output;
 
 /// The bytes of the shared buffer: what a pipe holds and a terminal delivers at once is less.
 const BUFFER: usize = 16 * 1024;
@@ -30,15 +52,43 @@ thread_local! {
 
 /// Where a container's output goes to.
 pub(crate) enum Sink {
-    /// A FIFO or another pipe. When it is full and its reader slow, the container waits for the reader.
-    Pipe(Async<OwnedFd>),
-    /// A file. What it does not take, for want of space above all, is dropped: a container must not stop
-    /// because of its log.
-    File(Rc<OwnedFd>),
+    /// Nowhere.
+    Null,
+    /// A pipe.
+    Pipe(Pipe),
+    /// A log. Of a json log, this has the line whose end has not come.
+    Log(Rc<Log>, RefCell<Option<Lines>>),
 }
 
-/// Tells copies that it is time to end: one from a terminal, when the process has exited, since processes
-/// that it left behind may keep the terminal open.
+impl Sink {
+    fn log(&self) -> Option<&Rc<Log>> {
+        match self {
+            Sink::Log(log, _) => Some(log),
+            Sink::Null | Sink::Pipe(_) => None,
+        }
+    }
+}
+
+/// A pipe that output goes to.
+pub(crate) struct Pipe {
+    /// Its writing end.
+    pub(crate) fd: Async<OwnedFd>,
+    /// Who is at the other end.
+    pub(crate) kind: PipeKind,
+}
+
+/// Who is at the other end of a pipe, which decides about a process that writes faster than it reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PipeKind {
+    /// Readers of a FIFO. The process waits for the one that is there; while there is none, output is spooled.
+    Fifo,
+    /// Whoever it is, the process waits.
+    Blocking,
+    /// A logger. Output that it does not take is spooled.
+    Logger,
+}
+
+/// Says once that something is the case.
 #[derive(Default)]
 pub(crate) struct Closing {
     closing: Cell<bool>,
@@ -46,103 +96,71 @@ pub(crate) struct Closing {
 }
 
 impl Closing {
-    /// It is time.
+    /// It is.
     pub(crate) fn close(&self) {
         self.closing.set(true);
         self.condition.changed();
     }
 
-    /// Waits until it is time.
+    /// Whether it is.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closing.get()
+    }
+
+    /// Waits until it is.
     pub(crate) async fn wait(&self) {
         self.condition.until(|| self.closing.get()).await;
     }
 }
 
-/// Copies a container's pipe to its sink until the last process that holds the pipe is gone.
-pub(crate) async fn output(source: Async<OwnedFd>, sink: Sink) {
-    let result = match &sink {
-        Sink::Pipe(pipe) => splice_all(&source, pipe).await,
-        Sink::File(file) => to_file(&source, file).await,
-    };
-    if let Err(error) = result {
-        log::warn(format_args!("copy of output ended, the rest is dropped: {error}"));
-        let _ = drain(&source).await;
-    }
+/// What came of an attempt to move bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Moved {
+    /// So many were moved.
+    Some(usize),
+    /// There are no more, and never will be.
+    End,
+    /// The source has none at present.
+    Empty,
+    /// The sink takes none at present.
+    Full,
+    /// Nobody reads from the sink.
+    Broken,
+    /// The two cannot be spliced.
+    Unspliceable,
 }
 
-/// Copies what a terminal shows to the sink, until its other side is closed by everybody, or the process has
-/// exited and nothing more is there.
-pub(crate) async fn terminal_output(terminal: Rc<Async<OwnedFd>>, sink: Sink, closing: Rc<Closing>) {
-    let mut dropping = false;
-    loop {
-        let chunk = match race(read_chunk(&terminal), closing.wait()).await {
-            Either::First(chunk) => chunk,
-            Either::Second(()) => read_now(&terminal),
-        };
-        match chunk {
-            Ok(chunk) if !chunk.is_empty() => {
-                if !dropping && let Err(error) = deliver(&sink, &chunk).await {
-                    log::warn(format_args!("copy of terminal ended, the rest is dropped: {error}"));
-                    dropping = true;
-                }
-            }
-            // EIO: the last process with the terminal open has closed it.
-            Ok(_) | Err(_) => return,
-        }
-    }
-}
-
-/// Copies a FIFO to a container's standard input until both the client and the shim have closed it, or the
-/// container does not read any more.
-pub(crate) async fn input(source: Async<OwnedFd>, sink: Async<OwnedFd>) {
-    // Broken pipes are the container's way to say that it has read enough.
-    let _ = splice_all(&source, &sink).await;
-}
-
-/// Copies a FIFO to a terminal.
-pub(crate) async fn terminal_input(source: Async<OwnedFd>, terminal: Rc<Async<OwnedFd>>) {
-    loop {
-        match read_chunk(&source).await {
-            Ok(chunk) if !chunk.is_empty() => {
-                if write_all(&terminal, &chunk).await.is_err() {
-                    return;
-                }
-            }
-            Ok(_) | Err(_) => return,
-        }
-    }
-}
-
-async fn splice_all(source: &Async<OwnedFd>, sink: &Async<OwnedFd>) -> io::Result<()> {
+/// Splices once.
+fn splice_once(source: &Async<OwnedFd>, sink: &Async<OwnedFd>) -> io::Result<Moved> {
     let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
     loop {
-        source.readable().await;
-        sink.writable().await;
-        match splice(source.get(), None, sink.get(), None, SPLICE, flags) {
-            Ok(0) => return Ok(()),
-            // A container that never stops writing must not keep the others from their turn.
-            Ok(_) => yield_now().await,
+        return match splice(source.get(), None, sink.get(), None, SPLICE, flags) {
+            Ok(0) => Ok(Moved::End),
+            Ok(count) => Ok(Moved::Some(count)),
             Err(Errno::EAGAIN) => {
+                // Which side it was, it does not say.
                 let (can_read, can_write) = poll_both(source, sink)?;
-                if !can_read {
-                    source.clear_readable();
-                }
-                if !can_write {
-                    sink.clear_writable();
-                }
-                if can_read && can_write {
-                    yield_now().await;
+                match (can_read, can_write) {
+                    (false, _) => {
+                        source.clear_readable();
+                        Ok(Moved::Empty)
+                    }
+                    (true, false) => {
+                        sink.clear_writable();
+                        Ok(Moved::Full)
+                    }
+                    (true, true) => Ok(Moved::Some(0)),
                 }
             }
-            Err(Errno::EINTR) => {}
-            // The sink is no pipe after all, or of a file system that cannot splice.
-            Err(Errno::EINVAL) => return copy_all(source, sink).await,
-            Err(error) => return Err(error.into()),
-        }
+            Err(Errno::EPIPE) => Ok(Moved::Broken),
+            Err(Errno::EINTR) => continue,
+            // The sink is no pipe, or the source of a file system that cannot splice.
+            Err(Errno::EINVAL) => Ok(Moved::Unspliceable),
+            Err(error) => Err(error.into()),
+        };
     }
 }
 
-/// Which side a splice would have blocked on: its `EAGAIN` does not say.
 fn poll_both(source: &Async<OwnedFd>, sink: &Async<OwnedFd>) -> io::Result<(bool, bool)> {
     let mut polled = [
         PollFd::new(source.get().as_fd(), PollFlags::POLLIN),
@@ -156,100 +174,42 @@ fn poll_both(source: &Async<OwnedFd>, sink: &Async<OwnedFd>) -> io::Result<(bool
     Ok((any(0), any(1)))
 }
 
-async fn copy_all(source: &Async<OwnedFd>, sink: &Async<OwnedFd>) -> io::Result<()> {
-    loop {
-        let chunk = read_chunk(source).await?;
-        if chunk.is_empty() {
-            return Ok(());
-        }
-        write_all(sink, &chunk).await?;
-    }
-}
-
-async fn to_file(source: &Async<OwnedFd>, file: &OwnedFd) -> io::Result<()> {
-    let mut failing = false;
-    loop {
-        let count = source
-            .read_with(|source| {
-                with_buffer(|buffer| {
-                    let count = read(source, buffer)?;
-                    match write_file(file, &buffer[..count]) {
-                        Err(error) if !failing => {
-                            failing = true;
-                            log::error(format_args!(
-                                "log does not take output, it is dropped meanwhile: {error}"
-                            ));
-                        }
-                        Ok(()) => failing = false,
-                        Err(_) => {}
-                    }
-                    Ok(count)
-                })
-            })
-            .await?;
-        if count == 0 {
-            return Ok(());
-        }
-        yield_now().await;
-    }
-}
-
-fn write_file(file: &OwnedFd, mut bytes: &[u8]) -> io::Result<()> {
-    while !bytes.is_empty() {
-        match write(file, bytes) {
-            Ok(count) => bytes = &bytes[count..],
-            Err(Errno::EINTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(())
-}
-
-async fn drain(source: &Async<OwnedFd>) -> io::Result<()> {
-    while source.read_with(|source| with_buffer(|buffer| Ok(read(source, buffer)?))).await? > 0 {
-        yield_now().await;
-    }
-    Ok(())
-}
-
-async fn deliver(sink: &Sink, bytes: &[u8]) -> io::Result<()> {
-    match sink {
-        Sink::Pipe(pipe) => write_all(pipe, bytes).await,
-        Sink::File(file) => {
-            if let Err(error) = write_file(file, bytes) {
-                log::error(format_args!("log does not take output, it is dropped: {error}"));
-            }
-            Ok(())
-        }
-    }
-}
-
-async fn write_all(sink: &Async<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> {
-    while !bytes.is_empty() {
-        let count = sink.write_with(|sink| Ok(write(sink, bytes)?)).await?;
-        bytes = &bytes[count..];
-    }
-    Ok(())
-}
-
-/// What is there to read, waiting until there is something; empty at the end.
-async fn read_chunk(source: &Async<OwnedFd>) -> io::Result<Vec<u8>> {
-    source
-        .read_with(|source| {
-            with_buffer(|buffer| {
-                let count = read(source, buffer)?;
-                Ok(buffer[..count].to_vec())
-            })
-        })
-        .await
-}
-
-/// What is there to read at present.
-fn read_now(source: &Async<OwnedFd>) -> io::Result<Vec<u8>> {
+/// Reads once and hands over what was read.
+fn read_once(source: &Async<OwnedFd>, take: impl FnOnce(&[u8])) -> io::Result<Moved> {
     with_buffer(|buffer| {
-        let count = read(source.get(), buffer)?;
-        Ok(buffer[..count].to_vec())
+        loop {
+            return match read(source.get(), buffer) {
+                // EIO: the last process with the terminal open has closed it.
+                Ok(0) | Err(Errno::EIO) => Ok(Moved::End),
+                Ok(count) => {
+                    take(&buffer[..count]);
+                    Ok(Moved::Some(count))
+                }
+                Err(Errno::EAGAIN) => {
+                    source.clear_readable();
+                    Ok(Moved::Empty)
+                }
+                Err(Errno::EINTR) => continue,
+                Err(error) => Err(error.into()),
+            };
+        }
     })
+}
+
+/// Writes once.
+fn write_once(sink: &Async<OwnedFd>, bytes: &[u8]) -> io::Result<Moved> {
+    loop {
+        return match write(sink.get(), bytes) {
+            Ok(count) => Ok(Moved::Some(count)),
+            Err(Errno::EAGAIN) => {
+                sink.clear_writable();
+                Ok(Moved::Full)
+            }
+            Err(Errno::EPIPE) => Ok(Moved::Broken),
+            Err(Errno::EINTR) => continue,
+            Err(error) => Err(error.into()),
+        };
+    }
 }
 
 fn with_buffer<R>(operation: impl FnOnce(&mut [u8]) -> R) -> R {
@@ -257,4 +217,30 @@ fn with_buffer<R>(operation: impl FnOnce(&mut [u8]) -> R) -> R {
         buffer.resize(BUFFER, 0);
         operation(buffer)
     })
+}
+
+/// How long output has been there without being taken.
+#[derive(Default)]
+struct Stall {
+    since: Cell<Option<Instant>>,
+    longest: Cell<Duration>,
+}
+
+impl Stall {
+    /// Something other than the process is waited for.
+    fn begin(&self) {
+        self.since.set(self.since.get().or_else(|| Some(Instant::now())));
+    }
+
+    /// Output was taken, after it had been there all the while at worst.
+    fn end(&self) {
+        if let Some(since) = self.since.take() {
+            self.longest.set(self.longest.get().max(since.elapsed()));
+        }
+    }
+
+    /// There was no output.
+    fn forget(&self) {
+        self.since.set(None);
+    }
 }

@@ -43,7 +43,7 @@ fn line(level: &str, message: &str) {
 }
 
 /// `YYYY-MM-DDTHH:MM:SS` of a time since the epoch, in UTC.
-fn date_and_time(seconds: u64) -> String {
+pub(crate) fn date_and_time(seconds: u64) -> String {
     let (days, rest) = (seconds / 86_400, seconds % 86_400);
     // The proleptic Gregorian calendar in eras of 400 years that begin on the first of March.
     let shifted = days + 719_468;

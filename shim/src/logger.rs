@@ -162,6 +162,19 @@ impl Logger {
         Ok((Logger { process }, out, err))
     }
 
+    /// The logger of this pid, which an earlier shim started.
+    ///
+    /// # Errors
+    /// There is no such process.
+    pub(crate) fn adopted(pid: i32) -> io::Result<Logger> {
+        Ok(Logger { process: Awaited::adopted(pid)? })
+    }
+
+    /// Its pid.
+    pub(crate) fn pid(&self) -> i32 {
+        self.process.pid
+    }
+
     /// Waits for the end of the program, which comes by itself when all writers have closed the pipes; asks
     /// for it after some time, and enforces it after some more.
     pub(crate) async fn stop(self) {

@@ -46,6 +46,11 @@ impl Specification {
         Ok(serde_json::from_slice(&read_regular(&bundle.join("config.json"), MAX_SPECIFICATION)?)?)
     }
 
+    /// The annotation of this name.
+    pub(crate) fn annotation(&self, name: &str) -> Option<&str> {
+        self.annotations.as_ref()?.get(name).map(String::as_str)
+    }
+
     /// What the container is grouped by, if by anything but its own id.
     pub(crate) fn group(&self) -> Option<&str> {
         let annotations = self.annotations.as_ref()?;

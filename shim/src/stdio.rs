@@ -5,30 +5,48 @@
 //! | empty | `/dev/null` |
 //! | a path, `fifo:///path` | a FIFO of the client, or a file |
 //! | `file:///path` | a file to append to, made with mode 0644, for stdout and stderr alike |
+//! | `json-file:///path?max-size=BYTES&max-file=N` | the same in Docker's format, rotated, mode 0640 |
 //! | `binary:///program?key=value` | a logger, see [`crate::logger`] |
 //!
-//! The shim holds every FIFO open in both directions, so that readers come and go without breaking the
-//! container's pipe. A terminal has one stream, which goes to the address of stdout.
+//! Readers of a FIFO come and go without breaking the container's pipe. While one is there, the container waits for it;
+//! while none is, output is spooled, and the oldest dropped when it is more than 1 MiB. A log or logger that takes
+//! nothing, because its disk is full or its program stopped, is treated as a FIFO without a reader. With the annotation
+//! `io.davit.stdio.mode` = `blocking` the container waits for all of them instead.
+//!
+//! A terminal has one stream, which goes to the address of stdout.
+
+mod address;
+mod open;
+pub(crate) mod saved;
+#[cfg(test)]
+mod tests;
 
 use std::cell::{Cell, RefCell};
 use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::rc::Rc;
 use std::time::Duration;
 
 use davit_model::{Coded, ErrorCode};
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::unistd::{Gid, Uid, fchown, pipe2};
 
-use crate::copy::{self, Closing, Sink};
+use crate::copy::{Closing, Input, InputSink, Output, PipeKind, Sink};
 use crate::executor::{Either, race, spawn};
+use crate::json_log::Lines;
+use crate::log;
+use crate::log_file::LogFile;
+use crate::log_sink::Log;
 use crate::logger::{self, Logger, LoggerError};
+use crate::offload;
 use crate::reactor::{Async, sleep};
 use crate::runtime::ChildStdio;
+use crate::spool::Spool;
 use crate::sync::Condition;
+
+use address::Address;
+#[cfg(test)]
+pub(crate) use open::open_fifo;
+pub(crate) use saved::Saved;
 
 /// The time that output has to arrive after the end of its process (containerd `process.delete`).
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -55,6 +73,18 @@ pub(crate) enum StdioError {
         /// The part before `://`.
         scheme: String,
     },
+    /// An option of a json log that is unknown, or has no such value.
+    #[error("invalid option {option:?} of json-file")]
+    LogOption {
+        /// The option as it was given.
+        option: String,
+    },
+    /// A mode of the streams that does not exist.
+    #[error("invalid {name} {mode:?}: must be blocking or non-blocking", name = open::MODE_ANNOTATION)]
+    Mode {
+        /// What the annotation says.
+        mode: String,
+    },
     /// A FIFO or file cannot be opened.
     #[error("open {path}", path = path.display())]
     Open {
@@ -71,6 +101,12 @@ pub(crate) enum StdioError {
         /// The answer of the kernel.
         source: io::Error,
     },
+    /// What an earlier shim handed on cannot be taken over.
+    #[error("restore streams")]
+    Restore {
+        /// The answer of the kernel.
+        source: io::Error,
+    },
     /// The logger does not work.
     #[error("logging binary")]
     Logger {
@@ -82,71 +118,39 @@ pub(crate) enum StdioError {
 impl Coded for StdioError {
     fn code(&self) -> ErrorCode {
         match self {
-            StdioError::Scheme { .. } => ErrorCode::InvalidArgument,
+            StdioError::Scheme { .. } | StdioError::LogOption { .. } | StdioError::Mode { .. } => {
+                ErrorCode::InvalidArgument
+            }
             StdioError::Open { source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 ErrorCode::NotFound
             }
-            StdioError::Open { .. } | StdioError::Pipe { .. } => ErrorCode::Internal,
+            StdioError::Open { .. } | StdioError::Pipe { .. } | StdioError::Restore { .. } => {
+                ErrorCode::Internal
+            }
             StdioError::Logger { source } => source.code(),
         }
     }
 }
 
-fn pipe_error(step: &'static str) -> impl Fn(io::Error) -> StdioError {
-    move |source| StdioError::Pipe { step, source }
-}
-
-/// An address taken apart.
-#[derive(Debug, PartialEq, Eq)]
-enum Address {
-    Null,
-    Path(PathBuf),
-    File(PathBuf),
-    Logger(logger::Program),
-}
-
-impl Address {
-    fn parse(address: &str) -> Result<Address, StdioError> {
-        if address.is_empty() {
-            return Ok(Address::Null);
-        }
-        let Some((scheme, rest)) = address.split_once("://") else {
-            return Ok(Address::Path(PathBuf::from(address)));
-        };
-        let path = || PathBuf::from(logger::decode(rest.split(['?', '#']).next().unwrap_or_default()));
-        match scheme {
-            "fifo" => Ok(Address::Path(path())),
-            "file" => Ok(Address::File(path())),
-            "binary" | "binary-v2" => {
-                Ok(Address::Logger(logger::Program::parse(rest, scheme == "binary-v2")))
-            }
-            scheme => Err(StdioError::Scheme { scheme: scheme.to_owned() }),
-        }
-    }
-}
-
-/// The copies that bring a process's output to where it belongs.
-#[derive(Default)]
-struct Copies {
-    running: Cell<usize>,
-    changed: Condition,
-}
-
 /// The streams of a process as long as it is not deleted.
 pub(crate) struct Streams {
-    copies: Rc<Copies>,
+    outputs: RefCell<Vec<Rc<Output>>>,
+    /// The logs that outputs go to, which may share one.
+    logs: RefCell<Vec<Rc<Log>>>,
+    input: RefCell<Option<Rc<Input>>>,
     /// Our own writing end of the stdin FIFO: while it is open, a client that leaves does not end the input.
     stdin_hold: RefCell<Option<OwnedFd>>,
     /// The writing end of the process's standard input, until it is copied to.
     stdin_sink: RefCell<Option<Async<OwnedFd>>>,
     terminal: RefCell<Option<Rc<Async<OwnedFd>>>>,
+    logger: RefCell<Option<Logger>>,
+    started: Cell<bool>,
     /// The process has exited.
-    closing: Rc<Closing>,
+    exited: Rc<Closing>,
     /// The process is deleted: what still copies has to stop.
     closed: Rc<Closing>,
-    logger: RefCell<Option<Logger>>,
-    /// Copies that wait for [`Streams::start`].
-    waiting: RefCell<Vec<Pin<Box<dyn Future<Output = ()>>>>>,
+    /// Outputs tell about their ends here.
+    changed: Rc<Condition>,
 }
 
 /// Who the process belongs to, for the logger's environment, and who owns its pipes.
@@ -155,23 +159,42 @@ pub(crate) struct Owner<'a> {
     pub(crate) id: &'a str,
     /// The namespace.
     pub(crate) namespace: &'a str,
+    /// The container's bundle, which has its annotations, and spools its output.
+    pub(crate) bundle: &'a Path,
     /// The owner of the container's ends.
     pub(crate) uid: u32,
     /// Their group.
     pub(crate) gid: u32,
 }
 
+/// What an output has been through.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Counters {
+    /// The bytes that could not be delivered at once.
+    pub(crate) spooled: u64,
+    /// The bytes that were never delivered.
+    pub(crate) dropped: u64,
+    /// The longest time for which the process had written something that was not taken, or a little more.
+    pub(crate) stalled: Duration,
+}
+
+/// While one lives, no helper thread is at work, see [`Streams::quiesce`].
+pub(crate) type Quiet = offload::Quiet;
+
 impl Streams {
     fn new() -> Streams {
         Streams {
-            copies: Rc::default(),
+            outputs: RefCell::default(),
+            logs: RefCell::default(),
+            input: RefCell::default(),
             stdin_hold: RefCell::default(),
             stdin_sink: RefCell::default(),
             terminal: RefCell::default(),
-            closing: Rc::default(),
-            closed: Rc::default(),
             logger: RefCell::default(),
-            waiting: RefCell::default(),
+            started: Cell::new(false),
+            exited: Rc::default(),
+            closed: Rc::default(),
+            changed: Rc::default(),
         }
     }
 
@@ -183,35 +206,39 @@ impl Streams {
     ) -> Result<(Streams, ChildStdio), StdioError> {
         let streams = Streams::new();
         let mut ends = ChildStdio::default();
-        let stdout = Address::parse(&request.stdout)?;
-        match stdout {
+        let blocking = open::is_blocking(request, owner.bundle)?;
+        match Address::parse(&request.stdout)? {
             Address::Logger(program) => {
-                let (logger, out, err) = Logger::start(&program, owner.id, owner.namespace)
-                    .await
-                    .map_err(|source| StdioError::Logger { source })?;
-                *streams.logger.borrow_mut() = Some(logger);
-                (ends.stdout, ends.stderr) = (Some(out), Some(err));
+                let (out, err) = streams.start_logger(&program, owner).await?;
+                if blocking {
+                    (ends.stdout, ends.stderr) = (Some(out), Some(err));
+                } else {
+                    let sink = |end| open::pipe_sink(end, PipeKind::Logger);
+                    ends.stdout = Some(streams.copy_pipe("stdout", sink(out)?, owner)?);
+                    ends.stderr = Some(streams.copy_pipe("stderr", sink(err)?, owner)?);
+                }
             }
-            Address::File(path) => {
-                let file = Rc::new(open_log(&path)?);
-                ends.stdout = Some(streams.copy_pipe(Sink::File(file.clone()), owner)?);
+            Address::Log(path, format) => {
+                let log = streams.add_log(open::log(path, format).await?, owner, blocking);
+                ends.stdout = Some(streams.copy_pipe("stdout", log_sink(&log, "stdout"), owner)?);
                 if !request.stderr.is_empty() {
-                    ends.stderr = Some(streams.copy_pipe(Sink::File(file), owner)?);
+                    ends.stderr = Some(streams.copy_pipe("stderr", log_sink(&log, "stderr"), owner)?);
                 }
             }
-            Address::Null | Address::Path(_) => {
-                if let Some(sink) = open_sink(&stdout)? {
-                    ends.stdout = Some(streams.copy_pipe(sink, owner)?);
+            stdout @ (Address::Null | Address::Path(_)) => {
+                let stderr = Address::parse(&request.stderr)?;
+                if let Some(sink) = streams.sink("stdout", stdout, owner, blocking).await? {
+                    ends.stdout = Some(streams.copy_pipe("stdout", sink, owner)?);
                 }
-                if let Some(sink) = open_sink(&Address::parse(&request.stderr)?)? {
-                    ends.stderr = Some(streams.copy_pipe(sink, owner)?);
+                if let Some(sink) = streams.sink("stderr", stderr, owner, blocking).await? {
+                    ends.stderr = Some(streams.copy_pipe("stderr", sink, owner)?);
                 }
             }
         }
         if !request.stdin.is_empty() {
-            let (reader, writer) = pipe(owner)?;
-            set_nonblocking(&writer)?;
-            let sink = Async::for_writing(writer).map_err(pipe_error("watch input pipe"))?;
+            let (reader, writer) = open::pipe(owner)?;
+            open::set_nonblocking(&writer)?;
+            let sink = Async::for_writing(writer).map_err(open::pipe_error("watch input pipe"))?;
             *streams.stdin_sink.borrow_mut() = Some(sink);
             ends.stdin = Some(reader);
         }
@@ -225,78 +252,103 @@ impl Streams {
         master: OwnedFd,
     ) -> Result<Streams, StdioError> {
         let streams = Streams::new();
-        set_nonblocking(&master)?;
-        let master = Rc::new(Async::new(master).map_err(pipe_error("watch terminal"))?);
+        let blocking = open::is_blocking(request, owner.bundle)?;
+        open::set_nonblocking(&master)?;
+        let master = Rc::new(Async::new(master).map_err(open::pipe_error("watch terminal"))?);
         let sink = match Address::parse(&request.stdout)? {
             Address::Logger(program) => {
-                let (logger, out, _) = Logger::start(&program, owner.id, owner.namespace)
-                    .await
-                    .map_err(|source| StdioError::Logger { source })?;
-                *streams.logger.borrow_mut() = Some(logger);
-                set_nonblocking(&out)?;
-                Some(Sink::Pipe(Async::for_writing(out).map_err(pipe_error("watch pipe of logger"))?))
+                let (out, _) = streams.start_logger(&program, owner).await?;
+                let kind = if blocking { PipeKind::Blocking } else { PipeKind::Logger };
+                open::pipe_sink(out, kind)?
             }
-            Address::File(path) => Some(Sink::File(Rc::new(open_log(&path)?))),
-            address @ (Address::Null | Address::Path(_)) => open_sink(&address)?,
-        };
-        let sink = match sink {
-            Some(sink) => sink,
+            Address::Log(path, format) => {
+                let log = streams.add_log(open::log(path, format).await?, owner, blocking);
+                log_sink(&log, "stdout")
+            }
             // Somebody must read, or the process stops when the terminal's buffer is full.
-            None => Sink::File(Rc::new(open_file(Path::new("/dev/null"), false)?)),
+            other => streams.sink("stdout", other, owner, blocking).await?.unwrap_or(Sink::Null),
         };
-        let (source, closing) = (master.clone(), streams.closing.clone());
-        streams.track(copy::terminal_output(source, sink, closing));
+        streams.add_output("stdout", master.clone(), true, sink, owner);
         if !request.stdin.is_empty() {
             let source = streams.hold_stdin(&request.stdin)?;
-            streams.later(copy::terminal_input(source, master.clone()));
+            let input = Input::new(source, InputSink::Terminal(master.clone()), Vec::new());
+            *streams.input.borrow_mut() = Some(Rc::new(input));
         }
         *streams.terminal.borrow_mut() = Some(master);
         streams.start("")?;
         Ok(streams)
     }
 
-    fn copy_pipe(&self, sink: Sink, owner: &Owner<'_>) -> Result<OwnedFd, StdioError> {
-        let (reader, writer) = pipe(owner)?;
-        set_nonblocking(&reader)?;
-        let source = Async::new(reader).map_err(pipe_error("watch output pipe"))?;
-        self.track(copy::output(source, sink));
+    async fn start_logger(
+        &self,
+        program: &logger::Program,
+        owner: &Owner<'_>,
+    ) -> Result<(OwnedFd, OwnedFd), StdioError> {
+        let started = Logger::start(program, owner.id, owner.namespace).await;
+        let (logger, out, err) = started.map_err(|source| StdioError::Logger { source })?;
+        *self.logger.borrow_mut() = Some(logger);
+        Ok((out, err))
+    }
+
+    fn add_log(&self, file: LogFile, owner: &Owner<'_>, blocking: bool) -> Rc<Log> {
+        let log = Rc::new(Log::new(file, Spool::new(owner.bundle), blocking));
+        self.logs.borrow_mut().push(log.clone());
+        log
+    }
+
+    /// What output goes to at an address that is neither a logger nor, for standard output, a log.
+    async fn sink(
+        &self,
+        name: &'static str,
+        address: Address,
+        owner: &Owner<'_>,
+        blocking: bool,
+    ) -> Result<Option<Sink>, StdioError> {
+        let file = match address {
+            Address::Null => return Ok(None),
+            Address::Path(path) => match open::fifo_sink(&path, blocking)? {
+                Some(sink) => return Ok(Some(sink)),
+                None => open::existing_log(path).await?,
+            },
+            Address::Log(path, format) => open::log(path, format).await?,
+            Address::Logger(_) => return Err(StdioError::Scheme { scheme: "binary".to_owned() }),
+        };
+        Ok(Some(log_sink(&self.add_log(file, owner, blocking), name)))
+    }
+
+    /// Makes a pipe to be copied to the sink, and returns the end for the process.
+    fn copy_pipe(&self, name: &'static str, sink: Sink, owner: &Owner<'_>) -> Result<OwnedFd, StdioError> {
+        let (reader, writer) = open::pipe(owner)?;
+        open::set_nonblocking(&reader)?;
+        let source = Async::new(reader).map_err(open::pipe_error("watch output pipe"))?;
+        self.add_output(name, Rc::new(source), false, sink, owner);
         Ok(writer)
+    }
+
+    fn add_output(
+        &self,
+        name: &'static str,
+        source: Rc<Async<OwnedFd>>,
+        from_terminal: bool,
+        sink: Sink,
+        owner: &Owner<'_>,
+    ) {
+        let spool = Spool::new(owner.bundle);
+        let output = Output::new(name, source, from_terminal, sink, spool, self.changed.clone());
+        self.outputs.borrow_mut().push(Rc::new(output));
     }
 
     /// Opens the reading end of the stdin FIFO, and keeps a writing one.
     fn hold_stdin(&self, address: &str) -> Result<Async<OwnedFd>, StdioError> {
         let path = match Address::parse(address)? {
-            Address::Path(path) | Address::File(path) => path,
+            Address::Path(path) | Address::Log(path, _) => path,
             Address::Null | Address::Logger(_) => {
                 return Err(StdioError::Scheme { scheme: "binary".to_owned() });
             }
         };
-        let open = |options: &mut std::fs::OpenOptions| {
-            options
-                .custom_flags(OFlag::O_NONBLOCK.bits())
-                .open(&path)
-                .map_err(|source| StdioError::Open { path: path.clone(), source })
-        };
-        let reader = open(std::fs::File::options().read(true))?;
-        if is_fifo(&reader) {
-            *self.stdin_hold.borrow_mut() = Some(open(std::fs::File::options().write(true))?.into());
-        }
-        Async::new(reader.into()).map_err(pipe_error("watch standard input"))
-    }
-
-    fn track(&self, copy: impl Future<Output = ()> + 'static) {
-        let copies = self.copies.clone();
-        copies.running.set(copies.running.get() + 1);
-        let tracked = async move {
-            copy.await;
-            copies.running.set(copies.running.get() - 1);
-            copies.changed.changed();
-        };
-        self.later(tracked);
-    }
-
-    fn later(&self, copy: impl Future<Output = ()> + 'static) {
-        self.waiting.borrow_mut().push(Box::pin(copy));
+        let (reader, hold) = open::stdin(&path)?;
+        *self.stdin_hold.borrow_mut() = hold;
+        Async::new(reader).map_err(open::pipe_error("watch standard input"))
     }
 
     /// Begins to copy. Each copy runs until it ends by itself or its process is deleted.
@@ -306,15 +358,32 @@ impl Streams {
     /// there.
     pub(crate) fn start(&self, stdin: &str) -> Result<(), StdioError> {
         if let Some(sink) = self.stdin_sink.borrow_mut().take() {
-            self.later(copy::input(self.hold_stdin(stdin)?, sink));
+            let input = Input::new(self.hold_stdin(stdin)?, InputSink::Pipe(sink), Vec::new());
+            *self.input.borrow_mut() = Some(Rc::new(input));
         }
-        for copy in self.waiting.take() {
-            let closed = self.closed.clone();
-            spawn(async move {
-                race(copy, closed.wait()).await;
-            });
-        }
+        self.started.set(true);
+        self.run();
         Ok(())
+    }
+
+    fn run(&self) {
+        for output in self.outputs.borrow().iter().cloned() {
+            let exited = self.exited.clone();
+            self.until_closed(async move { output.run(&exited).await });
+        }
+        for log in self.logs.borrow().iter().cloned() {
+            self.until_closed(async move { log.run().await });
+        }
+        if let Some(input) = self.input.borrow().clone() {
+            self.until_closed(async move { input.run().await });
+        }
+    }
+
+    fn until_closed(&self, copy: impl Future<Output = ()> + 'static) {
+        let closed = self.closed.clone();
+        spawn(async move {
+            race(copy, closed.wait()).await;
+        });
     }
 
     /// Closes the shim's own end of standard input: when the client's is closed too, the process reads the
@@ -325,12 +394,11 @@ impl Streams {
 
     /// Says that the process has exited: its terminal shows nothing more than what it holds.
     pub(crate) fn exited(&self) {
-        self.closing.close();
+        self.exited.close();
     }
 
     /// Sets the size of the terminal; without one, nothing happens.
     pub(crate) fn resize(&self, rows: u16, columns: u16) -> io::Result<()> {
-        use std::os::fd::AsFd;
         match self.terminal.borrow().as_ref() {
             Some(terminal) => davit_sys::io::set_window_size(terminal.get().as_fd(), rows, columns),
             None => Ok(()),
@@ -338,18 +406,142 @@ impl Streams {
     }
 
     /// Waits until all output has been copied, but no longer than ten seconds: a process that was left behind
-    /// may hold the pipe for ever. Returns whether all was copied.
+    /// may hold the pipe for ever. Output that nobody is there to take is not waited for: that of a FIFO without a
+    /// reader, and of a log that refuses it. Returns whether that was all.
     pub(crate) async fn drained(&self) -> bool {
-        let copies = &self.copies;
-        let drained = copies.changed.until(|| copies.running.get() == 0);
-        matches!(race(drained, sleep(DRAIN_TIMEOUT)).await, Either::First(()))
+        let logs = self.logs.borrow().clone();
+        let attempts: Vec<u64> = logs.iter().map(|log| log.hurry()).collect();
+        let settled = |output: &Rc<Output>| {
+            output.is_done()
+                || output.has_no_reader()
+                || logs
+                    .iter()
+                    .zip(&attempts)
+                    .any(|(log, attempts)| output.goes_to(log) && log.is_hopeless(*attempts))
+        };
+        let drained = self.changed.until(|| self.outputs.borrow().iter().all(settled));
+        // Each attempt to write to a log may settle it.
+        let attempted = async {
+            loop {
+                log_attempt(&logs).await;
+                self.changed.changed();
+            }
+        };
+        match race(race(drained, attempted), sleep(DRAIN_TIMEOUT)).await {
+            Either::First(_) => true,
+            Either::Second(()) => false,
+        }
     }
 
-    /// Lets go of everything, and stops the logger, which has some time for that.
+    /// What its outputs have been through, by name: `stdout`, `stderr`. What a shared log has dropped counts for the
+    /// first of them.
+    pub(crate) fn counters(&self) -> Vec<(&'static str, Counters)> {
+        let mut counters: Vec<(&'static str, Counters)> = Vec::new();
+        let outputs = self.outputs.borrow();
+        for (index, output) in outputs.iter().enumerate() {
+            let is_first = |log: &&Rc<Log>| !outputs[..index].iter().any(|other| other.goes_to(log));
+            let logs = self.logs.borrow();
+            let log = logs.iter().find(|log| output.goes_to(log)).filter(is_first);
+            counters.push(output.counters(log.map(Rc::as_ref)));
+        }
+        counters
+    }
+
+    /// Describes the streams for [`Streams::restore`]. To be called under the guard of [`Streams::quiesce`], with no
+    /// `.await` from then on. `fds` takes note of a descriptor that must stay open and gives it a number, not 0.
+    #[allow(dead_code, reason = "for live upgrades")]
+    pub(crate) fn save(&self, fds: &mut dyn FnMut(BorrowedFd<'_>) -> u32) -> Saved {
+        let mut number = |fd: Option<BorrowedFd<'_>>| fd.map_or(0, &mut *fds);
+        let stdin_hold = number(self.stdin_hold.borrow().as_ref().map(AsFd::as_fd));
+        let stdin_sink = number(self.stdin_sink.borrow().as_ref().map(|sink| sink.get().as_fd()));
+        let terminal = number(self.terminal.borrow().as_ref().map(|terminal| terminal.get().as_fd()));
+        let logs = self.logs.borrow();
+        Saved {
+            outputs: self.outputs.borrow().iter().map(|output| output.save(&logs, fds)).collect(),
+            logs: logs.iter().map(|log| log.save(fds)).collect(),
+            input: self.input.borrow().as_ref().and_then(|input| input.save(fds)),
+            stdin_hold,
+            stdin_sink,
+            terminal,
+            logger: self.logger.borrow().as_ref().map_or(0, Logger::pid),
+            started: self.started.get(),
+            exited: self.exited.is_closed(),
+        }
+    }
+
+    /// Goes on where [`Streams::save`] was called; `fds` finds the descriptor of a number. To be called on the executor.
+    ///
+    /// # Errors
+    /// A descriptor is missing or cannot be watched.
+    #[allow(dead_code, reason = "for live upgrades")]
+    pub(crate) fn restore(
+        saved: Saved,
+        fds: &mut dyn FnMut(u32) -> io::Result<OwnedFd>,
+    ) -> Result<Streams, StdioError> {
+        Streams::restore_all(saved, fds).map_err(|source| StdioError::Restore { source })
+    }
+
+    fn restore_all(saved: Saved, fds: &mut dyn FnMut(u32) -> io::Result<OwnedFd>) -> io::Result<Streams> {
+        let streams = Streams::new();
+        let mut file = |number: u32| if number == 0 { Ok(None) } else { fds(number).map(Some) };
+        *streams.stdin_hold.borrow_mut() = file(saved.stdin_hold)?;
+        *streams.stdin_sink.borrow_mut() = file(saved.stdin_sink)?.map(Async::for_writing).transpose()?;
+        let terminal = file(saved.terminal)?.map(Async::new).transpose()?.map(Rc::new);
+        let mut logs = Vec::new();
+        for log in saved.logs {
+            logs.push(Rc::new(Log::restore(log, fds)?));
+        }
+        for output in saved.outputs {
+            let output = Output::restore(output, terminal.as_ref(), &logs, streams.changed.clone(), fds)?;
+            streams.outputs.borrow_mut().push(Rc::new(output));
+        }
+        if let Some(input) = saved.input {
+            let source = Async::new(fds(input.source)?)?;
+            let sink = match (input.sink, &terminal) {
+                (0, Some(terminal)) => InputSink::Terminal(terminal.clone()),
+                (number, _) => InputSink::Pipe(Async::for_writing(fds(number)?)?),
+            };
+            *streams.input.borrow_mut() = Some(Rc::new(Input::new(source, sink, input.carry)));
+        }
+        if saved.logger != 0 {
+            *streams.logger.borrow_mut() = Some(Logger::adopted(saved.logger)?);
+        }
+        *streams.terminal.borrow_mut() = terminal;
+        *streams.logs.borrow_mut() = logs;
+        streams.started.set(saved.started);
+        if saved.exited {
+            streams.exited.close();
+        }
+        if saved.started {
+            streams.run();
+        }
+        Ok(streams)
+    }
+
+    /// Waits until no helper thread writes to a log, and holds new ones back as long as the guard lives: `execve` ends all
+    /// other threads. A disk that does not answer makes this take as long.
+    #[allow(dead_code, reason = "for live upgrades")]
+    pub(crate) async fn quiesce(&self) -> Quiet {
+        offload::quiesce().await
+    }
+
+    /// Lets go of everything, and stops the logger, which has some time for that. What was dropped is said now.
     pub(crate) fn close(&self) {
         self.close_stdin();
         self.closed.close();
-        self.waiting.take();
+        if self.started.get() {
+            for output in self.outputs.borrow().iter() {
+                output.drop_kept();
+            }
+            for (name, counters) in self.counters() {
+                if counters.dropped > 0 {
+                    log::warn(format_args!("{} bytes of {name} were dropped", counters.dropped));
+                }
+            }
+        }
+        self.outputs.take();
+        self.logs.take();
+        self.input.take();
         self.terminal.borrow_mut().take();
         if let Some(logger) = self.logger.borrow_mut().take() {
             spawn(logger.stop());
@@ -357,80 +549,18 @@ impl Streams {
     }
 }
 
-fn pipe(owner: &Owner<'_>) -> Result<(OwnedFd, OwnedFd), StdioError> {
-    let (reader, writer) = pipe2(OFlag::O_CLOEXEC).map_err(|error| pipe_error("make pipe")(error.into()))?;
-    if owner.uid != 0 || owner.gid != 0 {
-        for end in [&reader, &writer] {
-            fchown(end, Some(Uid::from_raw(owner.uid)), Some(Gid::from_raw(owner.gid)))
-                .map_err(|error| pipe_error("change owner of pipe")(error.into()))?;
+/// Waits for the end of the next attempt to write to one of the logs.
+async fn log_attempt(logs: &[Rc<Log>]) {
+    match logs {
+        [] => std::future::pending().await,
+        [log] => log.attempted().await,
+        [first, second, ..] => {
+            race(first.attempted(), second.attempted()).await;
         }
     }
-    Ok((reader, writer))
 }
 
-fn set_nonblocking(file: &OwnedFd) -> Result<(), StdioError> {
-    let set = || {
-        let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
-        fcntl(file, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))
-    };
-    set().map(drop).map_err(|error| pipe_error("make pipe non-blocking")(error.into()))
-}
-
-fn open_sink(address: &Address) -> Result<Option<Sink>, StdioError> {
-    let path = match address {
-        Address::Null => return Ok(None),
-        Address::Path(path) => path,
-        Address::File(path) => return Ok(Some(Sink::File(Rc::new(open_log(path)?)))),
-        Address::Logger(_) => return Err(StdioError::Scheme { scheme: "binary".to_owned() }),
-    };
-    // Opened for both directions, a FIFO opens at once, has a reader always, and never breaks.
-    let open = |read| {
-        std::fs::File::options()
-            .read(read)
-            .write(true)
-            .append(!read)
-            .custom_flags(OFlag::O_NONBLOCK.bits())
-            .open(path)
-            .map_err(|source| StdioError::Open { path: path.clone(), source })
-    };
-    let fifo = std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_fifo());
-    let file = open(fifo)?;
-    if fifo {
-        let pipe = Async::for_writing(file.into()).map_err(pipe_error("watch fifo"))?;
-        return Ok(Some(Sink::Pipe(pipe)));
-    }
-    Ok(Some(Sink::File(Rc::new(file.into()))))
-}
-
-/// Opens a log to append to; its folder is made if it is missing.
-fn open_log(path: &Path) -> Result<OwnedFd, StdioError> {
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder)
-            .map_err(|source| StdioError::Open { path: folder.to_owned(), source })?;
-    }
-    open_file(path, true)
-}
-
-fn open_file(path: &Path, create: bool) -> Result<OwnedFd, StdioError> {
-    let opened = std::fs::File::options().append(true).create(create).mode(0o644).open(path);
-    Ok(opened.map_err(|source| StdioError::Open { path: path.to_owned(), source })?.into())
-}
-
-fn is_fifo(file: &std::fs::File) -> bool {
-    file.metadata().is_ok_and(|metadata| metadata.file_type().is_fifo())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn addresses_are_of_four_kinds() {
-        assert_eq!(Address::parse("").unwrap(), Address::Null);
-        assert_eq!(Address::parse("/a b").unwrap(), Address::Path("/a b".into()));
-        assert_eq!(Address::parse("fifo:///a").unwrap(), Address::Path("/a".into()));
-        assert_eq!(Address::parse("file:///a%20b?x=1").unwrap(), Address::File("/a b".into()));
-        assert!(matches!(Address::parse("binary:///bin/log?a=b").unwrap(), Address::Logger(_)));
-        assert!(matches!(Address::parse("ftp://x"), Err(StdioError::Scheme { scheme }) if scheme == "ftp"));
-    }
+fn log_sink(log: &Rc<Log>, name: &'static str) -> Sink {
+    let lines = log.is_json().then(|| Lines::new(name, Vec::new()));
+    Sink::Log(log.clone(), RefCell::new(lines))
 }

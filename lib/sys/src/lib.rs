@@ -4,5 +4,6 @@
 pub mod detach;
 pub mod fs;
 pub mod io;
+pub mod memory;
 pub mod mount;
 pub mod process;
