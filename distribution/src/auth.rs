@@ -30,7 +30,7 @@ use crate::credentials::{CredentialSource, Credentials};
 use crate::error::Error;
 use crate::policy::Policy;
 use crate::registry::Retry;
-use crate::transport::{Response, Transport};
+use crate::transport::{Head, Transport};
 use crate::uri::{self, Origin};
 
 pub(crate) use token::Realm;
@@ -94,7 +94,7 @@ impl Authorizer {
     /// [`Error::Credentials`].
     pub(crate) async fn challenged(
         &self,
-        response: &Response,
+        response: &Head,
         used: Option<&HeaderValue>,
         asker: &Asker<'_>,
         configured: bool,

@@ -140,7 +140,9 @@ impl Endpoint {
         transport: Arc<Transport>,
         authorizer: Authorizer,
     ) -> Endpoint {
-        let headers = options.headers.iter().chain(&host.settings.headers).cloned().collect();
+        let mut headers: Vec<_> = options.headers.iter().chain(&host.settings.headers).cloned().collect();
+        // Any of them may be a key.
+        headers.iter_mut().for_each(|(_, value)| value.set_sensitive(true));
         let https = OnceCell::new();
         Endpoint { host, mirror_of, headers, retry: options.retry, transport, authorizer, https }
     }
@@ -213,8 +215,9 @@ impl Endpoint {
                 if challenges > MAX_CHALLENGES {
                     return Err(auth::refusal(&response.headers));
                 }
-                self.authorizer.challenged(&response, authorization.as_ref(), &asker, own).await?;
-                response.discard().await;
+                // Its place must be free while a token service is asked or waited for: that may need the same.
+                let head = response.discard().await;
+                self.authorizer.challenged(&head, authorization.as_ref(), &asker, own).await?;
             } else if response.status == StatusCode::METHOD_NOT_ALLOWED
                 && method == Method::HEAD
                 && first.path().contains("/manifests/")

@@ -104,7 +104,8 @@ pub enum Ready {
 }
 
 /// Pulls what the repository's reference names into a store. Dropping the future ends it; what was fetched of a blob
-/// stays in the store and is resumed by the next pull, of this process or a later one.
+/// stays in the store and is resumed by the next pull, of this process or a later one. What is sent to `ready` must be
+/// received while the pull runs; a receiver that is slow delays the news, not the downloads.
 ///
 /// # Errors
 /// Those of requests, of the store, and of images that are not what they should be.

@@ -1,5 +1,6 @@
 //! [`Registry`]: what all repositories of a client share.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -87,7 +88,7 @@ impl Default for Retry {
 }
 
 /// How a client is made.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct Options {
     /// Where the configuration of hosts is.
     pub hosts: HostOptions,
@@ -101,6 +102,19 @@ pub struct Options {
     pub timeouts: Timeouts,
     /// See [`Retry`].
     pub retry: Retry,
+}
+
+impl fmt::Debug for Options {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Headers may be keys.
+        f.debug_struct("Options")
+            .field("hosts", &self.hosts)
+            .field("headers", &self.headers.iter().map(|(name, _)| name).collect::<Vec<_>>())
+            .field("limits", &self.limits)
+            .field("timeouts", &self.timeouts)
+            .field("retry", &self.retry)
+            .finish_non_exhaustive()
+    }
 }
 
 /// A client of registries. Clones share connections' limits and roots of trust.

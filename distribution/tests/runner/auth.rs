@@ -1,6 +1,6 @@
 //! Challenges, tokens, and who is told what.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 
 use davit_distribution::{CredentialSource, Credentials, Error, Options, Secret};
@@ -141,6 +141,37 @@ async fn a_token_that_runs_out_in_the_middle_is_replaced() {
     pull_with(&repository, &store, &options, Arc::new(News::default())).await.unwrap();
     image.assert_in(&store);
     assert!(guarded.tokens.lock().unwrap().len() >= 3);
+}
+
+#[tokio::test]
+async fn a_token_service_at_the_host_itself_shares_its_connections() {
+    // One connection for all: whoever waits for a token must not hold it.
+    let fake = Fake::start().await;
+    let image = Image::new(11, &[1000, 2000, 3000, 4000, 5000]);
+    image.serve(&fake, "a", "v1");
+    let challenge = format!(r#"Bearer realm="http://{}/token""#, fake.address);
+    let (mut served, mut used) = (0, HashSet::new());
+    fake.rule(move |seen, _| {
+        if seen.path == "/token" {
+            served += 1;
+            return Some(Reply::new(200).body(format!(r#"{{"token":"{served}"}}"#)));
+        }
+        // Each token is good for one request.
+        let token = seen.header("authorization").strip_prefix("Bearer ").unwrap_or_default().to_owned();
+        let known = used.insert(token.clone()) && !token.is_empty();
+        (!known).then(|| Reply::new(401).header("www-authenticate", &challenge))
+    });
+    let mut options = options();
+    options.limits.connections = 1;
+    let (_root, store) = store();
+    let repository = repository(options, &format!("{}/a:v1", fake.name())).await;
+    // Some requests find their token used up twice, and fail; it must end in any case.
+    for _ in 0..20 {
+        if pull_from(&repository, &store).await.is_ok() {
+            break;
+        }
+    }
+    image.assert_in(&store);
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@ use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -70,8 +71,8 @@ pub(crate) enum Piece {
     Cut(Bytes),
     /// One byte after each pause, without end.
     Drip(Duration),
-    /// A megabyte after the other, without end and without a declared length.
-    Endless,
+    /// A megabyte after the other, without end and without a declared length; they are counted.
+    Endless(Arc<AtomicUsize>),
     /// The head, and then nothing.
     Silence,
 }
@@ -358,7 +359,10 @@ impl Body for Sending {
                 self.pause = None;
                 Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(b"x")))))
             }
-            Piece::Endless => Poll::Ready(Some(Ok(Frame::data(Bytes::from(vec![b'x'; 1 << 20]))))),
+            Piece::Endless(count) => {
+                count.fetch_add(1, Ordering::Relaxed);
+                Poll::Ready(Some(Ok(Frame::data(Bytes::from(vec![b'x'; 1 << 20])))))
+            }
             Piece::Silence => Poll::Pending,
         }
     }

@@ -1,6 +1,7 @@
 //! Registries that lie, send without end, send nothing, or lead astray.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use davit_distribution::{Error, Options};
@@ -44,9 +45,13 @@ async fn pull_error(fake: &Fake, image: &Image) -> Error {
 #[tokio::test]
 async fn a_body_without_end_is_cut_at_the_size() {
     let image = Image::new(1, &[1_000]);
-    let fake = layer_answered(&image, |_| Reply::new(200).piece(Piece::Endless)).await;
+    let count = Arc::new(AtomicUsize::new(0));
+    let counted = count.clone();
+    let fake = layer_answered(&image, move |_| Reply::new(200).piece(Piece::Endless(counted.clone()))).await;
     let error = pull_error(&fake, &image).await;
     assert!(matches!(error, Error::WrongSize { actual: None, .. }), "{error:?}");
+    // What fits into the buffers of a connection was sent, and no more.
+    assert!(count.load(Ordering::Relaxed) < 64, "{count:?} MiB were sent");
 }
 
 #[tokio::test]
@@ -141,13 +146,17 @@ async fn manifests_are_bounded_and_hashed() {
     }
     // One without end and without a length.
     let fake = Fake::start().await;
-    fake.rule(|seen, _| {
+    let count = Arc::new(AtomicUsize::new(0));
+    let counted = count.clone();
+    fake.rule(move |seen, _| {
         let head = seen.method == Method::HEAD;
-        Some(if head { Reply::new(405) } else { Reply::new(200).piece(Piece::Endless) })
+        let endless = Piece::Endless(counted.clone());
+        Some(if head { Reply::new(405) } else { Reply::new(200).piece(endless) })
     });
     let repository = repository(options(), &format!("{}/a:v1", fake.name())).await;
     let error = patiently(repository.resolve()).await.unwrap_err();
     assert!(matches!(error, Error::TooLarge { .. }), "{error:?}");
+    assert!(count.load(Ordering::Relaxed) < 64, "{count:?} MiB were sent");
     // One that is not what its header says.
     let fake = Fake::start().await;
     fake.rule(|seen, _| {
