@@ -3,6 +3,7 @@
 mod bad_input;
 mod clients;
 mod docker;
+mod history;
 mod limits;
 mod operations;
 mod peers;
