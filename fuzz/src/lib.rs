@@ -8,23 +8,27 @@
 mod entries;
 mod layer;
 mod protocol;
+mod registry;
 mod text;
 
 pub use layer::{layer_bytes, layer_entries};
 pub use protocol::{bootstrap, frame, journal};
+pub use registry::{challenge, hosts};
 pub use text::{documents, filter, names, rootfs};
 
 /// One target: its name and its function.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 11] = [
     ("frame", frame),
     ("bootstrap", bootstrap),
     ("journal", journal),
     ("filter", filter),
     ("names", names),
     ("documents", documents),
+    ("challenge", challenge),
+    ("hosts", hosts),
     ("rootfs", rootfs),
     ("layer_bytes", layer_bytes),
     ("layer_entries", layer_entries),

@@ -84,7 +84,8 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
             let folder = tempfile::tempdir().expect("a folder");
             let path = folder.path().join("journal");
             let (mut journal, _) = Journal::open(&path).expect("a new file");
-            let exit = ExitRecord { id: "box".to_owned(), pid: 1, status: 137, seconds: 1, nanos: 2 };
+            let exit =
+                ExitRecord { id: "box".to_owned(), pid: 1, status: 137, seconds: 1, nanos: 2, killed: false };
             let event =
                 EventRecord { sequence: 1, topic: "/tasks/exit".to_owned(), ..EventRecord::default() };
             let forgotten = Record::Forgotten("box".to_owned());
@@ -111,6 +112,14 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
                 profile,
             ])
         }
+        "challenge" => texts(&[
+            r#"Bearer realm="https://h/t?a=b",service="s",scope="repository:a/b:pull,push", Basic realm="\"x\"""#,
+            "Negotiate abc==, NTLM, Digest a=b , c = d",
+        ]),
+        "hosts" => texts(&[
+            "server = \"https://a\"\n[host.\"http://b:5000/p/../q\"]\ncapabilities = [\"pull\"]\nca = [\"x\"]\n",
+            "skip_verify = true\nclient = [[\"a\", \"b\"]]\ndial_timeout = \"1m2s\"\n[header]\na = [\"b\"]\n",
+        ]),
         "rootfs" => texts(&[
             "user:wheel\0root:x:0:0:::\nuser:x:7:8:::\n\0wheel:x:9:user\n\0A=1\nB\n# c\n",
             "4294967296",
