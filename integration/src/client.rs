@@ -66,6 +66,10 @@ pub struct Client {
     pub laps: BTreeMap<&'static str, Vec<Duration>>,
     /// The runtime of the containers to come; at first containerd's default.
     pub runtime: String,
+    /// The annotations of the specs of the containers to come.
+    pub annotations: BTreeMap<String, String>,
+    /// Where their standard error goes; at first nowhere.
+    pub stderr: String,
     namespace: String,
 }
 
@@ -99,6 +103,8 @@ impl Client {
             tasks: TasksClient::new(conn),
             runtime: "io.containerd.runc.v2".into(),
             laps: BTreeMap::new(),
+            annotations: BTreeMap::new(),
+            stderr: String::new(),
             namespace: namespace.to_owned(),
         })
     }
@@ -138,13 +144,16 @@ impl Client {
         stdout: &str,
     ) -> Result<u32> {
         // The container first: its record keeps the snapshot, which without one, or a lease, is garbage.
-        let spec = serde_json::to_vec(&spec(&format!("/{}/{id}", self.namespace), args))?;
+        let mut spec = spec(&format!("/{}/{id}", self.namespace), args);
+        if !self.annotations.is_empty() {
+            spec["annotations"] = json!(self.annotations);
+        }
         let container = Container {
             id: id.into(),
             runtime: Some(Runtime { name: self.runtime.clone(), options: None }),
             spec: Some(prost_types::Any {
                 type_url: "types.containerd.io/opencontainers/runtime-spec/1/Spec".into(),
-                value: spec,
+                value: serde_json::to_vec(&spec)?,
             }),
             snapshotter: "overlayfs".into(),
             snapshot_key: id.into(),
@@ -170,6 +179,7 @@ impl Client {
             rootfs: prepared.mounts,
             stdin: stdin.into(),
             stdout: stdout.into(),
+            stderr: self.stderr.clone(),
             ..Default::default()
         };
         let begun = Instant::now();

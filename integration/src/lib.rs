@@ -1,6 +1,7 @@
 //! What the black-box tests, the benchmarks and the quickstart share: a private daemon, images made from the host's
 //! busybox, and a census of everything that a container can leave behind. It knows sockets and binaries only.
 
+pub mod bench;
 pub mod bins;
 pub mod census;
 pub mod client;
@@ -11,5 +12,7 @@ pub mod image;
 pub mod memory;
 pub mod peer;
 pub mod wait;
+pub mod shim;
+pub mod ttrpc;
 
 pub use daemon::Daemon;

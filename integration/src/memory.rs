@@ -1,8 +1,9 @@
-//! What processes cost: memory and threads, as the kernel counts them.
+//! What processes cost, as the kernel counts it: memory, threads, descriptors, time.
 
 use std::fs;
 use std::ops::Add;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
@@ -13,8 +14,12 @@ pub struct Cost {
     pub pss: u64,
     /// Pages of its own. In KiB.
     pub private: u64,
+    /// Memory that is no file's: what it has written itself. In KiB.
+    pub anonymous: u64,
     /// Threads.
     pub threads: u64,
+    /// Open descriptors.
+    pub descriptors: u64,
 }
 
 impl Add for Cost {
@@ -24,7 +29,9 @@ impl Add for Cost {
         Cost {
             pss: self.pss + other.pss,
             private: self.private + other.private,
+            anonymous: self.anonymous + other.anonymous,
             threads: self.threads + other.threads,
+            descriptors: self.descriptors + other.descriptors,
         }
     }
 }
@@ -48,8 +55,23 @@ pub fn of(pid: u32) -> Result<Cost> {
     Ok(Cost {
         pss: field(&maps, "Pss:"),
         private: field(&maps, "Private_Clean:") + field(&maps, "Private_Dirty:"),
+        anonymous: field(&maps, "Anonymous:"),
         threads: field(&status, "Threads:"),
+        descriptors: fs::read_dir(format!("/proc/{pid}/fd"))?.count() as u64,
     })
+}
+
+/// The time that all threads of a process have spent on a CPU so far, in steps of 10 ms (proc(5), `stat`).
+///
+/// # Errors
+/// The process is gone.
+pub fn cpu(pid: u32) -> Result<Duration> {
+    let stat =
+        fs::read_to_string(format!("/proc/{pid}/stat")).with_context(|| format!("no process {pid}"))?;
+    // The second field is a name in brackets, which may hold anything; `utime` and `stime` are 14 and 15.
+    let fields = stat.rsplit_once(')').context("no name")?.1.split_ascii_whitespace().skip(14 - 3).take(2);
+    let ticks: u64 = fields.filter_map(|field| field.parse::<u64>().ok()).sum();
+    Ok(Duration::from_millis(ticks * 10))
 }
 
 /// The pids of the processes whose program has this file name and whose command line or environment names `needle`.

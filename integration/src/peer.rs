@@ -25,32 +25,30 @@ impl Containerd {
     /// It is not installed, or does not start.
     pub fn start() -> Result<Containerd> {
         let dir = tempfile::Builder::new().prefix("davit-peer-").tempdir_in("/tmp")?;
-        let path = |name: &str| dir.path().join(name);
-        fs::write(path("config.toml"), "version = 2\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n")?;
-        // Our shim is one of its runtimes: it looks for shims on its PATH.
-        let path_variable = format!("{}:{}", bins::folder()?.display(), env::var("PATH").unwrap_or_default());
-        let child = Command::new("containerd")
-            .env("PATH", path_variable)
-            .arg("--config")
-            .arg(path("config.toml"))
-            .arg("--root")
-            .arg(path("root"))
-            .arg("--state")
-            .arg(path("state"))
-            .arg("--address")
-            .arg(path("c.sock"))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(File::create(path("log"))?)
-            .process_group(0)
-            .spawn()
-            .context("cannot start containerd: apt-get install containerd")?;
+        let config = "version = 2\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n";
+        fs::write(dir.path().join("config.toml"), config)?;
+        let child = spawn(dir.path())?;
         let peer = Containerd { dir, child };
-        wait::until("containerd answers", || {
-            let output = Command::new("ctr").arg("-a").arg(peer.address()).arg("version").output().ok()?;
-            output.status.success().then_some(())
-        })?;
+        peer.ready()?;
         Ok(peer)
+    }
+
+    /// Kills it and starts it again.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn restart(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        self.child = spawn(self.dir.path())?;
+        self.ready()
+    }
+
+    fn ready(&self) -> Result<()> {
+        wait::until("containerd answers", || {
+            let output = Command::new("ctr").arg("-a").arg(self.address()).arg("version").output().ok()?;
+            output.status.success().then_some(())
+        })
     }
 
     /// Its socket.
@@ -91,4 +89,26 @@ impl Drop for Containerd {
         let _ = self.child.wait();
         census::sweep(self.dir.path());
     }
+}
+
+fn spawn(folder: &Path) -> Result<Child> {
+    let path = |name: &str| folder.join(name);
+    // Our shim is one of its runtimes: it looks for shims on its PATH.
+    let path_variable = format!("{}:{}", bins::folder()?.display(), env::var("PATH").unwrap_or_default());
+    Command::new("containerd")
+        .env("PATH", path_variable)
+        .arg("--config")
+        .arg(path("config.toml"))
+        .arg("--root")
+        .arg(path("root"))
+        .arg("--state")
+        .arg(path("state"))
+        .arg("--address")
+        .arg(path("c.sock"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(File::options().create(true).append(true).open(path("log"))?)
+        .process_group(0)
+        .spawn()
+        .context("cannot start containerd: apt-get install containerd")
 }

@@ -46,7 +46,7 @@ fn survive(signal: Signal) -> Result<()> {
     runtime.block_on(scenario(&mut daemon, signal))
 }
 
-async fn scenario(daemon: &mut Daemon, signal: Signal) -> Result<()> {
+pub(crate) async fn scenario(daemon: &mut Daemon, signal: Signal) -> Result<()> {
     let parent = image::digest(&image::busybox_layer()?);
     let mut client = Client::new(&daemon.address(), &daemon.namespace()).await?;
     let stdout = daemon.path("stdout");
@@ -140,14 +140,14 @@ fn subscribe(address: PathBuf) -> mpsc::Receiver<TaskExit> {
 }
 
 /// A client that holds the reading end of a FIFO and checks that the numbers in it have no gap.
-struct Reader {
+pub(crate) struct Reader {
     lines: Arc<AtomicU64>,
     done: Arc<AtomicBool>,
     thread: std::thread::JoinHandle<Result<()>>,
 }
 
 impl Reader {
-    fn start(fifo: &Path) -> Reader {
+    pub(crate) fn start(fifo: &Path) -> Reader {
         let (lines, done) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
         let (fifo, count, stop) = (fifo.to_owned(), lines.clone(), done.clone());
         let thread = std::thread::spawn(move || {
@@ -172,11 +172,11 @@ impl Reader {
         Reader { lines, done, thread }
     }
 
-    fn lines(&self) -> u64 {
+    pub(crate) fn lines(&self) -> u64 {
         self.lines.load(Ordering::Relaxed)
     }
 
-    fn finish(self) -> Result<()> {
+    pub(crate) fn finish(self) -> Result<()> {
         self.done.store(true, Ordering::Relaxed);
         self.thread.join().map_err(|_| anyhow::anyhow!("the reader panicked"))?
     }

@@ -10,6 +10,8 @@ mod peers;
 mod restart;
 mod services;
 mod suites;
+mod sharing;
+mod slope;
 mod tour;
 
 /// A test in a file that nobody includes is a test that nobody runs.

@@ -16,7 +16,9 @@ cargo xtask <command>
   test [ARGS]       install what is missing, build, and run every test; ARGS go to cargo test
   ci                what CI runs: formats, lints, generated code, order of crates, documents, tests, quickstart
   build             release binaries in target/release, the shim beside the daemon
-  bench [start]     measure beside Debian's containerd, in turns within one run
+  bench [start]     the life of a container beside Debian's containerd, in turns within one run
+  bench shim        the shim beside Debian's: starts, execs, output, memory
+  bench execs       what a shim is grown by after thousands of execs (--execs N)
   codegen           generate proto/src/gen and proto/wire.txt from proto/proto
   codegen --check   tell whether they are as they would be generated
   graph             check the order of the crates
