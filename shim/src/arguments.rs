@@ -26,6 +26,10 @@ pub(crate) struct Arguments {
     pub(crate) version: bool,
     /// `-info`.
     pub(crate) info: bool,
+    /// `-upgrade-check`: say whether the state at standard input is understood.
+    pub(crate) upgrade_check: bool,
+    /// `-upgrade-state`: go on from the state at this descriptor.
+    pub(crate) upgrade_state: Option<i32>,
     /// The word after the flags: `start`, `delete`, or nothing to serve.
     pub(crate) action: Option<String>,
 }
@@ -44,6 +48,14 @@ pub(crate) enum ArgumentError {
     MissingValue {
         /// The flag.
         name: String,
+    },
+    /// A value that is no number.
+    #[error("invalid value {value:?} for -{name}")]
+    NotNumber {
+        /// The flag.
+        name: String,
+        /// What was given.
+        value: String,
     },
     /// A boolean that is neither true nor false.
     #[error("invalid boolean value {value:?} for -{name}")]
@@ -74,7 +86,9 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = String>) -> Result<Argum
             "debug" => parsed.debug = boolean(name, value)?,
             "v" | "version" => parsed.version = boolean(name, value)?,
             "info" => parsed.info = boolean(name, value)?,
-            "namespace" | "id" | "address" | "publish-binary" | "bundle" | "socket" | "debug-socket" => {
+            "upgrade-check" => parsed.upgrade_check = boolean(name, value)?,
+            "namespace" | "id" | "address" | "publish-binary" | "bundle" | "socket" | "debug-socket"
+            | "upgrade-state" => {
                 let value = match value.or_else(|| arguments.next()) {
                     Some(value) => value,
                     None => return Err(ArgumentError::MissingValue { name: name.to_owned() }),
@@ -90,6 +104,10 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = String>) -> Result<Argum
                     "socket" => {
                         parsed.socket = Some(value).filter(|path| !path.is_empty()).map(PathBuf::from)
                     }
+                    "upgrade-state" => match value.parse() {
+                        Ok(number) => parsed.upgrade_state = Some(number),
+                        Err(_) => return Err(ArgumentError::NotNumber { name: name.to_owned(), value }),
+                    },
                     // There is no profiler to serve.
                     _ => {}
                 }

@@ -12,6 +12,8 @@ use davit_proto::any;
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use prost_types::Any;
 
+use crate::state;
+
 const ROOT: &str = "/sys/fs/cgroup";
 
 /// Where the processes of a container are accounted.
@@ -31,6 +33,29 @@ impl Cgroup {
         let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
         find(&memberships, &mounts, unified())
             .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no cgroup is mounted"))
+    }
+
+    /// The folders, for [`Cgroup::restore`]: of the unified hierarchy one without a controller's name.
+    pub(crate) fn save(&self) -> Vec<state::CgroupFolder> {
+        let folder = |controller: &str, path: &Path| state::CgroupFolder {
+            controller: controller.to_owned(),
+            path: path.display().to_string(),
+        };
+        match self {
+            Cgroup::V1(folders) => folders.iter().map(|(name, path)| folder(name, path)).collect(),
+            Cgroup::V2(path) => vec![folder("", path)],
+        }
+    }
+
+    /// The cgroup of these folders, if there are any.
+    pub(crate) fn restore(folders: Vec<state::CgroupFolder>) -> Option<Cgroup> {
+        match folders.as_slice() {
+            [] => None,
+            [all] if all.controller.is_empty() => Some(Cgroup::V2(PathBuf::from(&all.path))),
+            _ => Some(Cgroup::V1(
+                folders.into_iter().map(|folder| (folder.controller, PathBuf::from(folder.path))).collect(),
+            )),
+        }
     }
 
     /// The statistics, in the message of the cgroup's version.

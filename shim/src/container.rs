@@ -8,6 +8,7 @@
 //! 4. it is published, and whoever waits for the process is told.
 
 mod exec;
+mod saved;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -209,20 +210,22 @@ impl Container {
             Err(error) => return log::error(format_args!("load cgroup of {}: {error}", self.id)),
         };
         match oom::Watch::new(&cgroup) {
-            Ok(Some(watch)) => {
-                let watch = Rc::new(watch);
-                *self.oom.borrow_mut() = Some(watch.clone());
-                let container = self.clone();
-                spawn(async move {
-                    while let Either::First(()) = race(watch.changed(), container.init.wait()).await {
-                        container.report_oom();
-                    }
-                });
-            }
+            Ok(Some(watch)) => self.watch_oom(watch),
             Ok(None) => {}
             Err(error) => log::error(format_args!("failed to watch oom events of {}: {error}", self.id)),
         }
         *self.cgroup.borrow_mut() = Some(cgroup);
+    }
+
+    fn watch_oom(self: &Rc<Container>, watch: oom::Watch) {
+        let watch = Rc::new(watch);
+        *self.oom.borrow_mut() = Some(watch.clone());
+        let container = self.clone();
+        spawn(async move {
+            while let Either::First(()) = race(watch.changed(), container.init.wait()).await {
+                container.report_oom();
+            }
+        });
     }
 
     fn report_oom(&self) {
@@ -243,22 +246,27 @@ impl Container {
             let ended = observe(&awaited).await;
             drop(awaited);
             container.record(&container.init, ended);
-            container.init_dead.set(true);
-            container.changed.changed();
-            container.report_oom();
-            if container.init.state() == State::Paused {
-                // What is frozen can neither be killed nor removed.
-                let resume = ["resume", &container.id].map(OsStr::new);
-                let runtime = container.runtime.until(Deadline::within(OWN_CALL));
-                if let Err(error) = runtime.simple("OCI runtime resume failed", &resume).await {
-                    log::warn(chain(&error));
-                }
-            }
-            container.kill_rest().await;
-            container.changed.until(|| container.running_execs.get() == 0).await;
-            let _announced = container.init.announcing.lock().await;
-            container.finish(&container.init, ended);
+            container.init_ended(ended).await;
         });
+    }
+
+    /// Leads the recorded exit of init through the other gates. An upgrade in between has this done again.
+    async fn init_ended(&self, ended: Ended) {
+        self.init_dead.set(true);
+        self.changed.changed();
+        self.report_oom();
+        if self.init.state() == State::Paused {
+            // What is frozen can neither be killed nor removed.
+            let resume = ["resume", &self.id].map(OsStr::new);
+            let runtime = self.runtime.until(Deadline::within(OWN_CALL));
+            if let Err(error) = runtime.simple("OCI runtime resume failed", &resume).await {
+                log::warn(chain(&error));
+            }
+        }
+        self.kill_rest().await;
+        self.changed.until(|| self.running_execs.get() == 0).await;
+        let _announced = self.init.announcing.lock().await;
+        self.finish(&self.init, ended);
     }
 
     /// Kills what init has left behind, if its end did not do that.
@@ -299,6 +307,7 @@ impl Container {
             nanos: at.nanos,
             killed: false,
         });
+        process.set_recorded(ended);
     }
 
     fn finish(&self, process: &Process, ended: Ended) {
@@ -370,6 +379,11 @@ impl Container {
         }
         let found = self.execs.borrow().get(exec_id).cloned();
         found.ok_or_else(|| TaskError::NoProcess { id: exec_id.to_owned() })
+    }
+
+    /// Init, and the execs by id.
+    pub(crate) fn all_processes(&self) -> Vec<Rc<Process>> {
+        [&self.init].into_iter().chain(self.execs.borrow().values()).cloned().collect()
     }
 
     /// What a process is at, as clients are told. A paused container's execs are paused too.

@@ -12,6 +12,7 @@ use davit_shim_protocol::journal::JournalError;
 use crate::process::State;
 use crate::runtime::RuntimeError;
 use crate::stdio::StdioError;
+use crate::upgrade::UpgradeError;
 
 /// Why a task call failed.
 #[derive(Debug, thiserror::Error)]
@@ -146,6 +147,9 @@ pub(crate) enum TaskError {
     /// The journal cannot be opened.
     #[error("open journal")]
     Journal(#[from] JournalError),
+    /// The upgrade did not happen.
+    #[error("upgrade")]
+    Upgrade(#[from] UpgradeError),
     /// A file of the bundle or of the kernel.
     #[error("{step} {path}", path = path.display())]
     Io {
@@ -184,6 +188,7 @@ impl Coded for TaskError {
             TaskError::Runtime(error) => error.code(),
             TaskError::Stdio(error) => error.code(),
             TaskError::Journal(error) => error.code(),
+            TaskError::Upgrade(error) => error.code(),
             TaskError::Signal { .. }
             | TaskError::Console { .. }
             | TaskError::Mount { .. }

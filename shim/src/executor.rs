@@ -2,8 +2,7 @@
 //!
 //! The shim must not cost a thread, so there is exactly one, and it sleeps in `epoll_wait`. Tasks are only
 //! ever polled between two such sleeps, one at a time: state shared by tasks needs no lock, and a method
-//! without
-//! `.await` is atomic.
+//! without `.await` is atomic. A task that needs the others to stand still for longer asks for [`alone`].
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
@@ -29,6 +28,12 @@ struct Executor {
     tasks: RefCell<BTreeMap<u64, Task>>,
     ready: Ready,
     next: Cell<u64>,
+    /// The task that is being polled.
+    current: Cell<u64>,
+    /// The only task that may be polled.
+    alone: Cell<Option<u64>>,
+    /// The others that would be polled.
+    held: RefCell<VecDeque<u64>>,
 }
 
 thread_local! {
@@ -110,11 +115,16 @@ impl Executor {
         for _ in 0..batch {
             let next = ready().pop_front();
             let Some(id) = next else { break };
+            if self.alone.get().is_some_and(|alone| alone != id) {
+                self.held.borrow_mut().push_back(id);
+                continue;
+            }
             // The task is taken out while it runs, so that it can spawn others; an id whose task has ended
             // meanwhile is stale.
             let taken = self.tasks.borrow_mut().remove(&id);
             let Some(mut task) = taken else { continue };
             let waker = task.waker.clone();
+            self.current.set(id);
             if task.future.as_mut().poll(&mut Context::from_waker(&waker)).is_pending() {
                 self.tasks.borrow_mut().insert(id, task);
             }
@@ -135,6 +145,25 @@ pub(crate) fn run<T: 'static>(main: impl Future<Output = T> + 'static) -> T {
             reactor::wait(!more);
         }
     })
+}
+
+/// While it lives, the task that asked for it is the only one that goes on.
+pub(crate) struct Alone;
+
+/// Has all other tasks stand still. To be called by one task at a time.
+pub(crate) fn alone() -> Alone {
+    EXECUTOR.with(|executor| executor.alone.set(Some(executor.current.get())));
+    Alone
+}
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        let _ = EXECUTOR.try_with(|executor| {
+            executor.alone.set(None);
+            let mut ready = executor.ready.lock().unwrap_or_else(PoisonError::into_inner);
+            ready.append(&mut executor.held.borrow_mut());
+        });
+    }
 }
 
 /// The one of two futures that ended first.
@@ -199,6 +228,28 @@ mod tests {
         assert!(matches!(winner, Either::Second(())));
         let winner = run(async { race(async { 1 }, async { 2 }).await });
         assert!(matches!(winner, Either::First(1)));
+    }
+
+    #[test]
+    fn a_task_alone_sees_nothing_change() {
+        run(async {
+            let count = Rc::new(Cell::new(0));
+            let counted = count.clone();
+            let counting = spawn(async move {
+                while counted.get() < 1000 {
+                    counted.set(counted.get() + 1);
+                    crate::reactor::yield_now().await;
+                }
+            });
+            sleep(Duration::ZERO).await;
+            let alone = alone();
+            let before = count.get();
+            sleep(Duration::from_millis(2)).await;
+            assert_eq!(count.get(), before);
+            drop(alone);
+            counting.await;
+            assert_eq!(count.get(), 1000);
+        });
     }
 
     #[test]

@@ -12,14 +12,16 @@ mod cgroup;
 mod checkpoint;
 mod console;
 mod container;
+mod control;
 mod copy;
 mod deadline;
 mod delete;
 mod error;
 mod executor;
+mod identity;
 mod info;
-mod leftovers;
 mod json_log;
+mod leftovers;
 mod log;
 mod log_file;
 mod log_sink;
@@ -29,6 +31,7 @@ mod options;
 mod outbox;
 mod process;
 mod publisher;
+mod quiesce;
 mod reactor;
 mod reaper;
 mod rootfs;
@@ -40,8 +43,10 @@ mod shim;
 mod spec;
 mod spool;
 mod start;
+mod state;
 mod stdio;
 mod sync;
+mod upgrade;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -51,6 +56,7 @@ use davit_model::error::chain;
 /// The whole program. `build` names this build of it, for people who compare two.
 pub fn main(build: &'static str) -> ExitCode {
     davit_sys::process::keep_children();
+    identity::set_build(build);
     let arguments = match arguments::parse(std::env::args().skip(1)) {
         Ok(arguments) => arguments,
         Err(error) => return fail(&error),
@@ -62,6 +68,9 @@ pub fn main(build: &'static str) -> ExitCode {
     if arguments.info {
         return done(info::run());
     }
+    if arguments.upgrade_check {
+        return done(upgrade::answer_check());
+    }
     if arguments.namespace.is_empty() {
         return fail(&std::io::Error::other("shim namespace cannot be empty"));
     }
@@ -69,6 +78,9 @@ pub fn main(build: &'static str) -> ExitCode {
         if let Err(error) = davit_model::identifier::validate(name) {
             return fail(&error);
         }
+    }
+    if let Some(number) = arguments.upgrade_state {
+        return done(serve::resume(arguments, number));
     }
     match arguments.action.as_deref() {
         Some("start") => done(start::run(&arguments)),

@@ -8,6 +8,8 @@
 //! shim tries again after 1, 2, 4, … 30 seconds, and at once when a client connects, for that is a daemon
 //! that has come back.
 
+mod saved;
+
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
@@ -26,8 +28,11 @@ use prost_types::{Any, Timestamp};
 use crate::executor::{Either, race};
 use crate::log;
 use crate::publisher::Publisher;
+use crate::quiesce::Busy;
 use crate::reactor::sleep;
 use crate::sync::Condition;
+
+pub(crate) use saved::Journals;
 
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(30);
@@ -178,6 +183,11 @@ impl Outbox {
         self.changed.changed();
     }
 
+    /// The number of events that have not been sent.
+    pub(crate) fn length(&self) -> usize {
+        self.queue.borrow().len()
+    }
+
     /// Waits until every event is sent.
     pub(crate) async fn empty(&self) {
         self.changed.until(|| self.queue.borrow().is_empty()).await;
@@ -188,9 +198,13 @@ impl Outbox {
         let mut retry = FIRST_RETRY;
         loop {
             self.changed.until(|| !self.queue.borrow().is_empty()).await;
+            // What the daemon is being told is not told again by the program after an upgrade.
+            let busy = Busy::admitted().await;
             let Some(event) = self.first() else { continue };
             let request = ForwardRequest { envelope: Some(envelope(event)) };
-            match publisher.forward(&request.encode_to_vec()).await {
+            let forwarded = publisher.forward(&request.encode_to_vec()).await;
+            drop(busy);
+            match forwarded {
                 Ok(()) => {
                     self.sent(true);
                     retry = FIRST_RETRY;

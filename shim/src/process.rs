@@ -11,6 +11,8 @@
 //! A process may be dead for a while before it is `Stopped`: its exit is published only after its start, and
 //! that of an init after those of all execs.
 
+mod saved;
+
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::SystemTime;
@@ -78,6 +80,8 @@ pub(crate) struct Process {
     pub(crate) announcing: Lock,
     state: Cell<State>,
     pid: Cell<i32>,
+    /// How it ended, once that is in the journal.
+    recorded: Cell<Option<Ended>>,
     ended: Cell<Option<Ended>>,
     /// True if starting failed: nobody must wait for it.
     failed: Cell<bool>,
@@ -96,6 +100,7 @@ impl Process {
             announcing: Lock::default(),
             state: Cell::new(State::Created),
             pid: Cell::new(0),
+            recorded: Cell::new(None),
             ended: Cell::new(None),
             failed: Cell::new(false),
             changed: Condition::default(),
@@ -123,6 +128,16 @@ impl Process {
     /// How it ended, once that has been published.
     pub(crate) fn ended(&self) -> Option<Ended> {
         self.ended.get()
+    }
+
+    /// Says that its end is in the journal.
+    pub(crate) fn set_recorded(&self, ended: Ended) {
+        self.recorded.set(Some(ended));
+    }
+
+    /// How it ended, once that is in the journal; perhaps it has not been published yet.
+    pub(crate) fn recorded(&self) -> Option<Ended> {
+        self.recorded.get()
     }
 
     /// Takes note of the process that the runtime has left behind.
@@ -160,6 +175,11 @@ impl Process {
     pub(crate) fn set_failed(&self, failed: bool) {
         self.failed.set(failed);
         self.changed.changed();
+    }
+
+    /// Whether it exists, or has ended without that being published.
+    pub(crate) fn is_under_way(&self) -> bool {
+        self.ended.get().is_none() && (self.recorded.get().is_some() || self.awaited.borrow().is_some())
     }
 
     /// Waits until it has ended. `None` if it could not be started.

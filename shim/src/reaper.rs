@@ -8,7 +8,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::SystemTime;
 
 use davit_sys::process::{self, Child, Exit};
@@ -91,6 +91,16 @@ impl Awaited {
         Awaited::child(Child { pid, pidfd })
     }
 
+    /// Claims a process again that an earlier program of this process has claimed: it is our child still.
+    pub(crate) fn handed_on(pid: i32, pidfd: OwnedFd) -> io::Result<Awaited> {
+        Awaited::child(Child { pid, pidfd })
+    }
+
+    /// Its descriptor.
+    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
+        self.pidfd.get().as_fd()
+    }
+
     /// Sends a signal to exactly this process.
     pub(crate) fn signal(&self, signal: i32) -> io::Result<()> {
         process::pidfd_send_signal(self.pidfd.get().as_fd(), signal)
@@ -134,6 +144,8 @@ pub(crate) async fn bury_orphans() -> io::Result<()> {
     signals.add(Signal::SIGCHLD);
     let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
     let signals = Async::new(signals)?;
+    // An earlier program of this process may have been told of a death and not come to it.
+    REAPER.with(Reaper::look);
     crate::executor::spawn(async {
         loop {
             until_pending().await;

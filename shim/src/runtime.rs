@@ -18,6 +18,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::Deserialize;
 
 use crate::deadline::Deadline;
+use crate::quiesce::Busy;
 use crate::reaper::Awaited;
 
 /// Where runtimes keep their state unless the options name another folder (containerd `process.RuncRoot`).
@@ -268,6 +269,7 @@ impl Runtime {
         io: Io,
     ) -> Result<(), RuntimeError> {
         let failed = |step| move |source| RuntimeError::Io { action, step, source };
+        let _busy = Busy::begin();
         // One of an earlier call would explain this one, and a link there would be followed by the runtime.
         let _ = std::fs::remove_file(log);
         let path = std::env::var_os("PATH").unwrap_or_default();

@@ -1,7 +1,9 @@
 //! The serving process: sets itself up while nothing else runs, then serves until it is told to end.
 
+use std::ffi::OsStr;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -18,8 +20,10 @@ use crate::executor::{race, run as run_tasks, spawn};
 use crate::log;
 use crate::publisher::Publisher;
 use crate::reactor::sleep;
+use crate::rpc::Server;
 use crate::shim::Shim;
-use crate::{reaper, rpc};
+use crate::upgrade::Handed;
+use crate::{reaper, state};
 
 /// The time that clients have to take their last replies.
 const LAST_REPLIES: Duration = Duration::from_millis(100);
@@ -49,36 +53,54 @@ pub(crate) fn run(arguments: Arguments) -> io::Result<()> {
 
 /// Serves until a client asks for the end and no container is left.
 pub(crate) fn serve(arguments: Arguments, given: Given) -> io::Result<()> {
-    let Given { listener, daemon, oom_score_adj } = given;
+    let socket = SocketFile::of(&given.listener);
+    go_on(arguments, given, socket, None)
+}
+
+/// Serves on where an earlier program of this process has left off, whose state is at this descriptor.
+pub(crate) fn resume(arguments: Arguments, number: RawFd) -> io::Result<()> {
+    let mut handed = Handed::receive(number)?;
+    let given = handed.given()?;
+    // Its name came from the path of a descriptor.
+    let _ = prctl::set_name(c"containerd-shim");
+    let socket = handed.socket_file();
+    go_on(arguments, given, socket, Some(handed))
+}
+
+fn go_on(
+    arguments: Arguments,
+    given: Given,
+    socket: Option<SocketFile>,
+    handed: Option<Handed>,
+) -> io::Result<()> {
     log::set_debug(arguments.debug);
     prepare_process()?;
-    let socket = SocketFile::of(&listener);
     let folder = socket.as_ref().and_then(|socket| socket.path.parent()).map(Path::to_owned);
+    let folder = folder.unwrap_or_else(std::env::temp_dir);
     run_tasks(async move {
-        let folder = folder.unwrap_or_else(std::env::temp_dir);
-        let shim = Rc::new(Shim::new(arguments.namespace.clone(), folder, oom_score_adj));
+        let shim = Rc::new(Shim::new(arguments.namespace.clone(), folder, given.oom_score_adj));
+        let publisher = Publisher::new(&given.daemon, arguments.namespace.clone());
+        let server = Server::new(shim.clone(), arguments, given, socket)?;
+        // Before orphans are buried: the processes of its containers are claimed again.
+        if let Some(handed) = handed {
+            handed.restore(&server);
+        }
         spawn(async {
             if let Err(error) = reaper::bury_orphans().await {
                 log::error(format_args!("orphans are not reaped any more: {error}"));
             }
         });
-        let publisher = Publisher::new(&daemon, arguments.namespace);
         spawn(shim.outbox.clone().run(publisher));
-        let serving = shim.clone();
-        spawn(async move {
-            if let Err(error) = rpc::serve(serving, listener).await {
-                log::error(format_args!("socket is not served any more: {error}"));
-            }
-        });
+        spawn(server.clone().serve());
         shim.stopped().await;
         // A name that leads nowhere would only keep the next shim of the group waiting.
-        if let Some(socket) = socket {
+        if let Some(socket) = &server.socket {
             socket.remove();
         }
         race(shim.without_clients(), sleep(LAST_REPLIES)).await;
         race(shim.outbox.empty(), sleep(LAST_EVENTS)).await;
-    });
-    Ok(())
+        Ok(())
+    })
 }
 
 /// Makes the process what it has to be as long as it serves. What it changes here is undone for each program
@@ -109,7 +131,7 @@ fn listen_at(path: &Path) -> io::Result<OwnedFd> {
 }
 
 /// The name of our socket, and which file it was when we began to listen.
-struct SocketFile {
+pub(crate) struct SocketFile {
     path: PathBuf,
     inode: (u64, u64),
 }
@@ -120,6 +142,18 @@ impl SocketFile {
         let path = address.path()?.to_owned();
         let inode = inode(&path)?;
         Some(SocketFile { path, inode })
+    }
+
+    /// Describes it for [`SocketFile::restore`].
+    pub(crate) fn save(&self) -> state::SocketFile {
+        let (device, inode) = self.inode;
+        state::SocketFile { path: self.path.as_os_str().as_bytes().to_vec(), device, inode }
+    }
+
+    /// The name that was saved; another shim may have it by now.
+    pub(crate) fn restore(saved: &state::SocketFile) -> SocketFile {
+        let path = PathBuf::from(OsStr::from_bytes(&saved.path));
+        SocketFile { path, inode: (saved.device, saved.inode) }
     }
 
     /// Removes the name, unless another shim has it by now.

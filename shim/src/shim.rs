@@ -18,6 +18,8 @@ pub(crate) struct Shim {
     pub(crate) socket_dir: PathBuf,
     /// The `oom_score_adj` from before the shim changed its own.
     pub(crate) oom_score_adj: Option<i32>,
+    /// The upgrades of this process so far.
+    pub(crate) upgrades: Cell<u64>,
     /// The events on their way.
     pub(crate) outbox: Rc<Outbox>,
     containers: RefCell<BTreeMap<String, Rc<Container>>>,
@@ -49,6 +51,7 @@ impl Shim {
             namespace,
             socket_dir,
             oom_score_adj,
+            upgrades: Cell::new(0),
             containers: RefCell::default(),
             creating: RefCell::default(),
             clients: Cell::new(0),
@@ -60,6 +63,11 @@ impl Shim {
     /// The container of this id.
     pub(crate) fn container(&self, id: &str) -> Result<Rc<Container>, TaskError> {
         self.containers.borrow().get(id).cloned().ok_or(TaskError::NotCreated)
+    }
+
+    /// All containers, by id.
+    pub(crate) fn containers(&self) -> Vec<Rc<Container>> {
+        self.containers.borrow().values().cloned().collect()
     }
 
     /// Reserves an id for a new container.
@@ -93,6 +101,11 @@ impl Shim {
             self.stopping.set(true);
             self.changed.changed();
         }
+    }
+
+    /// Whether the shim is to end.
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping.get()
     }
 
     /// Waits until the shim is to end.

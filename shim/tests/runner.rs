@@ -20,6 +20,8 @@ mod resources;
 mod serving;
 #[path = "runner/streams.rs"]
 mod streams;
+#[path = "runner/upgrade.rs"]
+mod upgrade;
 
 #[test]
 fn every_file_of_tests_is_a_module() {

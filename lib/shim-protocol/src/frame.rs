@@ -87,6 +87,17 @@ impl Decoder {
         Decoder::default()
     }
 
+    /// What [`Decoder::resume`] needs to go on: the bytes that are not consumed, and how many are to be dropped of
+    /// those that come next.
+    pub fn remainder(&self) -> (&[u8], usize) {
+        (&self.buffer[self.start..], self.to_drop)
+    }
+
+    /// A decoder in the middle of a connection, where another one left off.
+    pub fn resume(buffer: Vec<u8>, to_drop: usize) -> Decoder {
+        Decoder { buffer, start: 0, to_drop }
+    }
+
     /// Takes in bytes from the connection. Call [`Decoder::next_frame`] until it returns `None` before
     /// feeding more: then memory stays bounded by one frame.
     pub fn feed(&mut self, bytes: &[u8]) {
@@ -363,6 +374,9 @@ mod tests {
             for chunk in bytes.chunks(step) {
                 decoder.feed(chunk);
                 found.extend(all(&mut decoder));
+                // Also when another decoder goes on.
+                let (rest, to_drop) = decoder.remainder();
+                decoder = Decoder::resume(rest.to_vec(), to_drop);
             }
             prop_assert_eq!(found.len(), payloads.len());
             for (received, payload) in found.iter().zip(&payloads) {

@@ -19,6 +19,19 @@ pub fn inherited(number: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
+/// Says whether a program that this process executes inherits a descriptor.
+///
+/// # Errors
+/// `EBADF` if there is no such descriptor.
+pub fn set_inherited(number: RawFd, inherited: bool) -> io::Result<()> {
+    let flags = if inherited { 0 } else { libc::FD_CLOEXEC };
+    // SAFETY: the call takes integers alone; it closes nothing and changes who owns nothing.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, flags) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// Receives one message with a descriptor from a unix socket (`SCM_RIGHTS`), as OCI runtimes send the master
 /// of a terminal; `None` if a message came without one, or the peer has closed.
 ///

@@ -99,6 +99,15 @@ impl<'fd> Command<'fd> {
         })
     }
 
+    /// Gives the program another name (`argv[0]`) than the path that it is opened by.
+    ///
+    /// # Errors
+    /// It holds a NUL byte.
+    pub fn name(&mut self, name: impl AsRef<OsStr>) -> Result<&mut Command<'fd>, NulError> {
+        self.arguments[0] = CString::new(name.as_ref().as_bytes())?;
+        Ok(self)
+    }
+
     /// Appends an argument.
     ///
     /// # Errors

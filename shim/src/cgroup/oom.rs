@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -18,7 +18,7 @@ pub(crate) enum Watch {
         /// The folder of the memory controller.
         folder: PathBuf,
         /// What is signalled.
-        event: Async<EventFd>,
+        event: Async<OwnedFd>,
     },
     /// The second version modifies `memory.events`, of which only a growing `oom_kill` counts.
     V2 {
@@ -40,16 +40,49 @@ impl Watch {
             let control = std::fs::File::open(folder.join("memory.oom_control"))?;
             let registration = format!("{} {}", event.as_fd().as_raw_fd(), control.as_raw_fd());
             std::fs::write(folder.join("cgroup.event_control"), registration)?;
-            return Ok(Some(Watch::V1 { folder: folder.to_owned(), event: Async::new(event)? }));
+            return Ok(Some(Watch::V1 { folder: folder.to_owned(), event: Async::new(event.into())? }));
         }
+        Watch::unified(folder, kills(folder))
+    }
+
+    fn unified(folder: &Path, reported: u64) -> io::Result<Option<Watch>> {
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
         match inotify.add_watch(&folder.join("memory.events"), AddWatchFlags::IN_MODIFY) {
             Ok(_) => {}
             Err(nix::errno::Errno::ENOENT) => return Ok(None),
             Err(error) => return Err(error.into()),
         }
-        let reported = Cell::new(kills(folder));
-        Ok(Some(Watch::V2 { folder: folder.to_owned(), inotify: Async::new(inotify)?, reported }))
+        let (folder, reported) = (folder.to_owned(), Cell::new(reported));
+        Ok(Some(Watch::V2 { folder, inotify: Async::new(inotify)?, reported }))
+    }
+
+    /// What [`Watch::restore`] needs beside the cgroup: the number of the event, or the kills that have been reported.
+    pub(crate) fn save(&self, lend: &mut dyn FnMut(BorrowedFd<'_>) -> u32) -> (u32, Option<u64>) {
+        match self {
+            Watch::V1 { event, .. } => (lend(event.get().as_fd()), None),
+            Watch::V2 { reported, .. } => (0, Some(reported.get())),
+        }
+    }
+
+    /// The watch that was saved. What has happened since is not missed.
+    ///
+    /// # Errors
+    /// The event is missing, or the cgroup cannot be watched.
+    pub(crate) fn restore(
+        cgroup: &Cgroup,
+        event: u32,
+        reported: Option<u64>,
+        take: &mut dyn FnMut(u32) -> io::Result<OwnedFd>,
+    ) -> io::Result<Option<Watch>> {
+        let Some(folder) = cgroup.controller("memory") else { return Ok(None) };
+        match (cgroup, reported) {
+            // The kernel goes on to signal the same event.
+            (Cgroup::V1(_), _) if event != 0 => {
+                Ok(Some(Watch::V1 { folder: folder.to_owned(), event: Async::new(take(event)?)? }))
+            }
+            (Cgroup::V2(_), Some(reported)) => Watch::unified(folder, reported),
+            _ => Ok(None),
+        }
     }
 
     /// Waits until [`Watch::happened`] may have something new to tell.
@@ -65,7 +98,7 @@ impl Watch {
         match self {
             Watch::V1 { folder, event } => {
                 event.clear_readable();
-                event.get().read().is_ok() && folder.is_dir()
+                nix::unistd::read(event.get(), &mut [0; 8]).is_ok() && folder.is_dir()
             }
             Watch::V2 { folder, inotify, reported } => {
                 inotify.clear_readable();

@@ -9,7 +9,7 @@ use crate::console::ConsoleSocket;
 use crate::deadline::Deadline;
 use crate::error::TaskError;
 use crate::executor::{Either, race, spawn};
-use crate::process::{Process, State};
+use crate::process::{Ended, Process, State};
 use crate::reaper::{Awaited, Starting};
 use crate::runtime::read_pid_file;
 
@@ -119,16 +119,21 @@ impl Container {
         streams.map(|()| pid)
     }
 
-    fn watch_exec(self: &Rc<Container>, exec: Rc<Process>, awaited: Rc<Awaited>) {
+    pub(super) fn watch_exec(self: &Rc<Container>, exec: Rc<Process>, awaited: Rc<Awaited>) {
         let container = self.clone();
         spawn(async move {
             let ended = observe(&awaited).await;
             drop(awaited);
             container.record(&exec, ended);
-            let _announced = exec.announcing.lock().await;
-            container.finish(&exec, ended);
-            container.exec_gone();
+            container.exec_ended(&exec, ended).await;
         });
+    }
+
+    /// Leads the recorded exit of an exec through the other gates. An upgrade in between has this done again.
+    pub(super) async fn exec_ended(&self, exec: &Process, ended: Ended) {
+        let _announced = exec.announcing.lock().await;
+        self.finish(exec, ended);
+        self.exec_gone();
     }
 
     /// Deletes an exec that does not run.
