@@ -16,21 +16,30 @@ pub struct Census(BTreeSet<String>);
 
 impl Census {
     /// Counts what belongs to the daemon whose folder this is, except for the daemon itself: processes with the folder
-    /// on their command line, mounts below it, cgroups of its containers, and every file of its state folder.
+    /// on their command line, with their root or their working directory below it, and those in its containers' cgroups;
+    /// mounts below it, network namespaces that are pinned there too; the cgroups themselves, of either version; every
+    /// file of its state folder, of the folder of shims' sockets if that is its own (`s`), and of the OCI runtime's state.
     pub fn take(folder: &Path) -> Census {
         let mut lines = BTreeSet::new();
         for process in processes(folder) {
             lines.insert(format!("process {} {}", process.0, process.1));
         }
+        for process in containers_below(folder) {
+            lines.insert(format!("container process {}", process.0));
+        }
         for mount in mounts(folder) {
             lines.insert(format!("mount {}", mount.display()));
         }
         for cgroup in cgroups(folder) {
+            for pid in fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default().lines() {
+                lines.insert(format!("process {pid} in cgroup {}", cgroup.display()));
+            }
             lines.insert(format!("cgroup {}", cgroup.display()));
         }
-        for part in ["state", "root/io.containerd.runtime.v2.task"] {
+        for part in ["state", "root/io.containerd.runtime.v2.task", "s", "runc"] {
             files(&folder.join(part), &mut lines);
         }
+        files(&Path::new("/run/containerd/runc").join(folder.file_name().unwrap_or_default()), &mut lines);
         // The folder of a namespace stays, as in containerd.
         let own = folder.file_name().unwrap_or_default();
         lines.retain(|line| !Path::new(line).ends_with(own));
@@ -51,9 +60,12 @@ fn processes(folder: &Path) -> Vec<(i32, String)> {
         let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else { continue };
         let Ok(line) = fs::read(entry.path().join("cmdline")) else { continue };
         let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        let in_folder = fs::read_link(entry.path().join("cwd")).is_ok_and(|cwd| cwd.starts_with(folder));
         let program = line.split(' ').next().unwrap_or_default();
-        let clients = ["davitd", "ctr", "davit"];
-        if line.contains(&needle) && !clients.iter().any(|client| Path::new(program).ends_with(client)) {
+        let clients = ["davitd", "ctr", "davit", "soak"];
+        if (line.contains(&needle) || in_folder)
+            && !clients.iter().any(|client| Path::new(program).ends_with(client))
+        {
             found.push((pid, line));
         }
     }
@@ -81,7 +93,7 @@ fn cgroups(folder: &Path) -> Vec<PathBuf> {
 }
 
 /// The roots of the cgroup hierarchies: one on cgroup v2, several on v1.
-fn hierarchies() -> Vec<PathBuf> {
+pub fn hierarchies() -> Vec<PathBuf> {
     let root = Path::new("/sys/fs/cgroup");
     if root.join("cgroup.controllers").exists() { vec![root.to_owned()] } else { folders(root) }
 }

@@ -16,6 +16,9 @@ use tempfile::TempDir;
 use crate::ctr::Ctr;
 use crate::{bins, image, wait};
 
+/// In a configuration, what stands for the daemon's own folder.
+pub const FOLDER: &str = "{folder}";
+
 /// A daemon under test and the folder of all that it owns.
 pub struct Daemon {
     dir: TempDir,
@@ -65,8 +68,9 @@ impl Daemon {
         let extra = flags.iter().map(|flag| (*flag).to_owned()).collect();
         let wrapper = wrapper.iter().map(|word| (*word).to_owned()).collect();
         let mut daemon = Daemon { dir, bins: bins::folder()?, extra, wrapper, child: None };
+        let config = config.replace(FOLDER, &daemon.path("").display().to_string());
         let verbose = if config.contains("[log]") { "" } else { "[log]\nlevel = \"debug\"\n" };
-        fs::write(daemon.config(), format!("{config}{verbose}"))?;
+        fs::write(daemon.config(), format!("{config}\n{verbose}"))?;
         daemon.restart()?;
         Ok(daemon)
     }

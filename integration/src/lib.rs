@@ -9,6 +9,7 @@ pub mod ctr;
 pub mod daemon;
 pub mod docker;
 pub mod image;
+pub mod lifecycle;
 pub mod memory;
 pub mod peer;
 pub mod wait;

@@ -4,6 +4,7 @@ mod bad_input;
 mod clients;
 mod docker;
 mod history;
+mod faults;
 mod limits;
 mod operations;
 mod peers;

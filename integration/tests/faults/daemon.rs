@@ -1,0 +1,95 @@
+//! The daemon is killed, at each step of what it does for a container, and started again.
+
+use anyhow::{Context, Result, ensure};
+use davit_proto::containerd::v1::types::Status as TaskStatus;
+use nix::sys::signal::Signal;
+
+use super::{Scene, USUAL, bring_to, call, tokio_runtime, vanished};
+use crate::root;
+
+const STEPS: [&str; 4] = ["create", "start", "exec", "delete"];
+
+/// What becomes of the step at which the daemon was killed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Then {
+    /// It is done while no daemon is there.
+    DoneWithout,
+    /// It is done when the next daemon is there.
+    DoneLater,
+    /// The shims are killed as well, before the next daemon comes.
+    ShimsKilled,
+}
+
+#[test]
+fn a_daemon_killed_at_any_step_finds_what_was_done_without_it() -> Result<()> {
+    killed(Then::DoneWithout)
+}
+
+#[test]
+fn a_daemon_killed_at_any_step_finds_what_is_still_being_done() -> Result<()> {
+    killed(Then::DoneLater)
+}
+
+#[test]
+fn a_daemon_killed_at_any_step_with_its_shims_cleans_up() -> Result<()> {
+    killed(Then::ShimsKilled)
+}
+
+/// One container stands at each step, before it and behind it, when the daemon is killed.
+fn killed(then: Then) -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let mut scene = Scene::new(USUAL)?;
+    let runtime = tokio_runtime()?;
+    let places = STEPS.into_iter().flat_map(|step| [(step, "wait"), (step, "done-wait")]);
+    let all: Vec<(&str, String)> = places.map(|(step, place)| (step, format!("{step}-{place}"))).collect();
+    runtime.block_on(async {
+        let mut steps = scene.steps().await?;
+        for (step, id) in &all {
+            bring_to(&scene, &mut steps, step, id).await?;
+        }
+        for (step, id) in &all {
+            let place = id.strip_prefix(&format!("{step}-")).context("a name of another form")?;
+            scene.order(step, id, place)?;
+            // The answer is lost with the daemon.
+            drop(call(&steps, step, id));
+        }
+        for (step, id) in &all {
+            scene.taken(step, id).await?;
+        }
+        anyhow::Ok(())
+    })?;
+    scene.daemon.stop(Signal::SIGKILL)?;
+    let go = |scene: &Scene| all.iter().try_for_each(|(step, id)| scene.go(step, id));
+    match then {
+        Then::DoneWithout => go(&scene)?,
+        Then::DoneLater => {}
+        Then::ShimsKilled => all.iter().try_for_each(|(_, id)| scene.kill_shim(id, Signal::SIGKILL))?,
+    }
+    scene.daemon.restart()?;
+    if then == Then::DoneLater {
+        go(&scene)?;
+    }
+    runtime.block_on(async {
+        let mut steps = scene.steps().await?;
+        for (step, id) in &all {
+            match then {
+                Then::ShimsKilled => vanished(&mut steps, id).await?,
+                Then::DoneWithout | Then::DoneLater => {
+                    // Whatever became of the step, what was there before it is there, or was deleted.
+                    let state = steps.state(id, "").await;
+                    if let (Ok(state), "exec") = (&state, *step) {
+                        ensure!(state.status() == TaskStatus::Running, "{id}: {state:?}");
+                    }
+                    if let (Ok(state), "delete") = (&state, *step) {
+                        ensure!(state.exit_status == 7, "{id}: {state:?}");
+                    }
+                }
+            }
+            steps.remove(id).await?;
+        }
+        anyhow::Ok(())
+    })?;
+    scene.clean()
+}
