@@ -6,9 +6,11 @@ mod v2;
 
 use std::collections::BTreeSet;
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use davit_proto::any;
+use davit_sys::process::{pidfd_open, pidfd_send_signal};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use prost_types::Any;
 
@@ -73,6 +75,26 @@ impl Cgroup {
             collect(folder, &mut found);
         }
         found.into_iter().collect()
+    }
+
+    /// Whether this process is in the cgroup or below it. Then the cgroup is not the container's own, and most of what is
+    /// in it is the host's.
+    pub(crate) fn holds_us(&self) -> bool {
+        self.processes().contains(&std::process::id())
+    }
+
+    /// Kills every process in the cgroup and below it.
+    pub(crate) fn kill(&self) {
+        for pid in self.processes().into_iter().filter_map(|pid| i32::try_from(pid).ok()) {
+            // Opened first and looked at again: the number may have become another process's meanwhile.
+            let Ok(pidfd) = pidfd_open(pid) else { continue };
+            let still = Cgroup::of_process(pid).is_ok_and(
+                |now| matches!((now.tree(), self.tree()), (Some(now), Some(ours)) if now.starts_with(ours)),
+            );
+            if still {
+                let _ = pidfd_send_signal(pidfd.as_fd(), nix::libc::SIGKILL);
+            }
+        }
     }
 
     /// The folder whose tree has all processes: any hierarchy of the first version will do, preferably one

@@ -278,8 +278,15 @@ impl Container {
                 true
             }
         };
-        if !shared || self.processes().is_empty() {
+        let Some(cgroup) = self.cgroup.borrow().clone() else { return };
+        if !shared || cgroup.processes().is_empty() {
             return;
+        }
+        if cgroup.holds_us() {
+            return log::warn(format_args!(
+                "{} has no cgroup of its own; what is left of it goes on",
+                self.id
+            ));
         }
         let kill = ["kill", "--all", &self.id, "9"].map(OsStr::new);
         let runtime = self.runtime.until(Deadline::within(OWN_CALL));
@@ -287,14 +294,7 @@ impl Container {
             log::warn(chain(&error));
         }
         // Runtimes differ in what `kill --all` does when init is gone.
-        for pid in self.processes() {
-            if let Ok(pid) = i32::try_from(pid) {
-                let _ = nix::sys::signal::kill(
-                    nix::unistd::Pid::from_raw(pid),
-                    nix::sys::signal::Signal::SIGKILL,
-                );
-            }
-        }
+        cgroup.kill();
     }
 
     fn record(&self, process: &Process, ended: Ended) {

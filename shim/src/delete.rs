@@ -4,6 +4,7 @@
 
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -11,6 +12,7 @@ use davit_model::error::chain;
 use davit_proto::containerd::task::v3::DeleteResponse;
 use davit_shim_protocol::address;
 use davit_shim_protocol::journal::{self, ExitRecord, Journal, Record, StartRecord};
+use davit_sys::fs::read_regular;
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use prost::Message;
@@ -23,6 +25,8 @@ use crate::log;
 use crate::options::runtime_of_bundle;
 use crate::runtime::read_pid_file;
 
+/// More than any address has bytes.
+const MAX_ADDRESS: u64 = 4096;
 /// The status if nobody saw the end: that of a process that was killed, for that is what happens to it here.
 const KILLED: u32 = 137;
 
@@ -106,12 +110,14 @@ fn remove_dead_socket(bundle: &Path) {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let Ok(socket) = socket(AddressFamily::Unix, SockType::Stream, flags, None) else { return };
     let Ok(address) = UnixAddr::new(&path) else { return };
-    if connect(socket.as_raw_fd(), &address) == Err(Errno::ECONNREFUSED) {
+    // A connection to anything but a socket is refused as well.
+    let is_socket = std::fs::symlink_metadata(&path).is_ok_and(|status| status.file_type().is_socket());
+    if is_socket && connect(socket.as_raw_fd(), &address) == Err(Errno::ECONNREFUSED) {
         let _ = std::fs::remove_file(&path);
     }
 }
 
 fn socket_of(bundle: &Path) -> Option<PathBuf> {
-    let address = std::fs::read_to_string(bundle.join("address")).ok()?;
-    address::parse(address.trim()).ok()
+    let address = read_regular(&bundle.join("address"), MAX_ADDRESS).ok()?;
+    address::parse(std::str::from_utf8(&address).ok()?.trim()).ok()
 }

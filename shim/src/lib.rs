@@ -40,6 +40,7 @@ mod runtime;
 mod serve;
 mod service;
 mod shim;
+mod socket;
 mod spec;
 mod spool;
 mod start;

@@ -7,8 +7,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
 
-use nix::sys::socket::{SockFlag, accept4, getsockopt, sockopt};
-use nix::unistd::geteuid;
+use nix::sys::socket::{SockFlag, accept4};
 
 use crate::arguments::Arguments;
 use crate::executor::spawn;
@@ -16,6 +15,7 @@ use crate::log;
 use crate::reactor::{Async, sleep};
 use crate::serve::{Given, SocketFile};
 use crate::shim::Shim;
+use crate::socket::is_ours;
 
 pub(crate) use connection::Connection;
 
@@ -76,8 +76,7 @@ impl Server {
     }
 
     fn accept(self: &Rc<Server>, client: OwnedFd) {
-        let peer = getsockopt(&client, sockopt::PeerCredentials);
-        if !peer.is_ok_and(|peer| peer.uid() == geteuid().as_raw()) {
+        if !is_ours(&client) {
             log::warn("refused a client of another user");
             return;
         }

@@ -11,9 +11,7 @@ use std::time::Duration;
 
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
-use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockname, listen, socket,
-};
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, getsockname, listen, socket};
 
 use crate::arguments::Arguments;
 use crate::executor::{race, run as run_tasks, spawn};
@@ -22,6 +20,7 @@ use crate::publisher::Publisher;
 use crate::reactor::sleep;
 use crate::rpc::Server;
 use crate::shim::Shim;
+use crate::socket::bind_private;
 use crate::upgrade::Handed;
 use crate::{reaper, state};
 
@@ -125,7 +124,7 @@ fn prepare_process() -> io::Result<()> {
 fn listen_at(path: &Path) -> io::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let listener = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-    bind(listener.as_raw_fd(), &UnixAddr::new(path)?)?;
+    bind_private(&listener, path)?;
     listen(&listener, Backlog::new(128)?)?;
     Ok(listener)
 }

@@ -9,21 +9,22 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use davit_proto::any;
 use davit_proto::containerd::runc::v1::Options;
 use davit_shim_protocol::address::{self, DEFAULT_SOCKET_DIR};
 use davit_shim_protocol::bootstrap::{StartEnvironment, StartInput, StartResult};
 use davit_sys::detach::{leave_behind, set_command_line};
+use davit_sys::fs::write_private;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, OFlag};
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
-use nix::sys::stat::{Mode, umask};
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, connect, listen, socket};
 
 use crate::arguments::Arguments;
 use crate::log;
 use crate::serve::{self, Given};
+use crate::socket::{FolderError, bind_private, check_folder};
 use crate::spec::Specification;
 
 /// The file in the bundle that tells containerd 1.6 and 1.7 the address.
@@ -47,6 +48,14 @@ pub(crate) enum StartError {
         path: PathBuf,
         /// The answer of the kernel.
         source: io::Error,
+    },
+    /// The folder of the sockets is not safe.
+    #[error("use socket folder {}", folder.display())]
+    Folder {
+        /// The folder.
+        folder: PathBuf,
+        /// Why not.
+        source: FolderError,
     },
     /// The serving process cannot be forked.
     #[error("start serving process")]
@@ -92,7 +101,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), StartError> {
         })?;
     }
     let address = address::unix_address(&path);
-    std::fs::write(ADDRESS_FILE, &address).map_err(io_error("write", ADDRESS_FILE))?;
+    write_private(Path::new(ADDRESS_FILE), address.as_bytes()).map_err(io_error("write", ADDRESS_FILE))?;
     let result = StartResult::for_generation(input.generation, address);
     io::stdout().write_all(&result.print(input.generation)).map_err(io_error("write", "/dev/stdout"))
 }
@@ -105,6 +114,7 @@ fn bind_or_join(folder: &Path, path: &Path) -> Result<Option<OwnedFd>, StartErro
         .mode(0o700)
         .create(folder)
         .map_err(io_error("create", folder))?;
+    check_folder(folder).map_err(|source| StartError::Folder { folder: folder.to_owned(), source })?;
     // Two starts for one pod must not both find a socket stale and take it from each other.
     let lock = File::open(folder).map_err(io_error("open", folder))?;
     let _alone = Flock::lock(lock, FlockArg::LockExclusive)
@@ -116,23 +126,17 @@ fn bind_or_join(folder: &Path, path: &Path) -> Result<Option<OwnedFd>, StartErro
             .map_err(|error| io_error("make socket", path)(error.into()))
     };
     let listener = new_socket()?;
-    // The mode is right from the beginning: 0600.
-    let before = umask(Mode::from_bits_truncate(0o177));
-    let mut bound = bind(listener.as_raw_fd(), &address);
+    let mut bound = bind_private(&listener, path);
     if bound == Err(Errno::EADDRINUSE) {
         match connect(new_socket()?.as_raw_fd(), &address) {
             // EAGAIN: it lives, and its queue is full.
-            Ok(()) | Err(Errno::EAGAIN | Errno::EINPROGRESS) => {
-                umask(before);
-                return Ok(None);
-            }
+            Ok(()) | Err(Errno::EAGAIN | Errno::EINPROGRESS) => return Ok(None),
             Err(_) => {
                 let _ = std::fs::remove_file(path);
-                bound = bind(listener.as_raw_fd(), &address);
+                bound = bind_private(&listener, path);
             }
         }
     }
-    umask(before);
     bound
         .and_then(|()| listen(&listener, Backlog::new(BACKLOG)?))
         .map_err(|error| io_error("listen at", path)(error.into()))?;
@@ -205,6 +209,11 @@ fn join_cgroup(input: &StartInput, pid: i32) -> Result<(), StartError> {
     let Some(group) = options.map(|options| options.shim_cgroup).filter(|group| !group.is_empty()) else {
         return Ok(());
     };
+    let below = Path::new(group.trim_start_matches('/'));
+    if !below.components().all(|part| matches!(part, Component::Normal(_))) {
+        let source = io::Error::new(io::ErrorKind::InvalidInput, "want a path below the root of the cgroups");
+        return Err(io_error("join cgroup", group)(source));
+    }
     for folder in crate::cgroup::folders_of(&group) {
         let file = folder.join("cgroup.procs");
         std::fs::write(&file, pid.to_string()).map_err(io_error("join cgroup", file))?;

@@ -12,10 +12,14 @@ mod support;
 mod actions;
 #[path = "runner/events.rs"]
 mod events;
+#[path = "runner/isolation.rs"]
+mod isolation;
 #[path = "runner/lifecycle.rs"]
 mod lifecycle;
 #[path = "runner/resources.rs"]
 mod resources;
+#[path = "runner/security.rs"]
+mod security;
 #[path = "runner/serving.rs"]
 mod serving;
 #[path = "runner/streams.rs"]

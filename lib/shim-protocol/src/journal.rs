@@ -26,6 +26,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use davit_model::{Coded, ErrorCode};
+use nix::fcntl::OFlag;
 use prost::Message;
 
 /// The name of the file in the bundle.
@@ -37,6 +38,11 @@ const HEADER: u64 = 8;
 const RECORD_HEADER: usize = 8;
 /// More than any record of ours: an event holds at most a request, and frames are limited to 4 MiB.
 const MAX_RECORD: usize = 8 << 20;
+
+/// The most that is read of a file; what is behind that counts as torn. A million events.
+const MAX_JOURNAL: u64 = 256 << 20;
+/// The folder may be in the reach of a container: a link is not followed there, and the other end of a FIFO not waited for.
+const CAREFULLY: i32 = OFlag::O_NOFOLLOW.union(OFlag::O_NONBLOCK).bits();
 
 const KIND_EXIT: u8 = 1;
 const KIND_EVENT: u8 = 2;
@@ -221,16 +227,10 @@ impl Journal {
     /// [`JournalError`]; a file that is no journal, or one of a later version, is left as it is.
     pub fn open(path: &Path) -> Result<(Journal, Contents), JournalError> {
         let io = |operation, source| JournalError::Io { operation, path: path.to_owned(), source };
-        let mut file = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(path)
-            .map_err(|source| io("open", source))?;
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes).map_err(|source| io("read", source))?;
+        let mut options = File::options();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        let file = options.custom_flags(CAREFULLY).open(path).map_err(|source| io("open", source))?;
+        let bytes = read_all(&file).map_err(|source| io("read", source))?;
         let (contents, mut length) = parse(path, &bytes)?;
         if (bytes.len() as u64) != length || length < HEADER {
             file.set_len(length).map_err(|source| io("truncate", source))?;
@@ -319,11 +319,12 @@ impl Journal {
         for record in records {
             encode(record, &mut bytes);
         }
+        // What a writer left that died here, or somebody else put there.
+        let _ = std::fs::remove_file(&temporary);
         let mut file = File::options()
             .read(true)
             .write(true)
-            .create(true)
-            .truncate(true)
+            .create_new(true)
             .mode(0o600)
             .open(&temporary)
             .map_err(|source| io("open", source))?;
@@ -341,11 +342,22 @@ impl Journal {
 /// # Errors
 /// [`JournalError`].
 pub fn read(path: &Path) -> Result<Contents, JournalError> {
-    match std::fs::read(path) {
+    let opened = File::options().read(true).custom_flags(CAREFULLY).open(path);
+    match opened.and_then(|file| read_all(&file)) {
         Ok(bytes) => Ok(parse(path, &bytes)?.0),
         Err(source) if source.kind() == io::ErrorKind::NotFound => Ok(Contents::default()),
         Err(source) => Err(JournalError::Io { operation: "read", path: path.to_owned(), source }),
     }
+}
+
+/// What is read of a file: all of it up to [`MAX_JOURNAL`], and nothing of what is no file at all.
+fn read_all(file: &File) -> io::Result<Vec<u8>> {
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+    }
+    let mut bytes = Vec::new();
+    file.take(MAX_JOURNAL).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 fn header() -> [u8; HEADER as usize] {
@@ -457,6 +469,27 @@ mod tests {
             value: vec![sequence as u8; sequence as usize % 300],
             ..EventRecord::default()
         })
+    }
+
+    #[test]
+    fn a_fifo_or_a_link_is_no_journal() {
+        let folder = tempfile::tempdir().unwrap();
+        let (fifo, link, canary) =
+            (folder.path().join("fifo"), folder.path().join("link"), folder.path().join("canary"));
+        // Opened without care it would wait for a writer, for ever.
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        std::fs::write(&canary, header()).unwrap();
+        std::os::unix::fs::symlink(&canary, &link).unwrap();
+        for path in [&fifo, &link] {
+            assert!(matches!(read(path), Err(JournalError::Io { .. })), "{}", path.display());
+            assert!(matches!(Journal::open(path), Err(JournalError::Io { .. })), "{}", path.display());
+        }
+        let path = folder.path().join(FILE_NAME);
+        let (mut journal, _) = Journal::open(&path).unwrap();
+        std::os::unix::fs::symlink(&canary, path.with_extension("new")).unwrap();
+        journal.rewrite(&[exit("a", 1)]).unwrap();
+        assert_eq!(std::fs::read(&canary).unwrap(), header());
+        assert_eq!(read(&path).unwrap().exits.len(), 1);
     }
 
     #[test]

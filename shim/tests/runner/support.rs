@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -28,7 +28,7 @@ use prost::Message;
 pub(crate) const NAMESPACE: &str = "shimtest";
 /// Longer than anything takes on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
-const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-davit-v2");
+pub(crate) const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-davit-v2");
 
 /// Says so and returns true if the test cannot run here.
 pub(crate) fn cannot_run() -> bool {
@@ -137,20 +137,32 @@ impl Host {
         Options { root: self.path("runc").display().to_string(), ..Options::default() }
     }
 
-    /// Runs `start` in a bundle, as a daemon of this generation does. Returns what was printed.
-    pub(crate) fn run_start(&self, bundle: &Bundle, generation: Generation) -> Vec<u8> {
+    /// What a daemon of this generation tells a shim that it starts.
+    pub(crate) fn start_input(&self, generation: Generation) -> StartInput {
         let grpc_address = self.path("c.sock").display().to_string();
-        let input = StartInput {
+        StartInput {
             generation,
             options: Some(Any { type_url: RUNC_OPTIONS.to_owned(), value: self.options().encode_to_vec() }),
             debug: true,
             ttrpc_address: format!("{grpc_address}.ttrpc"),
-            grpc_address: grpc_address.clone(),
+            grpc_address,
             socket_dir: Some(self.path("s")),
-        };
-        let mut command = Command::new(SHIM);
+        }
+    }
+
+    /// Runs `start` in a bundle, as a daemon of this generation does. Returns what was printed.
+    pub(crate) fn run_start(&self, bundle: &Bundle, generation: Generation) -> Vec<u8> {
+        let output = self.try_start(bundle, &self.start_input(generation), Command::new(SHIM));
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+        output.stdout
+    }
+
+    /// Runs `start` by a command whose last word so far is the shim, whatever comes of it.
+    pub(crate) fn try_start(&self, bundle: &Bundle, input: &StartInput, mut command: Command) -> Output {
+        let grpc_address = &input.grpc_address;
         command
-            .args(["-namespace", NAMESPACE, "-address", &grpc_address, "-publish-binary", "/bin/true"])
+            .args(["-namespace", NAMESPACE, "-address", grpc_address, "-publish-binary", "/bin/true"])
             .args(["-id", &bundle.id, "start"])
             .current_dir(&bundle.path)
             .env("TTRPC_ADDRESS", &input.ttrpc_address)
@@ -160,22 +172,32 @@ impl Host {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
-        if generation != Generation::Plain {
-            command.env("GRPC_ADDRESS", &grpc_address).env("NAMESPACE", NAMESPACE);
+        if input.generation != Generation::Plain {
+            command.env("GRPC_ADDRESS", grpc_address).env("NAMESPACE", NAMESPACE);
         }
         let mut child = command.spawn().unwrap();
         let stdin = input.encode(&bundle.id, NAMESPACE, "2.3.4", "/bin/true");
         child.stdin.take().unwrap().write_all(&stdin).unwrap();
         // Returns only when nobody has the pipes any more: the serving process must not.
-        let output = child.wait_with_output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        assert_eq!(String::from_utf8_lossy(&output.stderr), "");
-        output.stdout
+        child.wait_with_output().unwrap()
     }
 
     /// Starts a shim and connects to it.
     pub(crate) fn start(&self, bundle: &Bundle) -> Client {
-        let result = StartResult::parse(&self.run_start(bundle, Generation::Bootstrap)).unwrap();
+        self.connect_to(bundle, &self.run_start(bundle, Generation::Bootstrap))
+    }
+
+    /// The same by the words of a shell before the shim, which are the surroundings that a daemon gives it.
+    pub(crate) fn start_in(&self, bundle: &Bundle, surroundings: &str) -> Client {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", &format!("{surroundings}; exec \"$0\" \"$@\""), SHIM]);
+        let output = self.try_start(bundle, &self.start_input(Generation::Bootstrap), command);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        self.connect_to(bundle, &output.stdout)
+    }
+
+    fn connect_to(&self, bundle: &Bundle, printed: &[u8]) -> Client {
+        let result = StartResult::parse(printed).unwrap();
         let client = Client::connect(&address::parse(&result.address).unwrap());
         let connected = client.connect_call(&bundle.id);
         self.shims.lock().unwrap().push(connected.shim_pid);

@@ -79,12 +79,37 @@ fn emit(line: &[u8]) {
     if line.is_empty() {
         return;
     }
-    let text = String::from_utf8_lossy(line);
+    let text = printable(line);
     // Shims in Go write `level=…`; those in Rust and C have no common form.
     let quiet = ["level=info", "level=debug", "level=trace", " INFO ", " DEBUG "];
     if quiet.iter().any(|level| text.contains(level)) {
         debug!(line = %text, "shim");
     } else {
         warn!(line = %text, "shim");
+    }
+}
+
+/// A line that can be shown: what would move the cursor of a terminal, or begin another line there, is spelled out. What a
+/// shim logs has texts of runtimes in it, and those have what a container wants.
+fn printable(line: &[u8]) -> String {
+    let mut text = String::with_capacity(line.len());
+    for character in String::from_utf8_lossy(line).chars() {
+        if character.is_control() && character != '\t' {
+            text.extend(character.escape_default());
+        } else {
+            text.push(character);
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::printable;
+
+    #[test]
+    fn a_line_is_one_line_of_text() {
+        assert_eq!(printable(b"msg=\"a\tb\" \xc3\xa4"), "msg=\"a\tb\" \u{e4}");
+        assert_eq!(printable(b"a\r\x1b[2Kb\0\xc2\x9b"), "a\\r\\u{1b}[2Kb\\u{0}\\u{9b}");
     }
 }
