@@ -25,8 +25,9 @@ use crate::spool::{LIMIT, Spool};
 use crate::stdio::saved;
 use crate::sync::Condition;
 
-/// The time that a log or logger that takes nothing makes its process wait, once.
-pub(crate) const PATIENCE: Duration = Duration::from_millis(200);
+/// The time that a log or logger that takes nothing makes its process wait, once, and only when the queue is full: a busy
+/// disk may well take this long, and does not have output dropped.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
 /// The time between two attempts to write what was refused.
 const RETRY: Duration = Duration::from_secs(1);
 /// The most bytes that a helper is given at once. Larger than any line, see [`crate::spool`].

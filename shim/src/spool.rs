@@ -1,5 +1,5 @@
 //! Bytes that wait to be delivered: a queue of bounded size. When it is full, the oldest bytes are dropped and counted,
-//! up to the end of a line where there is one nearby.
+//! whole lines of them where there are lines: the rest of a line that was delivered in part stays.
 //!
 //! ```text
 //!  append ──►│ file: a ring without a name in the bundle │ memory: the oldest 16 KiB │──► front, consume
@@ -32,6 +32,10 @@ const PIECE: usize = 4096;
 #[derive(Debug)]
 pub(crate) struct Spool {
     folder: PathBuf,
+    /// The rest of a line of which the beginning was delivered. What came behind it was dropped.
+    lead: Vec<u8>,
+    /// What is behind `lead` begins with a line.
+    aligned: bool,
     /// The oldest bytes; those before `consumed` are gone.
     memory: Vec<u8>,
     consumed: usize,
@@ -49,6 +53,8 @@ impl Spool {
     pub(crate) fn new(folder: &Path) -> Spool {
         Spool {
             folder: folder.to_owned(),
+            lead: Vec::new(),
+            aligned: true,
             memory: Vec::new(),
             consumed: 0,
             file: None,
@@ -62,12 +68,21 @@ impl Spool {
 
     /// How many bytes wait.
     pub(crate) fn len(&self) -> u64 {
+        self.lead.len() as u64 + self.behind_lead()
+    }
+
+    fn behind_lead(&self) -> u64 {
         self.in_memory() as u64 + (self.tail - self.head)
     }
 
     /// True if none do.
     pub(crate) fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Says that something was delivered that did not come by here, and may have ended in the middle of a line.
+    pub(crate) fn bypassed(&mut self) {
+        self.aligned = false;
     }
 
     /// How many bytes were appended ever.
@@ -117,18 +132,33 @@ impl Spool {
     /// # Errors
     /// That of the file.
     pub(crate) fn front(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.peek(0, buffer)
+        let count = buffer.len().min(self.lead.len());
+        buffer[..count].copy_from_slice(&self.lead[..count]);
+        Ok(count + self.peek(0, &mut buffer[count..])?)
     }
 
     /// Forgets the oldest bytes, which have been delivered. The space that they took is freed when all are gone.
     pub(crate) fn consume(&mut self, count: u64) {
+        let of_lead = count.min(self.lead.len() as u64);
+        self.lead.drain(..bounded(of_lead));
+        if self.lead.is_empty() {
+            self.lead = Vec::new();
+        }
+        if count > of_lead {
+            self.aligned = false;
+            self.forget(count - of_lead);
+        }
+    }
+
+    /// Forgets the oldest bytes behind `lead`.
+    fn forget(&mut self, count: u64) {
         let of_memory = count.min(self.in_memory() as u64);
-        self.consumed += usize::try_from(of_memory).unwrap_or(usize::MAX);
+        self.consumed += bounded(of_memory);
         self.head = (self.head + count - of_memory).min(self.tail);
         if self.in_memory() == 0 {
             (self.memory, self.consumed) = (Vec::new(), 0);
         }
-        if self.is_empty() {
+        if self.behind_lead() == 0 {
             (self.file, self.head, self.tail) = (None, 0, 0);
         }
     }
@@ -141,9 +171,21 @@ impl Spool {
     }
 
     fn drop_oldest(&mut self, least: u64) {
-        let count = self.end_of_line(least).unwrap_or(least);
+        if !self.aligned
+            && self.lead.is_empty()
+            && let Some(end) = self.end_of_line(1).filter(|end| *end <= MEMORY as u64)
+        {
+            let mut lead = vec![0; bounded(end)];
+            if self.peek(0, &mut lead).is_ok_and(|count| count == lead.len()) {
+                self.lead = lead;
+                self.forget(end);
+            }
+        }
+        let end = self.end_of_line(least);
+        self.aligned = end.is_some();
+        let count = end.unwrap_or(least).min(self.behind_lead());
         self.dropped += count;
-        self.consume(count);
+        self.forget(count);
     }
 
     /// The end of the line that the byte before `least` belongs to.
@@ -163,7 +205,7 @@ impl Spool {
         None
     }
 
-    /// Copies bytes from this distance behind the oldest on.
+    /// Copies bytes from this distance behind the end of `lead` on.
     fn peek(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
         let memory = &self.memory[self.consumed..];
         let start = usize::try_from(offset).unwrap_or(usize::MAX).min(memory.len());
@@ -204,7 +246,7 @@ impl Spool {
     pub(crate) fn save(&self, fds: &mut dyn FnMut(BorrowedFd<'_>) -> u32) -> saved::Spool {
         saved::Spool {
             folder: self.folder.display().to_string(),
-            memory: self.memory[self.consumed..].to_vec(),
+            memory: [&self.lead, &self.memory[self.consumed..]].concat(),
             file: self.file.as_ref().map_or(0, |file| fds(file.as_fd())),
             head: self.head,
             tail: self.tail,
@@ -224,6 +266,8 @@ impl Spool {
         let file = if saved.file == 0 { None } else { Some(File::from(fds(saved.file)?)) };
         Ok(Spool {
             folder: saved.folder.into(),
+            lead: Vec::new(),
+            aligned: false,
             memory: saved.memory,
             consumed: 0,
             file,
@@ -325,6 +369,30 @@ mod tests {
         let first: usize = lines[0].strip_prefix("line ").unwrap().parse().unwrap();
         assert_eq!(lines.len(), 200_000 - first, "no line between the first and the last is missing");
         assert!(text.ends_with("line 199999\n"));
+    }
+
+    #[test]
+    fn a_line_that_was_begun_is_ended() {
+        let folder = tempfile::tempdir().unwrap();
+        for begun in [false, true] {
+            let mut spool = Spool::new(folder.path());
+            if begun {
+                spool.append(b"the first and ");
+                assert_eq!(take(&mut spool, 100), b"the first and ");
+            } else {
+                spool.bypassed();
+            }
+            spool.append(b"its end\nmore\n");
+            for _ in 0..30 {
+                spool.append(&[[b'x'; 49_999].as_slice(), b"\n"].concat());
+            }
+            assert!(spool.dropped() > 400_000 && spool.len() <= LIMIT);
+            let text = take(&mut spool, bounded(LIMIT));
+            let lines: Vec<&[u8]> = text.split_inclusive(|byte| *byte == b'\n').collect();
+            assert_eq!(lines[0], b"its end\n");
+            assert!(lines[1..].iter().all(|line| line.len() == 50_000), "the others are whole");
+            assert!(spool.is_empty() && spool.file.is_none());
+        }
     }
 
     #[test]

@@ -24,8 +24,16 @@ mod security;
 mod serving;
 #[path = "runner/streams.rs"]
 mod streams;
+#[path = "runner/streams_logs.rs"]
+mod streams_logs;
+#[path = "runner/streams_spool.rs"]
+mod streams_spool;
+#[path = "runner/streams_terminal.rs"]
+mod streams_terminal;
 #[path = "runner/upgrade.rs"]
 mod upgrade;
+#[path = "runner/writer.rs"]
+mod writer;
 
 #[test]
 fn every_file_of_tests_is_a_module() {

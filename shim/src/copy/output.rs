@@ -253,7 +253,10 @@ impl Output {
     fn splice(&self, source: &Async<OwnedFd>, pipe: &Pipe) -> io::Result<Moved> {
         let moved = splice_once(source, &pipe.fd)?;
         match moved {
-            Moved::Some(_) => self.stall.end(),
+            Moved::Some(_) => {
+                self.stall.end();
+                self.spool.borrow_mut().bypassed();
+            }
             Moved::End => self.end(),
             Moved::Empty => self.stall.forget(),
             Moved::Full | Moved::Broken | Moved::Unspliceable => {}
@@ -268,6 +271,7 @@ impl Output {
             let moved = write_once(&pipe.fd, &carry)?;
             if let Moved::Some(count) = moved {
                 carry.drain(..count);
+                self.spool.borrow_mut().bypassed();
             }
             if carry.is_empty() {
                 *carry = Vec::new();

@@ -1,0 +1,241 @@
+//! Logs whose disk is full, whose filesystem hangs, whose program has stopped or died, and that are rotated.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use davit_proto::containerd::task::v3::CreateTaskRequest;
+use serde_json::Value;
+
+use crate::support::{Bundle, Client, Host, cannot_run, eventually};
+use crate::writer::Writer;
+
+/// What unmounts, or thaws, at the end of a test.
+struct Undo(Vec<Vec<String>>);
+
+impl Undo {
+    fn add(&mut self, command: &[&str]) {
+        self.0.push(command.iter().map(|part| (*part).to_owned()).collect());
+    }
+}
+
+impl Drop for Undo {
+    fn drop(&mut self) {
+        for command in self.0.iter().rev() {
+            let _ = run(&command.iter().map(String::as_str).collect::<Vec<_>>());
+        }
+    }
+}
+
+fn run(command: &[&str]) -> bool {
+    let mut process = Command::new(command[0]);
+    process.args(&command[1..]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    process.status().is_ok_and(|status| status.success())
+}
+
+fn launch(host: &Host, bundle: &Bundle, stdout: String) -> Client {
+    let client = host.start(bundle);
+    let request = CreateTaskRequest { stderr: stdout.clone(), stdout, ..host.create_request(bundle) };
+    client.create(&request).unwrap();
+    client.start(&bundle.id, "").unwrap();
+    client
+}
+
+/// The texts of the objects of a json log.
+fn objects(path: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(path).unwrap();
+    assert!(text.is_empty() || text.ends_with('\n'));
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
+        .collect()
+}
+
+fn texts(path: &Path) -> String {
+    objects(path).iter().map(|object| object["log"].as_str().unwrap()).collect()
+}
+
+#[test]
+fn a_json_log_is_rotated_by_size_and_count() {
+    if cannot_run() {
+        return;
+    }
+    let host = Host::new();
+    let writer = Writer { lines: 3_000 };
+    let bundle = host.bundle("box", &format!("echo oops >&2; {}", writer.script()), |_| ());
+    let log = host.path("logs/box-json.log");
+    let client = launch(&host, &bundle, format!("json-file://{}?max-size=100000&max-file=3", log.display()));
+    client.wait(&bundle.id, "").unwrap();
+    writer.print_stall(&host, "a json log");
+    client.finish(&bundle.id);
+    let numbered = |number: &str| PathBuf::from(format!("{}{number}", log.display()));
+    let mut text = String::new();
+    for name in [".2", ".1", ""] {
+        let file = numbered(name);
+        assert!(file.metadata().unwrap().len() <= 100_000, "{name}");
+        for object in objects(&file) {
+            assert_eq!(object["stream"], "stdout");
+            text.push_str(object["log"].as_str().unwrap());
+        }
+    }
+    assert!(!numbered(".3").exists());
+    let numbers = writer.numbers(text.as_bytes());
+    assert!(numbers.windows(2).all(|pair| pair[1] == pair[0] + 1));
+    assert_eq!(numbers.last(), Some(&(writer.lines - 1)));
+}
+
+#[test]
+fn a_full_disk_costs_output_until_there_is_space() {
+    if cannot_run() {
+        return;
+    }
+    let host = Host::new();
+    let disk = host.path("disk");
+    std::fs::create_dir(&disk).unwrap();
+    let at = disk.display().to_string();
+    let mut undo = Undo(Vec::new());
+    assert!(run(&["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", &at]));
+    undo.add(&["umount", "-l", &at]);
+    let writer = Writer { lines: 20_000 };
+    let script = format!(
+        "{}; echo >/host/full; while ! [ -e /host/space ]; do sleep 0.05; done; echo the end",
+        writer.script()
+    );
+    let bundle = host.bundle("box", &script, |_| ());
+    let log = disk.join("log");
+    let client = launch(&host, &bundle, format!("json-file://{}", log.display()));
+    eventually("the container goes on", || host.path("full").exists());
+    writer.print_stall(&host, "a json log on a full disk");
+    assert!(objects(&log).len() > 100, "what fits is there");
+    assert!(run(&["mount", "-o", "remount,size=64m", &at]));
+    std::fs::write(host.path("space"), "").unwrap();
+    eventually("the log goes on", || texts(&log).ends_with("the end\n"));
+    client.wait(&bundle.id, "").unwrap();
+    client.finish(&bundle.id);
+    let text = texts(&log);
+    let numbers = writer.numbers(text.strip_suffix("the end\n").unwrap().as_bytes());
+    let gaps = numbers.windows(2).filter(|pair| pair[1] != pair[0] + 1).count();
+    assert!(gaps >= 1 && numbers.len() < writer.lines, "more was written than fits");
+    assert_eq!(numbers.last(), Some(&(writer.lines - 1)), "the newest was kept");
+    assert!(numbers.is_sorted());
+}
+
+#[test]
+fn a_filesystem_that_hangs_stops_nobody() {
+    if cannot_run() {
+        return;
+    }
+    let host = Host::new();
+    let (image, disk) = (host.path("image.ext4").display().to_string(), host.path("disk"));
+    std::fs::create_dir(&disk).unwrap();
+    let at = disk.display().to_string();
+    let mut undo = Undo(Vec::new());
+    if !(run(&["truncate", "-s", "16M", &image])
+        && run(&["mkfs.ext4", "-q", "-F", &image])
+        && run(&["mount", "-o", "loop", &image, &at]))
+    {
+        eprintln!("skipped: needs loop devices and mkfs.ext4");
+        return;
+    }
+    undo.add(&["umount", "-l", &at]);
+    let writer = Writer { lines: 20_000 };
+    let script = format!("echo begin; while ! [ -e /host/frozen ]; do sleep 0.05; done; {}", writer.script());
+    let bundle = host.bundle("box", &script, |_| ());
+    let log = disk.join("log");
+    let client = launch(&host, &bundle, format!("json-file://{}", log.display()));
+    eventually("the log is in use", || texts(&log) == "begin\n");
+    assert!(run(&["fsfreeze", "-f", &at]));
+    undo.add(&["fsfreeze", "-u", &at]);
+    std::fs::write(host.path("frozen"), "").unwrap();
+    assert_eq!(client.wait(&bundle.id, "").unwrap().exit_status, 0);
+    writer.print_stall(&host, "a json log on a frozen filesystem");
+    // The shim answers meanwhile, and other containers of it would run.
+    client.state(&bundle.id, "").unwrap();
+    assert!(run(&["fsfreeze", "-u", &at]));
+    client.finish(&bundle.id);
+    let text = texts(&log);
+    let numbers = writer.numbers(text.strip_prefix("begin\n").unwrap().as_bytes());
+    assert_eq!(numbers.last(), Some(&(writer.lines - 1)));
+}
+
+#[test]
+fn a_logger_that_has_stopped_stops_nobody() {
+    if cannot_run() {
+        return;
+    }
+    let host = Host::new();
+    let log = host.path("log");
+    let logger = host.script(
+        "logger",
+        &format!(
+            "#!/bin/sh\nexec 5>&-\necho $$ >{0}.pid\nkill -STOP $$\ncat <&3 >{0}\ntouch {0}.done\n",
+            log.display()
+        ),
+    );
+    let writer = Writer { lines: 20_000 };
+    let bundle = host.bundle("box", &writer.script(), |_| ());
+    let client = launch(&host, &bundle, format!("binary://{}", logger.display()));
+    assert_eq!(client.wait(&bundle.id, "").unwrap().exit_status, 0);
+    writer.print_stall(&host, "a logger that has stopped");
+    let pid = std::fs::read_to_string(host.path("log.pid")).unwrap().trim().parse().unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGCONT).unwrap();
+    client.delete(&bundle.id, "").unwrap();
+    eventually("the logger has its end", || host.path("log.done").exists());
+    client.shutdown();
+    let text = std::fs::read(&log).unwrap();
+    // What was in its pipe when it stopped, and what was kept behind that.
+    let numbers = writer.numbers(&text);
+    assert_eq!((numbers[0], numbers.last()), (0, Some(&(writer.lines - 1))));
+    assert!(numbers.is_sorted() && numbers.len() < writer.lines);
+}
+
+#[test]
+fn a_logger_that_is_dead_stops_nobody() {
+    if cannot_run() {
+        return;
+    }
+    let host = Host::new();
+    let logger = host.script("logger", "#!/bin/sh\nexec 5>&-\nread line <&3\nexit 1\n");
+    let writer = Writer { lines: 20_000 };
+    let bundle = host.bundle("box", &format!("{}; exit 4", writer.script()), |_| ());
+    let client = launch(&host, &bundle, format!("binary://{}", logger.display()));
+    assert_eq!(client.wait(&bundle.id, "").unwrap().exit_status, 4);
+    writer.print_stall(&host, "a logger that is dead");
+    client.finish(&bundle.id);
+}
+
+#[test]
+fn a_logger_that_works_gets_everything() {
+    if cannot_run() {
+        return;
+    }
+    let host = Host::new();
+    let log = host.path("log");
+    let logger = host
+        .script("logger", &format!("#!/bin/sh\nexec 5>&-\ncat <&3 >{0}\ntouch {0}.done\n", log.display()));
+    let bundle = host.bundle("box", "dd if=/dev/zero bs=1000 count=30000 2>/dev/null", |_| ());
+    let client = launch(&host, &bundle, format!("binary://{}", logger.display()));
+    client.wait(&bundle.id, "").unwrap();
+    client.delete(&bundle.id, "").unwrap();
+    eventually("the logger has its end", || host.path("log.done").exists());
+    client.shutdown();
+    assert_eq!(log.metadata().unwrap().len(), 30_000_000, "a logger that reads is waited for");
+}
+
+/// Only the shim's own thread is there when nothing is to be written.
+#[test]
+fn helpers_are_gone_when_there_is_nothing_to_do() {
+    if cannot_run() {
+        return;
+    }
+    let host = Host::new();
+    let bundle = host.bundle("box", "echo one; sleep 1000", |_| ());
+    let log = host.path("log");
+    let client = launch(&host, &bundle, format!("json-file://{}", log.display()));
+    eventually("the log has a line", || texts(&log) == "one\n");
+    let shim = client.connect_call(&bundle.id).shim_pid;
+    let threads = || std::fs::read_dir(format!("/proc/{shim}/task")).unwrap().count();
+    eventually("one thread is left", || threads() == 1);
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(threads(), 1);
+    client.finish(&bundle.id);
+}
