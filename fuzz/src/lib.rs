@@ -6,11 +6,13 @@
 //! a few seconds with a stable compiler.
 
 mod entries;
+mod history;
 mod layer;
 mod protocol;
 mod registry;
 mod text;
 
+pub use history::history;
 pub use layer::{layer_bytes, layer_entries};
 pub use protocol::{bootstrap, frame, journal};
 pub use registry::{challenge, hosts};
@@ -20,10 +22,11 @@ pub use text::{documents, filter, names, rootfs};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 11] = [
+pub const TARGETS: [Target; 12] = [
     ("frame", frame),
     ("bootstrap", bootstrap),
     ("journal", journal),
+    ("history", history),
     ("filter", filter),
     ("names", names),
     ("documents", documents),

@@ -6,6 +6,7 @@
 use std::time::{Duration, Instant};
 
 use davit_fuzz::{TARGETS, Target};
+use davit_history::{Entry, Kind};
 use davit_shim_protocol::bootstrap::{Generation, StartInput, StartResult};
 use davit_shim_protocol::frame;
 use davit_shim_protocol::journal::{EventRecord, ExitRecord, Journal, Record};
@@ -94,6 +95,15 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
             let mut bytes = vec![0];
             bytes.extend(std::fs::read(&path).expect("the file"));
             vec![bytes, vec![1]]
+        }
+        "history" => {
+            let mut bytes = vec![1];
+            for cursor in [7, 9, 500] {
+                let kind = if cursor == 9 { Kind::Gap(3) } else { Kind::Event(b"an event".to_vec()) };
+                let time = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(cursor);
+                davit_history::segment::encode(&Entry { cursor, time, kind }, &mut bytes);
+            }
+            vec![bytes, vec![0]]
         }
         "filter" => {
             texts(&["name==web,labels.\"a b\"~=/x{1,3}\\//", "labels.a!=b", "name~=|(?i)w+|", "a.b.c"])

@@ -319,8 +319,7 @@ fn find(folder: &Path) -> io::Result<VecDeque<Segment>> {
         let Some(first) = digits
             .filter(|digits| digits.len() == 16)
             .and_then(|digits| u64::from_str_radix(digits, 16).ok())
-            // Nobody counts that far; there must be cursors left.
-            .filter(|first| *first < u64::MAX / 2)
+            .filter(|first| *first <= segment::MAX_CURSOR)
         else {
             continue;
         };

@@ -24,6 +24,9 @@ pub(crate) const MIN_FRAME: usize = PREFIX + FIXED;
 /// The longest body: more than any message of a shim, whose frames end at 4 MiB.
 pub const MAX_BODY: usize = 4 << 20;
 
+/// Nobody counts that far; a cursor beyond it is none of ours, and there are always some left.
+pub(crate) const MAX_CURSOR: u64 = u64::MAX / 2;
+
 const KIND_EVENT: u8 = 1;
 const KIND_GAP: u8 = 2;
 
@@ -88,6 +91,9 @@ pub fn decode(bytes: &[u8]) -> Frame {
     }
     let (kind, rest) = (covered[0], &covered[1..]);
     let (Some(cursor), Some(time)) = (u64_at(rest, 0), u64_at(rest, 8)) else { return Frame::Corrupt };
+    if cursor > MAX_CURSOR {
+        return Frame::Corrupt;
+    }
     let body = &rest[16..];
     let kind = match kind {
         KIND_EVENT => Some(Kind::Event(body.to_vec())),
@@ -232,6 +238,14 @@ mod tests {
         bytes[start + 4..start + PREFIX].copy_from_slice(&checksum.to_le_bytes());
         encode(&entry(3), &mut bytes);
         assert_eq!(scan(&bytes), (vec![entry(1), entry(3)], End::Whole));
+    }
+
+    #[test]
+    fn a_cursor_behind_which_there_is_no_other_is_none() {
+        let entry = |cursor| Entry { cursor, time: SystemTime::UNIX_EPOCH, kind: Kind::Gap(1) };
+        let good = entry(MAX_CURSOR);
+        assert_eq!(scan(&written(std::slice::from_ref(&good))), (vec![good], End::Whole));
+        assert_eq!(scan(&written(&[entry(MAX_CURSOR + 1)])), (Vec::new(), End::Corrupt(HEADER.len())));
     }
 
     #[test]
