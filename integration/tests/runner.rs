@@ -14,6 +14,7 @@ mod suites;
 mod sharing;
 mod slope;
 mod tour;
+mod upgrade;
 
 /// A test in a file that nobody includes is a test that nobody runs.
 #[test]
