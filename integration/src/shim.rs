@@ -148,7 +148,7 @@ impl Host {
         Ok(Shim { pid: answer.shim_pid, start, socket: path.into(), namespace, client })
     }
 
-    /// Has a shim create and start the container of a bundle. Gives its pid.
+    /// Has a shim create and start the container of a bundle, whose output goes to `stdout`. Gives its pid.
     ///
     /// # Errors
     /// The shim refuses.
@@ -169,6 +169,8 @@ impl Host {
                 ..Mount::default()
             }],
             stdout: stdout.into(),
+            // The shims of containerd want both kinds of output, or none.
+            stderr: stdout.into(),
             options: Some(any::pack(&options)),
             ..CreateTaskRequest::default()
         };
