@@ -47,6 +47,13 @@ impl Plugin {
         }
     }
 
+    /// A service that only davitd has, by the name of its package and itself.
+    fn private(service: &str) -> Plugin {
+        let id = service.rsplit('.').next().unwrap_or(service).to_lowercase();
+        let plugin = Plugin { kind: "io.davit.grpc.v1".to_owned(), id, ..Plugin::default() };
+        plugin.export("service", service)
+    }
+
     fn on_platform(mut self) -> Plugin {
         self.on_platform = true;
         self
@@ -129,6 +136,9 @@ pub fn list(content_root: &str, logs: &str, snapshotters: Vec<SnapshotterEntry>)
         plugins.push(Plugin::new("grpc.v1", name, &[]));
     }
     plugins.push(Plugin::new("ttrpc.v1", "events", &["event.v1"]));
+    for service in ["davit.services.events.v1.Events", "davit.services.shims.v1.Shims"] {
+        plugins.push(Plugin::private(service));
+    }
     plugins
 }
 
@@ -152,6 +162,8 @@ mod tests {
             find("type==io.containerd.snapshotter.v1,id==native")[0].init_error.as_deref(),
             Some("no")
         );
+        let history = find("type==io.davit.grpc.v1,id==events");
+        assert_eq!(history[0].exports["service"], "davit.services.events.v1.Events");
         assert!(find("id==restart")[0].capabilities.contains(&"unless-stopped".to_owned()));
     }
 }

@@ -197,6 +197,8 @@ pub(super) async fn clean_up(context: Context) {
     context.report(Message::Perished { journal: exits, running, killed, published }).await;
     // An error is the answer: nothing is ever sent.
     let _ = told.await;
+    // Without the bundle the next daemon would not know that there is something to tell.
+    context.shared.hub.recorded().await;
     remove_socket(&context).await;
     let bundle = context.bundle.clone();
     if let Err(error) = blocking(&context.shared.lane, move || bundle.delete()).await {
