@@ -186,8 +186,14 @@ async fn dispatch(cli: Cli) -> Result<u8> {
     if let Command::Version = cli.command {
         return commands::version::run(connected, &mut out).await.map(|()| 0);
     }
-    let client = connected?;
     let out = &mut out;
+    let client = match (connected, &cli.command) {
+        (Ok(client), _) => client,
+        (Err(error), Command::Logs(options)) => {
+            return commands::logs::without_daemon(&global.namespace, options, error, out).map(|()| 0);
+        }
+        (Err(error), _) => return Err(error),
+    };
     match cli.command {
         Command::Run(options) => return commands::run::run(&client, options, out).await,
         Command::Exec(options) => return commands::exec::run(&client, options).await,

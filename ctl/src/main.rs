@@ -17,6 +17,7 @@ mod format;
 mod image;
 mod labels;
 mod lease;
+mod log;
 mod process;
 mod progress;
 mod signal;

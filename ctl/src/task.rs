@@ -13,10 +13,10 @@ use nix::libc;
 use crate::client::Client;
 use crate::error::{CallContext, Error, Result};
 use crate::process::{self, ProcessId, Streams};
-use crate::{container, fifo, labels};
+use crate::{container, fifo, labels, log};
 
 /// Where logs are when the daemon does not say.
-const LOG_FOLDER: &str = "/var/lib/davit/logs";
+pub(crate) const LOG_FOLDER: &str = "/var/lib/davit/logs";
 
 /// Where a task's streams lead.
 #[derive(Debug, Default)]
@@ -52,24 +52,26 @@ impl TaskIo {
             Some(_) => fifo::make_detached_stdin(&container.id)?.display().to_string(),
             None => String::new(),
         };
-        let log = format!("file://{}", log.display());
+        let rotation = container.labels.get(labels::LOG_OPTIONS).map_or("", String::as_str);
+        let log = log::address(log, rotation);
         let terminal = container::spec(container)?["process"]["terminal"].as_bool().unwrap_or(false);
         let stderr = if terminal { String::new() } else { log.clone() };
         Ok(TaskIo { stdin, stdout: log, stderr, terminal })
     }
 }
 
-/// The file that the output of a container goes to when nobody is attached.
+/// The file that the output of a container with this runtime goes to when nobody is attached.
 ///
 /// # Errors
 /// Those of the call.
-pub(crate) async fn log_path(client: &Client, id: &str) -> Result<PathBuf> {
+pub(crate) async fn log_path(client: &Client, id: &str, runtime: &str) -> Result<PathBuf> {
     let filters = vec!["type==io.containerd.runtime.v2,id==task".to_owned()];
     let plugins =
         client.introspection().plugins(PluginsRequest { filters }).await.call("ask for the plugins")?;
+    // Only davitd says where logs are to be.
     let folder = plugins.plugins.iter().find_map(|plugin| plugin.exports.get("logs"));
-    let folder = folder.map_or(LOG_FOLDER, String::as_str);
-    Ok(Path::new(folder).join(client.namespace()).join(format!("{id}.log")))
+    let name = log::file_name(id, runtime, folder.is_some());
+    Ok(Path::new(folder.map_or(LOG_FOLDER, String::as_str)).join(client.namespace()).join(name))
 }
 
 /// Creates the task of a container and starts it. What was created is deleted again when it does not start.
@@ -173,8 +175,12 @@ pub(crate) async fn remove_container(client: &Client, container: &Container) -> 
             _ => {}
         }
     }
-    if let Some(log) = container.labels.get(labels::LOG) {
-        remove_quietly(fs::remove_file(log));
+    if let Some(path) = container.labels.get(labels::LOG) {
+        remove_quietly(fs::remove_file(path));
+        let rotation = container.labels.get(labels::LOG_OPTIONS).map_or("", String::as_str);
+        for number in 1..log::max_files(rotation) {
+            remove_quietly(fs::remove_file(log::rotated(path.as_ref(), number)));
+        }
     }
     if container.labels.contains_key(labels::STDIN) {
         remove_quietly(fs::remove_dir_all(fifo::detached_stdin(&container.id).0));

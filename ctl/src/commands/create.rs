@@ -17,6 +17,7 @@ use davit_proto::containerd::types::Mount;
 use crate::client::Client;
 use crate::error::{CallContext, Error, Result};
 use crate::image::{self, PlatformImage};
+use crate::log::{self, LogOptions};
 use crate::progress::Progress;
 use crate::{container, format, labels, lease, signal, task, unpack};
 
@@ -126,6 +127,9 @@ pub(crate) struct CreateOptions {
     /// Annotate the runtime spec
     #[arg(long, value_name = "KEY=VALUE")]
     annotation: Vec<String>,
+    /// How the log of a container in the background is kept: max-size=10m, max-file=3, mode=blocking or non-blocking
+    #[arg(long, value_name = "KEY=VALUE")]
+    log_opt: Vec<String>,
     /// Write the id of the container to a file that must not exist
     #[arg(long, value_name = "FILE")]
     cidfile: Option<PathBuf>,
@@ -178,6 +182,10 @@ pub(crate) async fn create(client: &Client, options: &CreateOptions, logged: boo
     // What can be refused without the daemon is refused first.
     options.later.refuse()?;
     let mut spec_options = spec_options::resolve(options, args)?;
+    let log_options = LogOptions::parse(&options.log_opt)?;
+    if let Some(mode) = &log_options.mode {
+        spec_options.annotations.insert(log::MODE_ANNOTATION.to_owned(), mode.clone());
+    }
     let stop_signal = options.stop_signal.as_deref();
     if let Some(text) = stop_signal {
         check_signal(text)?;
@@ -197,15 +205,19 @@ pub(crate) async fn create(client: &Client, options: &CreateOptions, logged: boo
     if options.interactive && logged {
         labels.insert(labels::STDIN.to_owned(), "open".to_owned());
     }
+    let runtime = runtime(&options.runtime)?;
     if logged {
-        let log = task::log_path(client, &id).await?;
+        let log = task::log_path(client, &id, &runtime.name).await?;
         labels.insert(labels::LOG.to_owned(), log.display().to_string());
+    }
+    if !log_options.label().is_empty() {
+        labels.insert(labels::LOG_OPTIONS.to_owned(), log_options.label());
     }
     let record = Container {
         id: id.clone(),
         labels,
         image: image.name,
-        runtime: Some(runtime(&options.runtime)?),
+        runtime: Some(runtime),
         snapshotter: options.snapshotter.clone(),
         snapshot_key: id,
         ..Container::default()

@@ -1,7 +1,7 @@
 //! `davit events`: what happened, and what happens.
 
 mod filters;
-mod when;
+pub(super) mod when;
 
 use std::fmt::Write as _;
 use std::io::Write;

@@ -1,20 +1,25 @@
 //! `davit logs`: what a container in the background has written.
 
+mod json;
+
 use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use crate::client::Client;
-use crate::container;
+use crate::commands::events::when;
 use crate::error::{Error, Result};
-use crate::labels;
 use crate::process::{self, ProcessId};
+use crate::{container, labels, log, task};
+use json::{JsonLog, Outputs, Show};
 
 /// How often a followed log is looked at.
 const INTERVAL: Duration = Duration::from_millis(100);
 const BUFFER_SIZE: usize = 64 << 10;
+/// The most parts that a log is looked through for when nobody says how many there may be.
+const MOST_PARTS: u32 = 100;
 
 /// Options of `davit logs`.
 #[derive(Debug, clap::Args)]
@@ -25,6 +30,12 @@ pub(crate) struct Options {
     /// Show the last lines only
     #[arg(short = 'n', long, value_name = "LINES", default_value = "all", value_parser = parse_tail)]
     tail: Tail,
+    /// Show the output since then only: a duration before now such as 10m, or a time of RFC 3339
+    #[arg(long, value_name = "WHEN", value_parser = when::parse_time)]
+    since: Option<SystemTime>,
+    /// Show the time of each line
+    #[arg(short, long)]
+    timestamps: bool,
     /// The container, by name or id
     container: String,
 }
@@ -52,14 +63,8 @@ pub(crate) async fn run(client: &Client, options: Options, out: &mut dyn Write) 
             "run it with -d to have its output in a log",
         ));
     };
-    let mut log = Log { path: PathBuf::from(path), file: None, position: 0 };
-    if let (Tail::Lines(lines), true) = (options.tail, log.open()?) {
-        log.position = log
-            .file
-            .as_mut()
-            .map_or(Ok(0), |file| tail_position(file, lines))
-            .map_err(|source| log.error(source))?;
-    }
+    let rotation = container.labels.get(labels::LOG_OPTIONS).map_or("", String::as_str);
+    let mut log = AnyLog::open(PathBuf::from(path), log::max_files(rotation), &options)?;
     if !options.follow {
         return log.copy(out);
     }
@@ -79,6 +84,64 @@ pub(crate) async fn run(client: &Client, options: Options, out: &mut dyn Write) 
                 };
             }
             _ = ticks.tick() => log.copy(out)?,
+        }
+    }
+}
+
+/// `davit logs` while there is no daemon, for the reason `error`: shims write on, and of a log whose name begins with the
+/// container's id all is known but how many parts it may have.
+pub(crate) fn without_daemon(
+    namespace: &str,
+    options: &Options,
+    error: Error,
+    out: &mut dyn Write,
+) -> Result<()> {
+    let folder = Path::new(task::LOG_FOLDER).join(namespace);
+    let Ok(entries) = std::fs::read_dir(folder) else { return Err(error) };
+    let is_it = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        name.starts_with(&options.container) && name.ends_with(".log")
+    };
+    let mut found = entries.flatten().map(|entry| entry.path()).filter(is_it);
+    let (Some(path), None, false) = (found.next(), found.next(), options.follow) else { return Err(error) };
+    AnyLog::open(path, MOST_PARTS, options)?.copy(out)
+}
+
+/// A log in either form.
+enum AnyLog {
+    Plain(Log),
+    Json(JsonLog),
+}
+
+impl AnyLog {
+    fn open(path: PathBuf, max_files: u32, options: &Options) -> Result<AnyLog> {
+        if log::is_json(&path) {
+            let show = Show { since: options.since, timestamps: options.timestamps };
+            return JsonLog::open(path, max_files, show, options.tail).map(AnyLog::Json);
+        }
+        if options.since.is_some() || options.timestamps {
+            return Err(Error::usage(
+                "this log is plain text, without times",
+                "leave out --since and --timestamps",
+            ));
+        }
+        let mut log = Log { path, file: None, position: 0 };
+        if let (Tail::Lines(lines), true) = (options.tail, log.open()?) {
+            log.position = log
+                .file
+                .as_mut()
+                .map_or(Ok((0, 0)), |file| tail_position(file, lines))
+                .map_err(|source| log.error(source))?
+                .0;
+        }
+        Ok(AnyLog::Plain(log))
+    }
+
+    /// Writes everything new.
+    fn copy(&mut self, out: &mut dyn Write) -> Result<()> {
+        match self {
+            AnyLog::Plain(log) => log.copy(out),
+            AnyLog::Json(log) => log.copy(&mut Outputs { out, err: &mut std::io::stderr() }),
         }
     }
 }
@@ -157,13 +220,16 @@ fn copy_from(file: &mut File, position: &mut u64, out: &mut dyn Write) -> std::r
     }
 }
 
-/// Where the last `lines` lines begin. A last line without an end counts.
-fn tail_position(file: &mut (impl Read + Seek), lines: u64) -> std::io::Result<u64> {
+/// Where the last `lines` lines begin, and how many there are from there. A last line without an end counts.
+fn tail_position(file: &mut (impl Read + Seek), lines: u64) -> std::io::Result<(u64, u64)> {
     let end = file.seek(SeekFrom::End(0))?;
+    if lines == 0 || end == 0 {
+        return Ok((end, 0));
+    }
     let mut position = end;
     let mut found = 0;
     let mut buffer = vec![0; BUFFER_SIZE];
-    while position > 0 && lines > 0 {
+    while position > 0 {
         let count = position.min(BUFFER_SIZE as u64);
         position -= count;
         file.seek(SeekFrom::Start(position))?;
@@ -174,12 +240,12 @@ fn tail_position(file: &mut (impl Read + Seek), lines: u64) -> std::io::Result<u
             if *byte == b'\n' && at + 1 != end {
                 found += 1;
                 if found == lines {
-                    return Ok(at + 1);
+                    return Ok((at + 1, found));
                 }
             }
         }
     }
-    Ok(if lines == 0 { end } else { 0 })
+    Ok((0, found + 1))
 }
 
 #[cfg(test)]
@@ -191,7 +257,8 @@ mod tests {
     #[test]
     fn the_last_lines() {
         let tail = |text: &str, lines| {
-            let position = tail_position(&mut Cursor::new(text), lines).unwrap();
+            let (position, found) = tail_position(&mut Cursor::new(text), lines).unwrap();
+            assert_eq!(found, text[usize::try_from(position).unwrap()..].lines().count() as u64);
             text[usize::try_from(position).unwrap()..].to_owned()
         };
         assert_eq!(tail("a\nb\nc\n", 2), "b\nc\n");

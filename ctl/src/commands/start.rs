@@ -46,7 +46,10 @@ pub(crate) async fn start(client: &Client, given: &str) -> Result<()> {
     }
     let log = match container.labels.get(labels::LOG) {
         Some(log) => log.into(),
-        None => task::log_path(client, &container.id).await?,
+        None => {
+            let runtime = container.runtime.as_ref().map_or("", |runtime| &runtime.name);
+            task::log_path(client, &container.id, runtime).await?
+        }
     };
     let text = log.display().to_string();
     let changes =

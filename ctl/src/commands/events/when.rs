@@ -21,7 +21,7 @@ pub(super) fn parse(text: &str) -> Result<When, String> {
 }
 
 /// Parses a time. Those without an offset are in UTC.
-pub(super) fn parse_time(text: &str) -> Result<SystemTime, String> {
+pub(in crate::commands) fn parse_time(text: &str) -> Result<SystemTime, String> {
     let whole_days = format!("{text}T00:00:00Z");
     let known = [text, &format!("{text}Z"), &whole_days].into_iter().find_map(format::parse_rfc3339);
     known.or_else(|| unix(text)).or_else(|| SystemTime::now().checked_sub(duration(text)?)).ok_or_else(|| {
