@@ -11,6 +11,7 @@ pub mod history;
 pub mod images;
 pub mod introspection;
 pub mod leases;
+pub mod mounts;
 pub mod namespaces;
 pub mod notice;
 pub mod sandboxes;
@@ -32,6 +33,7 @@ use davit_proto::containerd::services::events::v1::events_server::EventsServer;
 use davit_proto::containerd::services::images::v1::images_server::ImagesServer;
 use davit_proto::containerd::services::introspection::v1::introspection_server::IntrospectionServer;
 use davit_proto::containerd::services::leases::v1::leases_server::LeasesServer;
+use davit_proto::containerd::services::mounts::v1::mounts_server::MountsServer;
 use davit_proto::containerd::services::namespaces::v1::namespaces_server::NamespacesServer;
 use davit_proto::containerd::services::sandbox::v1::controller_server::ControllerServer;
 use davit_proto::containerd::services::sandbox::v1::store_server::StoreServer;
@@ -67,7 +69,7 @@ pub struct Parts {
 
 /// All services, with their limits. The identity of the daemon is kept in `identity`.
 ///
-/// Transfer and Mounts are not served yet: a call of them is answered `Unimplemented`.
+/// Transfer is not served yet: a call of it is answered `Unimplemented`.
 ///
 /// # Errors
 /// The identity can be neither read nor written.
@@ -99,6 +101,7 @@ pub async fn routes(parts: Parts, identity: &Path, limits: &config::Grpc) -> io:
     let routes = serve!(routes, LeasesServer, leases::LeasesService::new(metadata.clone()));
     let routes =
         serve!(routes, StreamingServer, streaming::StreamingService::new(metadata.streams().clone()));
+    let routes = serve!(routes, MountsServer, mounts::MountsService::new(metadata.clone()));
     let routes = serve!(routes, StoreServer, sandboxes::StoreService::new(metadata.clone()));
     let routes = serve!(routes, ControllerServer, sandboxes::ControllerService::new(sandboxes));
     let routes = serve!(routes, EventsServer, events::EventsService::new(hub));

@@ -23,13 +23,16 @@ const SNAPSHOTTER: usize = 48;
 const SNAPSHOTTERS: usize = 2;
 /// Layers being unpacked or made, which takes a CPU and some memory each.
 const LAYERS: usize = 32;
+/// Mounts that are held for clients.
+const MOUNTS: usize = 16;
 /// The runtime: bundles, whose removal may have to unmount something.
 const RUNTIME: usize = 64;
 /// What reads the history, piece by piece.
 const HISTORY: usize = 4;
 
 /// All lanes may be stuck, and the start and the end of the daemon and the collector still find a thread.
-const _: () = assert!(CONTENT + SNAPSHOTTER * SNAPSHOTTERS + LAYERS + RUNTIME + HISTORY + 8 <= THREADS);
+const _: () =
+    assert!(CONTENT + MOUNTS + SNAPSHOTTER * SNAPSHOTTERS + LAYERS + RUNTIME + HISTORY + 8 <= THREADS);
 
 /// The way to the threads for the work on one backend. Clones are the same lane.
 #[derive(Debug, Clone)]
@@ -56,6 +59,11 @@ impl Lane {
     pub fn layers() -> Lane {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         Lane::new(LAYERS.min(cpus + 2))
+    }
+
+    /// A lane for the mounts that are held for clients.
+    pub fn mounts() -> Lane {
+        Lane::new(MOUNTS)
     }
 
     /// A lane for the runtime.

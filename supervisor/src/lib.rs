@@ -3,7 +3,7 @@
 //! Reading order: [`server`] builds everything and is the one place where the parts meet; [`metadata`] holds what
 //! the daemon knows (namespaces, content, images, containers, snapshots, leases) and collects garbage;
 //! [`runtime`] holds what runs (shims and tasks); [`events`] tells what happened; [`grpc`] translates between all
-//! of these and the wire. [`restart`] keeps tasks in the state that labels ask
+//! of these and the wire. [`mounts`] are made for clients; [`restart`] keeps tasks in the state that labels ask
 //! for; [`streams`] are what services and clients say
 //! beside calls. What blocks goes through a [`lane`].
 
@@ -12,6 +12,7 @@ pub mod events;
 pub mod grpc;
 pub mod lane;
 pub mod metadata;
+pub mod mounts;
 pub mod plugins;
 pub mod publish;
 pub mod restart;

@@ -6,7 +6,7 @@
 //! one namespace each:
 //!
 //! ```text
-//! let metadata = Metadata::open(Parts { db, store, snapshotters, sharing, events })?;   // blocks: at startup
+//! let metadata = Metadata::open(Parts { db, store, snapshotters, mounts, sharing, events })?;   // blocks: at startup
 //! tokio::spawn(metadata.clone().run_collector(gc::Config::default(), shutdown_token));
 //!
 //! let scope = Scope::new("k8s.io", Some("my-lease"))?;       // from the headers of a call
@@ -38,6 +38,7 @@ mod fields;
 pub mod gc;
 mod images;
 mod leases;
+mod mounts;
 mod namespaces;
 mod sandboxes;
 mod schema;
@@ -57,11 +58,13 @@ pub use error::{Error, Object};
 pub use event::{Event, EventSink};
 pub use images::{Descriptor, Image, Images};
 pub use leases::{Lease, Leases, Resource};
+pub use mounts::{Activation, Mounts};
 pub use namespaces::{Namespace, Namespaces};
 pub use sandboxes::{Sandbox, Sandboxes};
 pub use snapshots::{SnapshotInfo, Snapshots};
 
 use crate::lane::Lane;
+use crate::mounts::Targets;
 use crate::streams::Streams;
 use claims::Claims;
 
@@ -84,6 +87,8 @@ pub struct Parts {
     pub store: Store,
     /// The snapshotters by name. A name has no slash.
     pub snapshotters: BTreeMap<String, Arc<dyn Snapshotter>>,
+    /// Where mounts are made for clients.
+    pub mounts: Targets,
     /// The content sharing policy.
     pub sharing: Sharing,
     /// Who hears of changes.
@@ -130,6 +135,8 @@ struct Inner {
     store: Store,
     snapshotters: BTreeMap<String, Arc<dyn Snapshotter>>,
     content_lane: Lane,
+    mount_targets: Targets,
+    mount_lane: Lane,
     /// Of each snapshotter.
     lanes: BTreeMap<String, Lane>,
     sharing: Sharing,
@@ -143,6 +150,8 @@ struct Inner {
     backend_claims: Claims,
     /// Snapshots of the namespaces, by `NS/SNAPSHOTTER/KEY`.
     snapshot_claims: Claims,
+    /// Activated mounts, by the keys of their records.
+    mount_claims: Claims,
     /// The backends that have something to take away.
     dirty: Mutex<Dirty>,
 }
@@ -151,6 +160,7 @@ struct Inner {
 #[derive(Debug, Default)]
 pub(crate) struct Dirty {
     content: bool,
+    mounts: bool,
     snapshotters: BTreeSet<String>,
 }
 
@@ -186,6 +196,11 @@ impl Effects {
         self
     }
 
+    fn with_mounts(mut self) -> Effects {
+        self.dirty.mounts = true;
+        self
+    }
+
     fn with_snapshotter(mut self, name: &str) -> Effects {
         self.dirty.snapshotters.insert(name.to_owned());
         self
@@ -198,17 +213,20 @@ impl Metadata {
     /// # Errors
     /// [`Error::Version`] for records of a newer daemon.
     pub fn open(parts: Parts) -> Result<Metadata, Error> {
-        let Parts { db, store, snapshotters, sharing, events } = parts;
+        let Parts { db, store, snapshotters, mounts: mount_targets, sharing, events } = parts;
         schema::check_version(&db)?;
         // A crash may have come between the loss of a record and that of what it named: the first collection
         // looks everywhere.
-        let dirty = Dirty { content: true, snapshotters: snapshotters.keys().cloned().collect() };
+        let dirty =
+            Dirty { content: true, mounts: true, snapshotters: snapshotters.keys().cloned().collect() };
         let lanes = snapshotters.keys().map(|name| (name.clone(), Lane::snapshotter())).collect();
         let inner = Inner {
             db,
             store,
             snapshotters,
             content_lane: Lane::content(),
+            mount_targets,
+            mount_lane: Lane::mounts(),
             lanes,
             sharing,
             events,
@@ -217,9 +235,12 @@ impl Metadata {
             blob_claims: Claims::default(),
             backend_claims: Claims::default(),
             snapshot_claims: Claims::default(),
+            mount_claims: Claims::default(),
             dirty: Mutex::new(dirty),
         };
-        Ok(Metadata { inner: Arc::new(inner) })
+        let metadata = Metadata { inner: Arc::new(inner) };
+        mounts::drop_lost(&metadata)?;
+        Ok(metadata)
     }
 
     /// The namespaces.
@@ -267,6 +288,11 @@ impl Metadata {
     /// The leases of a namespace.
     pub fn leases(&self, scope: &Scope) -> Leases {
         Leases::new(self.clone(), scope.clone())
+    }
+
+    /// The activated mounts of a namespace.
+    pub fn mounts(&self, scope: &Scope) -> Mounts {
+        Mounts::new(self.clone(), scope.clone())
     }
 
     /// The streams of all namespaces.
@@ -328,9 +354,10 @@ impl Inner {
     }
 
     fn mark_dirty(&self, more: Dirty) {
-        if more.content || !more.snapshotters.is_empty() {
+        if more.content || more.mounts || !more.snapshotters.is_empty() {
             let mut dirty = self.dirty.lock().unwrap_or_else(PoisonError::into_inner);
             dirty.content |= more.content;
+            dirty.mounts |= more.mounts;
             dirty.snapshotters.extend(more.snapshotters);
         }
     }

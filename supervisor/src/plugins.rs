@@ -94,6 +94,7 @@ pub fn list(content_root: &str, logs: &str, snapshotters: Vec<SnapshotterEntry>)
         Plugin::new("sandbox.controller.v1", "shim", &["shim.v1", "event.v1"]),
         Plugin::new("monitor.container.v1", "restart", &["event.v1", "service.v1"])
             .with_capabilities(&restart::CAPABILITIES),
+        Plugin::new("mount-manager.v1", "bolt", &["metadata.v1", "mount-handler.v1"]),
         Plugin::new("streaming.v1", "manager", &["metadata.v1"]),
         Plugin::new("differ.v1", "walking", &["metadata.v1"]).on_platform(),
         Plugin::new("shim.v1", "manager", &["event.v1", "metadata.v1"]).on_platform(),
@@ -131,6 +132,7 @@ pub fn list(content_root: &str, logs: &str, snapshotters: Vec<SnapshotterEntry>)
     plugins.push(Plugin::new("grpc.v1", "sandboxes", &["sandbox.store.v1"]));
     let requires = ["podsandbox.controller.v1", "sandbox.controller.v1", "event.v1"];
     plugins.push(Plugin::new("grpc.v1", "sandbox-controllers", &requires));
+    plugins.push(Plugin::new("grpc.v1", "mounts", &["mount-manager.v1"]));
     plugins.push(Plugin::new("grpc.v1", "streaming", &["streaming.v1"]));
     for name in ["events", "healthcheck", "version"] {
         plugins.push(Plugin::new("grpc.v1", name, &[]));

@@ -33,6 +33,7 @@ use crate::events::{History, Hub};
 use crate::grpc::context::ContextLayer;
 use crate::grpc::{self, notice};
 use crate::metadata::{Metadata, Parts, Scope, Sharing, gc};
+use crate::mounts::Targets;
 use crate::plugins::{self, SnapshotterEntry};
 use crate::restart::Monitor;
 use crate::runtime::{self, Sandboxes, Tasks};
@@ -48,6 +49,8 @@ const EVENTS: &str = "io.davit.events.v1";
 const RUNTIME: &str = "io.containerd.runtime.v2.task";
 /// The folder of the sandboxes that shims run, below both root and state.
 const SANDBOXES: &str = "io.containerd.sandbox.controller.v1.shim";
+/// The folder of the mounts that are made for clients, below the state.
+const MOUNTS: &str = "io.containerd.mount-manager.v1.bolt";
 /// The folder of the daemon's identity.
 const IDENTITY: &str = "io.containerd.grpc.v1.introspection";
 /// The folder of the logs of detached containers.
@@ -168,7 +171,9 @@ fn open_stores(config: &Config) -> Result<Stores> {
     let (snapshotters, entries) = open_snapshotters(root, &db);
     let telling = hub.clone();
     let events = Arc::new(move |namespace: &str, event| telling.publish(notice::envelope(namespace, event)));
-    let parts = Parts { db: db.clone(), store, snapshotters, sharing: Sharing::Shared, events };
+    let mounts = Targets::open(&config.state.join(MOUNTS).join("t"), root)
+        .context("cannot open the folder of mounts")?;
+    let parts = Parts { db: db.clone(), store, snapshotters, mounts, sharing: Sharing::Shared, events };
     let metadata = Metadata::open(parts).context("cannot open the metadata")?;
     Ok(Stores { db, history, hub, metadata, snapshotters: entries })
 }

@@ -62,6 +62,9 @@ pub enum Object {
     /// A lease.
     #[error("lease {0:?}")]
     Lease(String),
+    /// An activated mount.
+    #[error("mount {0:?}")]
+    Mount(String),
     /// The lease that a call names in its header.
     #[error("lease does not exist")]
     CallersLease,
@@ -131,6 +134,9 @@ pub enum Error {
     /// A filter is none.
     #[error(transparent)]
     Filter(#[from] FilterError),
+    /// Mounts cannot be made, or do not come off.
+    #[error(transparent)]
+    Mounts(#[from] crate::mounts::MountError),
     /// A namespace that still has objects cannot be deleted.
     #[error("namespace {namespace:?} must be empty, but it still has {left}: failed precondition")]
     NamespaceNotEmpty {
@@ -287,6 +293,7 @@ impl Coded for Error {
             | Error::Version { .. } => ErrorCode::FailedPrecondition,
             Error::ResourceUnsupported { .. } => ErrorCode::Unimplemented,
             Error::Filter(source) => source.code(),
+            Error::Mounts(source) => source.code(),
             Error::Store(source) => source.code(),
             Error::Snapshotter(source) => source.code(),
             Error::Commit(source) => source.code(),

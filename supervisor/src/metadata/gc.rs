@@ -27,7 +27,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::error::Error;
 use super::event::Event;
-use super::{Dirty, Metadata};
+use super::schema::Table;
+use super::{Dirty, Metadata, mounts};
 
 pub use schedule::Config;
 pub(super) use schedule::Schedule;
@@ -91,6 +92,16 @@ impl Metadata {
             };
             backends.spawn(async move { lane.run(work).await });
         }
+        if dirty.mounts {
+            let (metadata, lane) = (self.clone(), self.inner.mount_lane.clone());
+            let work = move || {
+                if let Err(error) = sweep::mounts(&metadata) {
+                    tracing::warn!(%error, "cannot collect mounts");
+                    metadata.inner.mark_dirty(Dirty { mounts: true, ..Dirty::default() });
+                }
+            };
+            backends.spawn(async move { lane.run(work).await });
+        }
         for name in dirty.snapshotters {
             let Some(lane) = self.inner.lanes.get(&name).cloned() else { continue };
             let metadata = self.clone();
@@ -117,7 +128,10 @@ impl Metadata {
         let streams = inner.streams.leased();
         let view = inner.db.view();
         let mut marked = mark::mark(&view, now)?;
-        let garbage = sweep::garbage(&view, &marked);
+        let mut garbage = sweep::garbage(&view, &marked);
+        // A mount that is being activated or taken away belongs to that call.
+        let idle = |key: &[u8]| inner.mount_claims.try_take(&mounts::claim(key)).is_some();
+        garbage.retain(|(table, key)| *table != Table::Mount || idle(key));
         let swept = inner.db.update::<_, Error>(|txn| {
             marked.add_changed(&view, txn)?;
             sweep::records(txn, &garbage, &marked)

@@ -132,11 +132,16 @@ impl Namespaces {
                 return Err(Error::not_found(Object::Namespace(name)));
             }
             txn.delete(&key);
-            for table in [Table::Sandbox, Table::Ingest, Table::Lease, Table::Leased, Table::Child] {
+            let with_it =
+                [Table::Sandbox, Table::Ingest, Table::Mount, Table::Lease, Table::Leased, Table::Child];
+            for table in with_it {
                 let keys: Vec<_> = txn.scan(&table.key(&name, "")).map(|(key, _)| key).collect();
                 keys.iter().for_each(|key| txn.delete(key));
             }
-            Ok(((), Effects::removed().with_content().with_event(Event::NamespaceDelete { name })))
+            Ok((
+                (),
+                Effects::removed().with_content().with_mounts().with_event(Event::NamespaceDelete { name }),
+            ))
         };
         self.metadata.write(&scope, change).await
     }

@@ -11,6 +11,7 @@
 //! md/ingest/NS/REF                                  Ingest
 //! md/snapshot/NS/SNAPSHOTTER/KEY                    Snapshot
 //! md/child/NS/SNAPSHOTTER/PARENT/KEY                -            PARENT is escaped; the inverse of Snapshot.parent
+//! md/mount/NS/NAME                                  Mount        what is mounted for clients
 //! md/lease/NS/ID                                    Lease
 //! md/leased/NS/LEASE/content/DIGEST                 -            LEASE is escaped
 //! md/leased/NS/LEASE/ingests/REF                    -
@@ -173,6 +174,52 @@ pub(crate) struct LeaseRecord {
     pub(crate) created: Option<Timestamp>,
 }
 
+/// A mount in fstab's terms.
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct MountItem {
+    #[prost(string, tag = "1")]
+    pub(crate) kind: String,
+    #[prost(string, tag = "2")]
+    pub(crate) source: String,
+    #[prost(string, tag = "3")]
+    pub(crate) target: String,
+    #[prost(string, repeated, tag = "4")]
+    pub(crate) options: Vec<String>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct ActiveMountRecord {
+    #[prost(message, optional, tag = "1")]
+    pub(crate) mount: Option<MountItem>,
+    #[prost(message, optional, tag = "2")]
+    pub(crate) at: Option<Timestamp>,
+    #[prost(string, tag = "3")]
+    pub(crate) point: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct MountRecord {
+    #[prost(btree_map = "string, string", tag = "1")]
+    pub(crate) labels: BTreeMap<String, String>,
+    #[prost(message, optional, tag = "2")]
+    pub(crate) created: Option<Timestamp>,
+    #[prost(message, optional, tag = "3")]
+    pub(crate) updated: Option<Timestamp>,
+    /// The lease that it was activated with; empty without one.
+    #[prost(string, tag = "4")]
+    pub(crate) lease: String,
+    /// The name of its folder.
+    #[prost(uint64, tag = "5")]
+    pub(crate) number: u64,
+    /// Set once everything is mounted.
+    #[prost(bool, tag = "6")]
+    pub(crate) finished: bool,
+    #[prost(message, repeated, tag = "7")]
+    pub(crate) active: Vec<ActiveMountRecord>,
+    #[prost(message, repeated, tag = "8")]
+    pub(crate) system: Vec<MountItem>,
+}
+
 /// A kind of record with a key of the form `md/KIND/NS/NAME`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Table {
@@ -185,12 +232,13 @@ pub(crate) enum Table {
     Child,
     Lease,
     Leased,
+    Mount,
     /// Streams are not recorded: their keys exist only for the collector.
     Stream,
 }
 
 impl Table {
-    const ALL: [Table; 10] = [
+    const ALL: [Table; 11] = [
         Table::Container,
         Table::Sandbox,
         Table::Image,
@@ -200,6 +248,7 @@ impl Table {
         Table::Child,
         Table::Lease,
         Table::Leased,
+        Table::Mount,
         Table::Stream,
     ];
 
@@ -220,6 +269,7 @@ impl Table {
             Table::Child => "md/child/",
             Table::Lease => "md/lease/",
             Table::Leased => "md/leased/",
+            Table::Mount => "md/mount/",
             Table::Stream => "md/stream/",
         }
     }

@@ -6,6 +6,7 @@ mod gc;
 mod images;
 mod leases;
 mod model;
+mod mounts;
 mod namespaces;
 mod sandboxes;
 mod snapshots;
@@ -49,6 +50,7 @@ impl Fixture {
             db,
             store,
             snapshotters: BTreeMap::from([(NATIVE.to_owned(), native)]),
+            mounts: Targets::open(&path.join("mounts"), path).unwrap(),
             sharing,
             events: Arc::new(move |namespace, event| {
                 sink.lock().unwrap().push((namespace.to_owned(), event))

@@ -11,7 +11,7 @@
 //! | container | its snapshot |
 //! | snapshot | its parent |
 //! | ingest | the blob that it shares |
-//! | label `gc.ref.{content,image,stream}[.X or /X]`, `gc.ref.snapshot.SNAPSHOTTER[/X]` | what it names |
+//! | label `gc.ref.{content,image,mount,stream}[.X or /X]`, `gc.ref.snapshot.SNAPSHOTTER[/X]` | what it names |
 //! | what a label `gc.bref.{content,image}[…]`, `gc.bref.snapshot.SNAPSHOTTER[/X]` names | the labelled |
 //! | label `gc.cond.snapshot.SNAPSHOTTER[/X]` = `usedat<1h\|KEY`, if it holds | the snapshot KEY |
 //!
@@ -33,8 +33,8 @@ use time::format_description::well_known::Rfc3339;
 use crate::metadata::error::Error;
 use crate::metadata::leases::Resource;
 use crate::metadata::schema::{
-    self, BlobRecord, ContainerRecord, ImageRecord, IngestRecord, LeaseRecord, ROOT, Read, SandboxRecord,
-    SnapshotRecord, Table, leased_key, snapshot_key,
+    self, BlobRecord, ContainerRecord, ImageRecord, IngestRecord, LeaseRecord, MountRecord, ROOT, Read,
+    SandboxRecord, SnapshotRecord, Table, leased_key, snapshot_key,
 };
 
 use super::LABEL_EXPIRE;
@@ -100,6 +100,12 @@ impl Marked {
                     nodes.push(Node::new(Table::Lease, namespace, id));
                     for (key, _) in new.scan(&leased_key(namespace, id, "")) {
                         nodes.push(leased_node(&key)?);
+                    }
+                    for (key, value) in new.scan(&Table::Mount.key(namespace, "")) {
+                        let (_, name) = Table::Mount.split(&key)?;
+                        if schema::decode::<MountRecord>(&key, &value)?.lease == id {
+                            nodes.push(Node::new(Table::Mount, namespace, name));
+                        }
                     }
                 }
                 Some(Table::Child) | None => {}
@@ -190,6 +196,7 @@ pub(super) fn mark(db: &View, now: SystemTime) -> Result<Marked, Error> {
     scan.containers(db)?;
     scan.snapshots(db, &mut conditions)?;
     scan.sandboxes(db)?;
+    scan.mounts(db)?;
     conditions.resolve(now, &mut scan.extra);
 
     let Scan { roots, extra, next_expiry, .. } = scan;
@@ -307,6 +314,22 @@ impl Scan {
         Ok(())
     }
 
+    /// A mount needs a lease, or somebody's label, or one of its own that names somebody.
+    fn mounts(&mut self, db: &impl Read) -> Result<(), Error> {
+        for (key, value) in db.scan(Table::Mount.prefix().as_bytes()) {
+            let (namespace, name) = Table::Mount.split(&key)?;
+            let record: MountRecord = schema::decode(&key, &value)?;
+            let node = Node::new(Table::Mount, namespace, name);
+            self.back_references(namespace, &node, &record.labels);
+            let lease = Table::Lease.key(namespace, &record.lease);
+            let Some(lease) = schema::load::<LeaseRecord>(db, &lease)? else { continue };
+            if !self.expired(&lease.labels, &record.lease) {
+                self.roots.push(node);
+            }
+        }
+        Ok(())
+    }
+
     /// A sandbox is never garbage; only what it names counts.
     fn sandboxes(&mut self, db: &impl Read) -> Result<(), Error> {
         for (key, value) in db.scan(Table::Sandbox.prefix().as_bytes()) {
@@ -381,7 +404,7 @@ fn references(db: &impl Read, node: &Node, out: &mut Vec<Node>) -> Result<(), Er
             let Some(record) = schema::load::<SandboxRecord>(db, &node.key)? else { return Ok(()) };
             record.labels
         }
-        Table::Lease | Table::Child | Table::Leased | Table::Stream => return Ok(()),
+        Table::Lease | Table::Child | Table::Leased | Table::Mount | Table::Stream => return Ok(()),
     };
     if !node.flat {
         label_references(namespace, &labels, out);
@@ -402,6 +425,8 @@ fn named(namespace: &str, what: &str, value: &str) -> Option<Node> {
         Some(Node::content(namespace, value))
     } else if is_suffixed(what, "image") {
         Some(Node::image(namespace, value))
+    } else if is_suffixed(what, "mount") {
+        Some(Node::new(Table::Mount, namespace, value))
     } else if is_suffixed(what, "stream") {
         Some(Node::new(Table::Stream, namespace, value))
     } else {

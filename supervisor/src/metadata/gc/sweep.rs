@@ -14,7 +14,9 @@ use davit_snapshotter::Error as BackendError;
 
 use crate::metadata::error::Error;
 use crate::metadata::event::Event;
-use crate::metadata::schema::{self, BlobRecord, IngestRecord, SnapshotRecord, Table, child_key};
+use crate::metadata::schema::{
+    self, BlobRecord, IngestRecord, MountRecord, SnapshotRecord, Table, child_key,
+};
 use crate::metadata::snapshots::backend_claim;
 use crate::metadata::{Dirty, Metadata, leases};
 
@@ -26,7 +28,7 @@ const BATCH: usize = 1024;
 
 /// The keys of all records that are not marked and can be collected.
 pub(super) fn garbage(view: &View, marked: &Marked) -> Vec<(Table, Bytes)> {
-    let tables = [Table::Lease, Table::Snapshot, Table::Ingest, Table::Blob, Table::Image];
+    let tables = [Table::Lease, Table::Mount, Table::Snapshot, Table::Ingest, Table::Blob, Table::Image];
     let unmarked = |table: Table| {
         let keys = view.scan(table.prefix().as_bytes()).map(|(key, _)| key);
         keys.filter(|key| !marked.contains(key)).map(move |key| (table, key))
@@ -67,6 +69,7 @@ pub(super) fn records(
                 swept.events.push((namespace.to_owned(), Event::ImageDelete { name: name.to_owned() }));
             }
             Table::Ingest | Table::Blob => swept.dirty.content = true,
+            Table::Mount => swept.dirty.mounts = true,
             Table::Container | Table::Sandbox | Table::Child | Table::Leased | Table::Stream => {}
         }
     }
@@ -123,6 +126,29 @@ pub(super) fn content(metadata: &Metadata) -> Result<(), Error> {
     }
     if failed {
         inner.mark_dirty(Dirty { content: true, ..Dirty::default() });
+    }
+    Ok(())
+}
+
+/// Takes away the mounts that no record names. What fails is tried again the next time.
+pub(super) fn mounts(metadata: &Metadata) -> Result<(), Error> {
+    let inner = &metadata.inner;
+    // The mounts first: what is there has had its record made before.
+    let found = inner.mount_targets.numbers()?;
+    let view = inner.db.view();
+    let mut named = HashSet::new();
+    for (key, value) in view.scan(Table::Mount.prefix().as_bytes()) {
+        named.insert(schema::decode::<MountRecord>(&key, &value)?.number);
+    }
+    inner.db.sync()?;
+    for number in found.into_iter().filter(|number| !named.contains(number)) {
+        match inner.mount_targets.remove(number) {
+            Ok(()) => tracing::debug!(number, "took mounts away"),
+            Err(error) => {
+                tracing::warn!(error = davit_model::error::chain(&error), "cannot take mounts away");
+                inner.mark_dirty(Dirty { mounts: true, ..Dirty::default() });
+            }
+        }
     }
     Ok(())
 }

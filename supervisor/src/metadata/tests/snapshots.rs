@@ -357,6 +357,7 @@ async fn what_a_remote_snapshotter_has_is_adopted() {
         db: inner.db.clone(),
         store: inner.store.clone(),
         snapshotters: BTreeMap::from([("remote".to_owned(), remote)]),
+        mounts: inner.mount_targets.clone(),
         sharing: Sharing::Shared,
         events: Arc::new(|_, event| assert!(matches!(event, Event::SnapshotRemove { .. }))),
     })
