@@ -145,7 +145,11 @@ impl DockerConfig {
             None => (self.creds_store.as_str(), server),
         };
         if !helper.is_empty() {
-            let found = ask(helper, name).await?;
+            if helper.contains('/') {
+                let reason = format!("credential helper {helper:?}: its name must not be a path");
+                return Err(CredentialError { reason });
+            }
+            let found = ask(&format!("docker-credential-{helper}"), name).await?;
             if found != Credentials::Anonymous {
                 return Ok(found);
             }
@@ -212,14 +216,15 @@ fn host_of(key: &str) -> &str {
 }
 
 /// Asks a helper for what it keeps.
-async fn ask(helper: &str, server: &str) -> Result<Credentials, CredentialError> {
-    let failed =
-        |reason: String| CredentialError { reason: format!("credential helper {helper:?}: {reason}") };
-    if helper.contains('/') {
-        return Err(failed("its name must not be a path".to_owned()));
-    }
-    let mut child = Command::new(format!("docker-credential-{helper}"))
-        .arg("get")
+async fn ask(program: &str, server: &str) -> Result<Credentials, CredentialError> {
+    ask_with(Command::new(program).arg("get"), server).await.map_err(|error| CredentialError {
+        reason: format!("credential helper {program:?}: {}", error.reason),
+    })
+}
+
+async fn ask_with(command: &mut Command, server: &str) -> Result<Credentials, CredentialError> {
+    let failed = |reason: String| CredentialError { reason };
+    let mut child = command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
@@ -235,6 +240,9 @@ async fn ask(helper: &str, server: &str) -> Result<Credentials, CredentialError>
         let mut output = Vec::new();
         if let Some(stdout) = stdout {
             stdout.take(MAX_SIZE).read_to_end(&mut output).await?;
+        }
+        if output.len() as u64 == MAX_SIZE {
+            return Err(io::Error::other("its answer is too long"));
         }
         Ok::<_, io::Error>((child.wait().await?, output))
     };
@@ -304,6 +312,29 @@ mod tests {
         assert!(config.find("r.example").await.unwrap_err().reason.contains("cannot be run"));
         assert!(config.find("s.example").await.unwrap_err().reason.contains("path"));
         assert_eq!(config.find("other").await.unwrap(), Credentials::Anonymous);
+    }
+
+    #[tokio::test]
+    async fn a_helper_is_asked_and_its_words_are_understood() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("docker-credential-test");
+        let answer = async |script: &str| {
+            std::fs::write(&path, script).unwrap();
+            // By the shell: a script that was just written may still be open in a process that is being made.
+            ask_with(Command::new("/bin/sh").arg(&path), "server.example").await
+        };
+        let echo = r#"read -r server; printf '{"ServerURL":"%s","Username":"%s","Secret":"hunter2"}' "$server" "$server""#;
+        assert_eq!(answer(echo).await.unwrap(), password("server.example", "hunter2"));
+        let token = r#"echo '{"Username":"<token>","Secret":"t"}'"#;
+        assert_eq!(answer(token).await.unwrap(), Credentials::IdentityToken(Secret::new("t")));
+        let nothing = "echo credentials not found in native keychain; exit 1";
+        assert_eq!(answer(nothing).await.unwrap(), Credentials::Anonymous);
+        for bad in ["echo hunter2", "echo hunter2; exit 1", "echo '{\"Secret\":\"hunter2\"}'"] {
+            let error = answer(bad).await.unwrap_err();
+            assert!(!error.reason.contains("hunter2"), "{error}");
+        }
+        // One that does not end its output is not listened to for ever.
+        assert!(answer("yes").await.is_err());
     }
 
     #[test]

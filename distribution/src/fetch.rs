@@ -14,7 +14,7 @@ use bytes::Bytes;
 use davit_model::Digest;
 use davit_oci::image::Descriptor;
 use davit_oci::media_type;
-use http::header::{CONTENT_ENCODING, CONTENT_RANGE, RANGE};
+use http::header::{CONTENT_RANGE, RANGE};
 use http::{HeaderValue, Method};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -22,7 +22,7 @@ use tracing::{debug, warn};
 
 use crate::endpoint::{Ask, Endpoint, failure};
 use crate::error::Error;
-use crate::repository::{Operation, Repository, Worst};
+use crate::repository::{DIGEST_HEADER, Operation, Repository, Worst};
 use crate::retry::Backoff;
 use crate::store::{SinkError, SinkWriter};
 use crate::transport::Response;
@@ -265,9 +265,13 @@ async fn fetch_at(
         206 => return Err(malformed("a part of it although all was asked for")),
         _ => return Err(failure(response, Method::GET).await),
     };
-    let encoding = response.header(CONTENT_ENCODING.as_str()).unwrap_or("identity");
-    if !encoding.is_empty() && !encoding.eq_ignore_ascii_case("identity") {
-        return Err(malformed("it is encoded, although it was not asked to be"));
+    // A `Content-Encoding` is ignored: none was asked for, and storage services send what was once stored with a blob.
+    // The digest tells whether the bytes are the right ones.
+    if let Some(told) = response.header(DIGEST_HEADER)
+        && told.split(':').next() == Some(descriptor.digest.algorithm().as_str())
+        && told != descriptor.digest.as_str()
+    {
+        return Err(Error::WrongDigest { actual: told.to_owned(), expected: descriptor.digest.clone(), url });
     }
     if partial {
         let range = response.header(CONTENT_RANGE.as_str()).and_then(content_range);

@@ -1,7 +1,7 @@
 //! Which hosts serve a registry, and how they are reached: `certs.d`, as containerd and Docker lay it out.
 //!
 //! For the registry `localhost:5000` the first of these folders that exists is read, in each of the configured roots
-//! in turn: `localhost_5000_`, `localhost:5000`, `_default`. In it is a `hosts.toml` ([`file`]), or else files by the
+//! in turn: `localhost_5000_`, `localhost:5000`, `_default`. In it is a `hosts.toml` ([`mod@file`]), or else files by the
 //! names that Docker gives them: `*.crt` are CA certificates, `*.cert` with `*.key` certificates of the client.
 //!
 //! Without either a registry is its own host: `docker.io` is `registry-1.docker.io`, all is encrypted, and only a

@@ -49,8 +49,8 @@ pub struct Progress {
     pub reference: String,
     /// What is moved; none while a name is being resolved.
     pub descriptor: Option<Descriptor>,
-    /// The digest of the manifest or index that named it, if one did.
-    pub parent: Option<davit_model::Digest>,
+    /// The name of the document that names it, or that of the image for the outermost one.
+    pub parent: Option<String>,
     /// Bytes moved.
     pub offset: u64,
     /// Bytes to move; 0 if unknown.

@@ -175,12 +175,12 @@ impl Job {
             .unwrap_or_default()
     }
 
-    fn tell(&self, state: State, descriptor: &Descriptor, parent: Option<&Digest>, offset: u64) {
+    fn tell(&self, state: State, descriptor: &Descriptor, parent: &str, offset: u64) {
         self.observer.progress(Progress {
             state,
             reference: labels::ingest_reference(descriptor),
             descriptor: Some(descriptor.clone()),
-            parent: parent.cloned(),
+            parent: Some(parent.to_owned()),
             offset,
             total: descriptor.size,
         });
@@ -214,7 +214,8 @@ async fn fetch_all(job: &Arc<Job>, plan: &Plan, ready: Option<mpsc::Sender<Ready
             }
             let (done, receiver) = watch::channel(false);
             complete.insert(descriptor.digest.clone(), receiver);
-            let (job, descriptor, parent) = (job.clone(), descriptor.clone(), manifest.digest.clone());
+            let (job, descriptor, parent) =
+                (job.clone(), descriptor.clone(), labels::ingest_reference(manifest));
             // A configuration is small and what the unpacking begins with: it does not wait for a place.
             let is_layer = descriptor.digest != parsed.config.digest;
             tasks.spawn(async move {

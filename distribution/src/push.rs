@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use davit_model::{Coded, Digest, ErrorCode};
+use davit_model::{Coded, Digest, ErrorCode, Labels};
 use davit_oci::image::{self, Descriptor, MAX_DOCUMENT_SIZE, Target};
 use davit_oci::media_type;
 use davit_oci::platform::{self, Platform};
@@ -46,7 +46,7 @@ impl Default for PushOptions {
 }
 
 /// A document to push, with its bytes and the document that names it.
-type Document = (Descriptor, Bytes, Option<Digest>);
+type Document = (Descriptor, Bytes, Option<String>);
 
 /// Pushes an image to the repository, under the tag of its reference, or by its digest if that has no tag or names
 /// another digest.
@@ -63,7 +63,7 @@ pub async fn push(
     let (documents, blobs) = plan(&source, root, options).await?;
     let job = Arc::new(Job { repository: repository.clone(), source, observer, retry: options.retry });
     for (document, _, parent) in &documents {
-        job.tell(State::Waiting, document, parent.as_ref(), 0);
+        job.tell(State::Waiting, document, parent.as_deref(), 0);
     }
     let places = Arc::new(Semaphore::new(options.parallel.max(1)));
     let mut tasks = JoinSet::new();
@@ -83,9 +83,9 @@ pub async fn push(
         let reference = &repository.reference;
         let by_tag = parent.is_none() && reference.digest().is_none_or(|digest| *digest == document.digest);
         let tag = if by_tag { reference.tag() } else { None };
-        job.tell(State::Uploading, &document, parent.as_ref(), 0);
+        job.tell(State::Uploading, &document, parent.as_deref(), 0);
         let uploaded = repository.put_manifest(&document, bytes, tag).await?;
-        job.tell_end(&uploaded, &document, parent.as_ref());
+        job.tell_end(&uploaded, &document, parent.as_deref());
     }
     Ok(())
 }
@@ -98,18 +98,18 @@ struct Job {
 }
 
 impl Job {
-    fn tell(&self, state: State, descriptor: &Descriptor, parent: Option<&Digest>, offset: u64) {
+    fn tell(&self, state: State, descriptor: &Descriptor, parent: Option<&str>, offset: u64) {
         self.observer.progress(Progress {
             state,
             reference: labels::ingest_reference(descriptor),
             descriptor: Some(descriptor.clone()),
-            parent: parent.cloned(),
+            parent: Some(parent.map_or_else(|| self.repository.reference.to_string(), str::to_owned)),
             offset,
             total: descriptor.size,
         });
     }
 
-    fn tell_end(&self, uploaded: &Uploaded, descriptor: &Descriptor, parent: Option<&Digest>) {
+    fn tell_end(&self, uploaded: &Uploaded, descriptor: &Descriptor, parent: Option<&str>) {
         let state = match uploaded {
             Uploaded::Sent => State::Done,
             Uploaded::Existed => State::Exists,
@@ -121,12 +121,12 @@ impl Job {
     async fn push_blob(
         self: &Arc<Self>,
         blob: &Descriptor,
-        parent: &Digest,
-        labels: davit_model::Labels,
+        parent: &str,
+        labels: Labels,
     ) -> Result<(), Error> {
         let from = labels::mount_source(&labels, &self.repository.reference);
         let told = {
-            let (job, blob, parent) = (self.clone(), blob.clone(), parent.clone());
+            let (job, blob, parent) = (self.clone(), blob.clone(), parent.to_owned());
             let last = Mutex::new(Instant::now());
             move |offset| {
                 let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
@@ -144,7 +144,7 @@ impl Job {
     }
 }
 
-type Blobs = Vec<(Descriptor, Digest, davit_model::Labels)>;
+type Blobs = Vec<(Descriptor, String, Labels)>;
 
 /// Reads the documents, outermost first, and lists the blobs that they name, each once, with the labels of the blob and
 /// of the documents around it.
@@ -177,16 +177,17 @@ async fn plan(
                     std::iter::once(manifest.config).chain(manifest.layers).collect()
                 }
             };
+            let named_by = labels::ingest_reference(&descriptor);
             documents.push((descriptor, bytes, parent));
             for child in children {
                 let name = child.media_type.as_str();
                 if media_type::is_manifest(name) || media_type::is_index(name) {
-                    queue.push_back((child, Some(digest.clone())));
+                    queue.push_back((child, Some(named_by.clone())));
                 } else if !blobs.iter().any(|(known, _, _)| known.digest == child.digest) {
                     // A registry has the parts of what it has.
                     let mut labels = own.clone();
                     labels.extend(labels_of(&*source, &child.digest)?);
-                    blobs.push((child, digest.clone(), labels));
+                    blobs.push((child, named_by.clone(), labels));
                 }
             }
         }
@@ -203,11 +204,11 @@ fn is_wanted(descriptor: &Descriptor, platforms: &[Platform]) -> bool {
             .any(|platform| platform::best(std::slice::from_ref(descriptor), platform).is_some())
 }
 
-fn labels_of(source: &dyn Source, digest: &Digest) -> Result<davit_model::Labels, Error> {
+fn labels_of(source: &dyn Source, digest: &Digest) -> Result<Labels, Error> {
     match source.labels(digest) {
         Ok(labels) => Ok(labels),
         // Content that is missing fails where it is needed.
-        Err(error) if error.code() == ErrorCode::NotFound => Ok(davit_model::Labels::new()),
+        Err(error) if error.code() == ErrorCode::NotFound => Ok(Labels::new()),
         Err(source) => Err(Error::Store { action: "read labels", source }),
     }
 }

@@ -12,6 +12,8 @@ use crate::error::Error;
 use crate::hosts::Capabilities;
 use crate::uri;
 
+/// The header in which registries tell the digest of what they send or took.
+pub(crate) const DIGEST_HEADER: &str = "docker-content-digest";
 /// The most bytes of a page of tags.
 const MAX_PAGE: u64 = 4 << 20;
 /// The most tags that are listed.

@@ -13,11 +13,9 @@ use tracing::debug;
 
 use crate::endpoint::{Ask, Endpoint, failure};
 use crate::error::Error;
-use crate::repository::{Operation, Repository, Worst};
+use crate::repository::{DIGEST_HEADER, Operation, Repository, Worst};
 use crate::transport::Response;
 
-/// The header in which registries tell the digest.
-const DIGEST_HEADER: &str = "docker-content-digest";
 /// What a name may stand for.
 const ACCEPTED: [&str; 5] = [
     media_type::DOCKER_MANIFEST,

@@ -24,7 +24,7 @@ use tracing::debug;
 use crate::endpoint::{Ask, Endpoint, Payload, Target, failure};
 use crate::error::Error;
 use crate::policy::Policy;
-use crate::repository::{Operation, Repository};
+use crate::repository::{DIGEST_HEADER, Operation, Repository};
 use crate::retry::Backoff;
 use crate::store::Source;
 use crate::transport::{RequestBody, Response};
@@ -291,7 +291,7 @@ async fn existing(host: &Endpoint, ask: &Ask<'_>) -> Result<Option<Response>, Er
 }
 
 fn told_digest(response: &Response) -> Option<&str> {
-    response.header("docker-content-digest")
+    response.header(DIGEST_HEADER)
 }
 
 /// The end of a `PUT`.

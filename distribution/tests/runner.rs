@@ -4,6 +4,8 @@
 
 #[path = "runner/auth.rs"]
 mod auth;
+#[path = "runner/chaos.rs"]
+mod chaos;
 #[path = "runner/fake.rs"]
 mod fake;
 #[path = "runner/hostile.rs"]

@@ -4,7 +4,7 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
-use davit_model::{Digest, Labels};
+use davit_model::Labels;
 use davit_oci::image::Descriptor;
 
 use super::Job;
@@ -23,29 +23,29 @@ const LOOKS: (Duration, Duration) = (Duration::from_millis(20), Duration::from_s
 pub(super) async fn fetch(
     job: &Job,
     descriptor: &Descriptor,
-    parent: &Digest,
+    parent: &str,
     is_layer: bool,
 ) -> Result<(), Error> {
-    job.tell(State::Waiting, descriptor, Some(parent), 0);
+    job.tell(State::Waiting, descriptor, parent, 0);
     let place = if is_layer { job.layers.acquire().await.ok() } else { None };
     let Some(writer) = open(job, descriptor).await? else {
-        job.tell(State::Exists, descriptor, Some(parent), descriptor.size);
+        job.tell(State::Exists, descriptor, parent, descriptor.size);
         return Ok(());
     };
-    job.tell(State::Downloading, descriptor, Some(parent), writer.offset());
+    job.tell(State::Downloading, descriptor, parent, writer.offset());
     let last = Mutex::new(Instant::now());
     let told = |offset| {
         let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
         if last.elapsed() >= NEWS {
             *last = Instant::now();
-            job.tell(State::Downloading, descriptor, Some(parent), offset);
+            job.tell(State::Downloading, descriptor, parent, offset);
         }
     };
     let mut backoff = Backoff::new(job.retry);
     let writer = job.repository.fetch(descriptor, writer, &mut backoff, &told).await?;
     commit(writer, descriptor, job.source_labels()).await?;
     drop(place);
-    job.tell(State::Done, descriptor, Some(parent), descriptor.size);
+    job.tell(State::Done, descriptor, parent, descriptor.size);
     Ok(())
 }
 

@@ -19,7 +19,7 @@ use crate::store::{SinkError, SinkWriter};
 /// A document that is to be fetched.
 struct Next {
     descriptor: Descriptor,
-    parent: Option<Digest>,
+    parent: String,
     depth: usize,
     /// Whether the configuration and the layers are wanted, too.
     whole: bool,
@@ -33,7 +33,12 @@ pub(super) async fn collect(
     root: &Descriptor,
 ) -> Result<(), Error> {
     let mut queue = VecDeque::new();
-    queue.push_back(Next { descriptor: root.clone(), parent: None, depth: 0, whole: true });
+    queue.push_back(Next {
+        descriptor: root.clone(),
+        parent: job.repository.reference.to_string(),
+        depth: 0,
+        whole: true,
+    });
     let mut documents = 0;
     while let Some(next) = queue.pop_front() {
         let Next { descriptor, parent, depth, whole } = next;
@@ -44,14 +49,13 @@ pub(super) async fn collect(
         let name = descriptor.media_type.as_str();
         if !media_type::is_manifest(name) && !media_type::is_index(name) {
             // Something that is no image: an index may list such, and a name may stand for it.
-            let parent = parent.as_ref().unwrap_or(&descriptor.digest);
             if whole {
-                blob::fetch(job, &descriptor, parent, true).await?;
+                blob::fetch(job, &descriptor, &parent, true).await?;
                 plan.add(&descriptor, job.source_labels());
             }
             continue;
         }
-        let bytes = document(job, plan, &descriptor, parent.as_ref()).await?;
+        let bytes = document(job, plan, &descriptor, &parent).await?;
         let invalid = |source| Error::Document { digest: descriptor.digest.clone(), source };
         match image::parse_target(name, &bytes).map_err(invalid)? {
             Target::Index(index) => {
@@ -65,7 +69,7 @@ pub(super) async fn collect(
                 for child in &index.manifests {
                     let whole = whole && chosen.iter().any(|one| one.digest == child.digest);
                     if whole || options.all_metadata {
-                        let parent = Some(descriptor.digest.clone());
+                        let parent = labels::ingest_reference(&descriptor);
                         queue.push_back(Next { descriptor: child.clone(), parent, depth: depth + 1, whole });
                     }
                 }
@@ -84,7 +88,7 @@ pub(super) async fn collect(
                     }
                     plan.images.push((descriptor, manifest));
                 } else {
-                    blob::fetch(job, config, &descriptor.digest, false).await?;
+                    blob::fetch(job, config, &labels::ingest_reference(&descriptor), false).await?;
                     plan.add(config, job.source_labels());
                 }
             }
@@ -98,7 +102,7 @@ async fn document(
     job: &Arc<Job>,
     plan: &mut Plan,
     descriptor: &Descriptor,
-    parent: Option<&Digest>,
+    parent: &str,
 ) -> Result<Bytes, Error> {
     if descriptor.size > MAX_DOCUMENT_SIZE {
         return Err(too_large(descriptor));

@@ -1,7 +1,6 @@
 //! A registry in this process. It does what registries do, unless a rule of the test answers first.
 
 use std::collections::HashMap;
-use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -75,6 +74,8 @@ pub(crate) enum Piece {
     Endless(Arc<AtomicUsize>),
     /// The head, and then nothing.
     Silence,
+    /// Not even a head: the connection ends.
+    Gone,
 }
 
 impl Reply {
@@ -210,10 +211,7 @@ impl Drop for Fake {
     }
 }
 
-async fn answer(
-    state: Arc<Mutex<State>>,
-    request: Request<Incoming>,
-) -> Result<Response<Sending>, Infallible> {
+async fn answer(state: Arc<Mutex<State>>, request: Request<Incoming>) -> io::Result<Response<Sending>> {
     let (head, body) = request.into_parts();
     let body = body.collect().await.map(|body| body.to_bytes()).unwrap_or_default();
     let seen = Seen {
@@ -230,6 +228,9 @@ async fn answer(
         let ruled = rules.iter_mut().find_map(|rule| rule(&seen, contents));
         ruled.unwrap_or_else(|| usual(&seen, contents))
     };
+    if matches!(reply.body, Piece::Gone) {
+        return Err(io::ErrorKind::ConnectionReset.into());
+    }
     let mut builder = Response::builder().status(reply.status);
     let is = |name: &str, other: &str| name.eq_ignore_ascii_case(other);
     // A body without declared length is sent in chunks, for which the server needs no telling.
@@ -363,7 +364,7 @@ impl Body for Sending {
                 count.fetch_add(1, Ordering::Relaxed);
                 Poll::Ready(Some(Ok(Frame::data(Bytes::from(vec![b'x'; 1 << 20])))))
             }
-            Piece::Silence => Poll::Pending,
+            Piece::Silence | Piece::Gone => Poll::Pending,
         }
     }
 }

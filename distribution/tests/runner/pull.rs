@@ -42,6 +42,13 @@ async fn an_image_comes_whole_with_news_and_labels() {
     assert_eq!(news.words(&layer), ["waiting", "downloading", "done"]);
     assert_eq!(news.words(&format!("manifest-{}", image.digest())), ["waiting", "downloading", "done"]);
 
+    let parent_of = |reference: &str| {
+        let all = news.0.lock().unwrap();
+        all.iter().find(|one| one.reference == reference).unwrap().parent.clone().unwrap()
+    };
+    assert_eq!(parent_of(&layer), format!("manifest-{}", image.digest()));
+    assert_eq!(parent_of(&format!("manifest-{}", image.digest())), name);
+
     // Once more: nothing is fetched, and the labels are told all the same.
     let before = fake.seen().len();
     let news = Arc::new(News::default());

@@ -10,6 +10,7 @@ use davit_oci::image::Descriptor;
 use davit_oci::media_type;
 use davit_oci::platform::Platform;
 use http::Method;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::fake::{Fake, Reply, Seen};
 use crate::setup::*;
@@ -142,6 +143,48 @@ async fn uploads_that_fail_are_begun_anew() {
     push_to(options(), &name, store, &root_of(&image)).await.0.unwrap();
     assert_eq!(fake.count(Method::POST, "/uploads/"), 5, "two blobs and three failures");
     assert_eq!(fake.with(|contents| contents.blobs.len()), 2);
+}
+
+#[tokio::test]
+async fn an_upload_that_nobody_reads_is_given_up() {
+    let image = Image::new(12, &[20_000_000]);
+    let (_root, store) = store();
+    image.keep(&store);
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    // Looks and begins are answered; what is sent then is left in the connection.
+    let server = tokio::spawn(async move {
+        let mut connections = tokio::task::JoinSet::new();
+        while let Ok((mut stream, _)) = listener.accept().await {
+            connections.spawn(async move {
+                let mut head = Vec::new();
+                loop {
+                    head.push(stream.read_u8().await?);
+                    if !head.ends_with(b"\r\n\r\n") {
+                        continue;
+                    }
+                    let reply = match head.split(|byte| *byte == b' ').next() {
+                        Some(b"HEAD") => "404 Not Found\r\n",
+                        Some(b"POST") => "202 Accepted\r\nLocation: /upload\r\n",
+                        _ => std::future::pending().await,
+                    };
+                    head.clear();
+                    let reply = format!("HTTP/1.1 {reply}Content-Length: 0\r\n\r\n");
+                    stream.write_all(reply.as_bytes()).await?;
+                }
+                #[allow(unreachable_code)]
+                Ok::<(), std::io::Error>(())
+            });
+        }
+    });
+    let (_hosts, mut options) =
+        with_hosts(options(), &address.to_string(), &format!("server = \"http://{address}\""));
+    options.timeouts = QUICK;
+    let (result, _) = push_to(options, &format!("{address}/a:v1"), store, &root_of(&image)).await;
+    let error = result.unwrap_err();
+    assert_eq!(error.code(), ErrorCode::Unavailable);
+    assert!(text(&error).contains("NoResponse"), "{error:?}");
+    server.abort();
 }
 
 #[tokio::test]
