@@ -5,6 +5,7 @@ mod clients;
 mod docker;
 mod history;
 mod faults;
+mod hostile;
 mod limits;
 mod operations;
 mod peers;
