@@ -10,6 +10,8 @@
 //!           └── from the next host, from the start ◀── too many ────┴──── digest wrong ◀─────┘
 //! ```
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use davit_model::Digest;
 use davit_oci::image::Descriptor;
@@ -150,85 +152,104 @@ impl Repository {
             let reason = "it reports a content size of zero";
             return Err(Error::Descriptor { digest: descriptor.digest.clone(), reason });
         }
-        let mut excluded = Vec::new();
-        let mut broken = vec![0; self.endpoints.len()];
-        let mut first_reason: Option<Error> = None;
+        let mut trouble = Trouble { backoff, excluded: Vec::new(), broken: vec![0; self.endpoints.len()] };
         loop {
-            let mut host = None;
             let before = writer.offset();
-            let result = if before > descriptor.size {
-                // An ingest of another content by the same name.
-                Ok(())
-            } else if before < descriptor.size {
-                match self.open_at(descriptor, before, &excluded).await {
-                    Ok(download) => {
-                        host = Some(download.host);
-                        let result;
-                        (writer, result) = pump(download, writer, told).await?;
-                        result
-                    }
-                    // Hosts were struck off; why says more than that none is left.
-                    Err(Error::NoHosts { .. }) if first_reason.is_some() => {
-                        Err(first_reason.take().unwrap_or(Error::Task { task: "fetching" }))
-                    }
-                    Err(error) => return Err(error),
-                }
-            } else {
-                Ok(())
+            let (mut host, mut result) = (None, Ok(()));
+            if before < descriptor.size {
+                let download = self.open_at(descriptor, before, &trouble.excluded).await?;
+                host = Some(download.host);
+                (writer, result) = pump(download, writer, told).await?;
+            }
+            let Err(error) = result.and_then(|()| self.verify(descriptor, &*writer, host)) else {
+                return Ok(writer);
             };
-            let error = match result {
-                Ok(()) => {
-                    let actual = writer.digest();
-                    if writer.offset() == descriptor.size && actual == descriptor.digest {
-                        return Ok(writer);
-                    }
-                    let url = self.endpoints.get(host.unwrap_or(0)).map(Endpoint::name).unwrap_or_default();
-                    warn!(digest = %descriptor.digest, %actual, host = url, "content has another digest");
-                    writer = truncate(writer).await?;
-                    told(0);
-                    let expected = descriptor.digest.clone();
-                    let error =
-                        Error::WrongDigest { url: url.to_owned(), actual: actual.to_string(), expected };
-                    // What an earlier process had written may be what is wrong, and not the host.
-                    if before > 0 {
-                        let Some(pause) = backoff.after_failure(None) else { return Err(error) };
-                        tokio::time::sleep(pause).await;
-                        continue;
-                    }
-                    error
-                }
-                Err(error) => error,
-            };
-            let Some(host) = host else { return Err(error) };
-            let transient = error.is_transient() || matches!(error, Error::WrongSize { actual: Some(_), .. });
-            if transient {
-                broken[host] += 1;
-                if writer.offset().saturating_sub(before) >= WORTHWHILE {
-                    backoff.reset();
-                    broken[host] = 0;
-                }
-                let others = self.hosts(Operation::Pull, &excluded).is_ok_and(|hosts| hosts.len() > 1);
-                if broken[host] < PATIENCE || !others {
-                    let Some(pause) = backoff.after_failure(None) else { return Err(error) };
-                    debug!(digest = %descriptor.digest, offset = writer.offset(), "resuming");
-                    tokio::time::sleep(pause).await;
-                    continue;
-                }
-            }
-            if matches!(error, Error::Store { .. }) {
-                return Err(error);
-            }
-            excluded.push(host);
-            if self.hosts(Operation::Pull, &excluded).is_err() {
-                return Err(error);
-            }
-            if !transient {
-                // Nothing of what this host sent is to be relied on.
+            let gained = writer.offset().saturating_sub(before);
+            let remedy = trouble.after(self, error, host, before > 0, gained)?;
+            if remedy.from_the_start {
                 writer = truncate(writer).await?;
                 told(0);
             }
-            first_reason.get_or_insert(error);
+            debug!(digest = %descriptor.digest, offset = writer.offset(), "going on");
+            tokio::time::sleep(remedy.pause).await;
         }
+    }
+
+    /// Whether a writer has what the descriptor says; `host` sent the last of it.
+    fn verify(
+        &self,
+        descriptor: &Descriptor,
+        writer: &dyn SinkWriter,
+        host: Option<usize>,
+    ) -> Result<(), Error> {
+        let actual = writer.digest();
+        if writer.offset() == descriptor.size && actual == descriptor.digest {
+            return Ok(());
+        }
+        let url = host.map_or("the local ingest", |host| self.endpoints[host].name()).to_owned();
+        warn!(expected = %descriptor.digest, %actual, from = url, "content has another digest");
+        Err(Error::WrongDigest { url, actual: actual.to_string(), expected: descriptor.digest.clone() })
+    }
+}
+
+/// What went wrong with a blob so far.
+struct Trouble<'a> {
+    backoff: &'a mut Backoff,
+    /// The places of hosts that are not asked any more.
+    excluded: Vec<usize>,
+    /// For each host, how often its responses broke off.
+    broken: Vec<usize>,
+}
+
+/// How to go on.
+struct Remedy {
+    /// What is there is not to be relied on.
+    from_the_start: bool,
+    pause: Duration,
+}
+
+impl Trouble<'_> {
+    /// What to do after an error of `host`, which added `gained` bytes to what was there if it was `resumed`.
+    ///
+    /// # Errors
+    /// The error itself, if nothing can be done.
+    fn after(
+        &mut self,
+        repository: &Repository,
+        error: Error,
+        host: Option<usize>,
+        resumed: bool,
+        gained: u64,
+    ) -> Result<Remedy, Error> {
+        if resumed && matches!(error, Error::WrongDigest { .. }) {
+            // The part that was there may be what is wrong, and not the host.
+            let pause = self.backoff.after_failure(None).ok_or(error)?;
+            return Ok(Remedy { from_the_start: true, pause });
+        }
+        let host = match host {
+            Some(host) if !matches!(error, Error::Store { .. }) => host,
+            _ => return Err(error),
+        };
+        let hosts_but =
+            |excluded: &[usize]| repository.hosts(Operation::Pull, excluded).map_or(0, |left| left.len());
+        // A response that ended too early is like one that broke off.
+        let broke_off = error.is_transient() || matches!(error, Error::WrongSize { actual: Some(_), .. });
+        if broke_off {
+            self.broken[host] += 1;
+            if gained >= WORTHWHILE {
+                self.backoff.reset();
+                self.broken[host] = 0;
+            }
+            if self.broken[host] < PATIENCE || hosts_but(&self.excluded) < 2 {
+                let pause = self.backoff.after_failure(None).ok_or(error)?;
+                return Ok(Remedy { from_the_start: false, pause });
+            }
+        }
+        self.excluded.push(host);
+        if hosts_but(&self.excluded) == 0 {
+            return Err(error);
+        }
+        Ok(Remedy { from_the_start: !broke_off, pause: Duration::ZERO })
     }
 }
 

@@ -69,12 +69,6 @@ pub enum HostsError {
         /// What is wrong.
         reason: String,
     },
-    /// The machine's CA certificates cannot be read.
-    #[error("no CA certificates of this machine can be read: {reason}")]
-    NoRoots {
-        /// The first error.
-        reason: String,
-    },
 }
 
 impl Coded for HostsError {
@@ -84,8 +78,7 @@ impl Coded for HostsError {
             HostsError::Syntax { .. }
             | HostsError::Value { .. }
             | HostsError::TooLarge { .. }
-            | HostsError::Certificate { .. }
-            | HostsError::NoRoots { .. } => ErrorCode::FailedPrecondition,
+            | HostsError::Certificate { .. } => ErrorCode::FailedPrecondition,
         }
     }
 }

@@ -15,6 +15,11 @@
 //! What a registry sends is believed in one case only: the digest of a tag, from a host that may resolve. All else
 //! is checked against the digest and the size of its descriptor while it arrives.
 //!
+//! Where it differs from containerd, on purpose: a `hosts.toml` that cannot be read fails the request, and is not passed
+//! by; a host that answers 408 or 429 is asked again only if there is no other one; a host that was reached through a
+//! redirect is told no credentials, and an `https` host cannot name an `http` realm or redirect; a response that is
+//! encoded is not decoded, as none was asked for; the `urls` of layers that may not be distributed are not followed.
+//!
 //! **Invariants**, each with a test:
 //! - A secret goes to the host that it was asked for and to the realm which that host names, encrypted if the host
 //!   was reached so; it is in no error, log or `Debug`.

@@ -134,14 +134,8 @@ impl Registry {
     /// A client that takes its proxies from the environment: `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY`, in capitals
     /// or not, as Go's programs do.
     pub fn new(options: Options) -> Registry {
-        let variable = |name: &str| {
-            let found = std::env::var(name).ok().filter(|value| !value.is_empty());
-            found.or_else(|| std::env::var(name.to_lowercase()).ok()).unwrap_or_default()
-        };
-        // In a CGI program HTTP_PROXY is a header of its client (CVE-2016-5385).
-        let cgi = std::env::var_os("REQUEST_METHOD").is_some();
-        let http = if cgi { String::new() } else { variable("HTTP_PROXY") };
-        Registry::with_proxies(options, &http, &variable("HTTPS_PROXY"), &variable("NO_PROXY"))
+        let [http, https, none] = proxies(|name| std::env::var(name).ok());
+        Registry::with_proxies(options, &http, &https, &none)
     }
 
     /// A client with the given proxies for `http` and `https`, and the hosts that need none.
@@ -165,6 +159,17 @@ impl Registry {
     }
 }
 
+/// The proxies for `http` and for `https`, and the hosts without, by variables of the environment.
+fn proxies(variable: impl Fn(&str) -> Option<String>) -> [String; 3] {
+    let either = |name: &str| {
+        let found = variable(name).filter(|value| !value.is_empty());
+        found.or_else(|| variable(&name.to_lowercase())).unwrap_or_default()
+    };
+    // In a CGI program HTTP_PROXY is a header of its client (CVE-2016-5385).
+    let http = if variable("REQUEST_METHOD").is_some() { String::new() } else { either("HTTP_PROXY") };
+    [http, either("HTTPS_PROXY"), either("NO_PROXY")]
+}
+
 impl Inner {
     fn endpoints(&self, registry: &str) -> Result<Vec<Endpoint>, HostsError> {
         let hosts = hosts::load(&self.options.hosts, registry)?;
@@ -180,5 +185,38 @@ impl Inner {
                 Ok(Endpoint::new(host, mirror_of, &self.options, transport, authorizer))
             })
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn proxies_are_those_of_the_environment() {
+        let of = |variables: &[(&str, &str)]| {
+            proxies(|name| {
+                variables.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned())
+            })
+        };
+        assert_eq!(of(&[]), ["", "", ""]);
+        assert_eq!(of(&[("HTTP_PROXY", "a"), ("http_proxy", "b"), ("https_proxy", "c")]), ["a", "c", ""]);
+        assert_eq!(of(&[("HTTPS_PROXY", ""), ("https_proxy", "c"), ("NO_PROXY", "x,y")]), ["", "c", "x,y"]);
+        assert_eq!(
+            of(&[("HTTP_PROXY", "a"), ("HTTPS_PROXY", "c"), ("REQUEST_METHOD", "GET")]),
+            ["", "c", ""]
+        );
+    }
+
+    #[test]
+    fn debug_shows_no_header() {
+        let headers = vec![("x-key".parse().unwrap(), "hunter2".parse().unwrap())];
+        let registry = Registry::with_proxies(
+            Options { headers, ..Options::default() },
+            "http://user:hunter2@proxy.example:3128",
+            "http://user:hunter2@proxy.example:3128",
+            "",
+        );
+        assert!(!format!("{registry:?}").contains("hunter2"), "{registry:?}");
     }
 }

@@ -45,7 +45,7 @@ pub(crate) struct Tls {
 /// Makes the configurations of a host. Blocks on files.
 ///
 /// # Errors
-/// [`HostsError::Certificate`] and [`HostsError::NoRoots`].
+/// [`HostsError::Certificate`].
 pub(crate) fn configure(roots: &Roots, settings: &Settings) -> Result<Tls, HostsError> {
     let provider = Arc::new(ring::default_provider());
     let mut trusted = roots.get().clone();

@@ -18,6 +18,7 @@ use http::{Method, Request, StatusCode, Uri};
 use http_body_util::BodyExt;
 use http_body_util::combinators::UnsyncBoxBody;
 use hyper::body::Incoming;
+use hyper_util::client::legacy::connect::capture_connection;
 use hyper_util::client::legacy::{self, Client};
 use hyper_util::client::proxy::matcher::Matcher;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
@@ -223,10 +224,22 @@ impl Transport {
         }
         let limit = self.shared.timeouts.response;
         let client = self.client(call.policy, call.strict);
+        let mut connection = capture_connection(&mut request);
         let mut answer = std::pin::pin!(client.request(request));
+        // Making a connection has limits of its own; those of the response begin when there is one.
+        // Cancel safety: the answer is polled on below; the other future only waits for a notice.
+        let mut early = tokio::select! {
+            biased;
+            answer = &mut answer => Some(answer),
+            _ = connection.wait_for_connection_metadata() => None,
+        };
         let mut seen = 0;
         let response = loop {
-            match timeout(limit, &mut answer).await {
+            let waited = match early.take() {
+                Some(answer) => Ok(answer),
+                None => timeout(limit, &mut answer).await,
+            };
+            match waited {
                 Ok(Ok(response)) => break response,
                 Ok(Err(source)) => return Err(TransportError::Client { source }),
                 Err(_) => {
@@ -239,10 +252,11 @@ impl Transport {
             }
         };
         let (head, body) = response.into_parts();
+        let spelled_out = || uri::bare_host(&call.uri).parse().ok();
         Ok(Response {
             method: call.method,
             status: head.status,
-            peer: head.extensions.get::<Peer>().map(|peer| peer.0.ip()),
+            peer: head.extensions.get::<Peer>().map(|peer| peer.0.ip()).or_else(spelled_out),
             headers: head.headers,
             uri: call.uri,
             body,
@@ -269,7 +283,7 @@ pub(crate) struct Response {
     pub(crate) headers: HeaderMap,
     /// What was asked, after redirects.
     pub(crate) uri: Uri,
-    /// The address of the other side, if there is no proxy in between.
+    /// The address of the other side; behind a proxy it is known only if it is spelled out.
     pub(crate) peer: Option<IpAddr>,
     body: Incoming,
     timeouts: Timeouts,

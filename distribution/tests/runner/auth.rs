@@ -7,7 +7,7 @@ use davit_distribution::{CredentialSource, Credentials, Error, Options, Secret};
 use davit_model::{Coded, ErrorCode};
 use http::Method;
 
-use crate::fake::{Fake, Reply, Seen};
+use crate::fake::{Fake, Piece, Reply, Seen, blob};
 use crate::setup::*;
 
 fn with_keys(keys: &Arc<Keys>) -> Options {
@@ -141,6 +141,38 @@ async fn a_token_that_runs_out_in_the_middle_is_replaced() {
     pull_with(&repository, &store, &options, Arc::new(News::default())).await.unwrap();
     image.assert_in(&store);
     assert!(guarded.tokens.lock().unwrap().len() >= 3);
+}
+
+#[tokio::test]
+async fn a_blob_that_broke_off_goes_on_with_a_new_token() {
+    let image = Image::new(12, &[200_000]);
+    let guarded = guarded(&image, usize::MAX, |_| None).await;
+    // The registry itself is behind: it forgets all tokens when it breaks off.
+    let (tokens, layer, mut left) = (guarded.tokens.clone(), image.layers[0].clone(), 3);
+    let end = digest_of(&layer).to_string();
+    guarded.registry.rule(move |seen, _| {
+        if !seen.path.ends_with(&end) || left == 0 {
+            return None;
+        }
+        left -= 1;
+        tokens.lock().unwrap().values_mut().for_each(String::clear);
+        let reply = blob(seen, &layer);
+        let Piece::Whole(bytes) = reply.body else { return None };
+        let headers =
+            reply.headers.into_iter().chain([("content-length".to_owned(), bytes.len().to_string())]);
+        Some(Reply {
+            status: reply.status,
+            headers: headers.collect(),
+            body: Piece::Cut(bytes.slice(..50_000)),
+        })
+    });
+    let (_root, store) = store();
+    let repository = repository(options(), &format!("{}/a:v1", guarded.registry.name())).await;
+    pull_from(&repository, &store).await.unwrap();
+    image.assert_in(&store);
+    assert_eq!(guarded.tokens.lock().unwrap().len(), 4);
+    let last = guarded.registry.seen().into_iter().rfind(|seen| seen.path.contains("/blobs/")).unwrap();
+    assert_eq!(last.header("range"), "bytes=150000-199999");
 }
 
 #[tokio::test]

@@ -58,7 +58,7 @@ fn reply(fault: Fault, seen: &Seen, image: &Image) -> Option<Reply> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn an_image_arrives(
