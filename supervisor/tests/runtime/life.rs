@@ -36,6 +36,7 @@ with_both_shims!(
     a_killed_shim_is_reported,
     a_stopped_shim_delays_only_its_own,
     other_calls,
+    a_name_is_free_at_once,
 );
 
 fn code<T: std::fmt::Debug>(result: Result<T, Error>) -> ErrorCode {
@@ -333,5 +334,24 @@ fn other_calls(world: World) {
     daemon.kill("one", "").ok();
     daemon.wait("one", "").unwrap();
     daemon.delete("one").unwrap();
+    world.assert_nothing_left();
+}
+
+/// A deletion does not wait until the files are gone; the end of the daemon does.
+fn a_name_is_free_at_once(world: World) {
+    let daemon = world.daemon();
+    for _ in 0..5 {
+        daemon.run(world.container("again", "exit 3"));
+        assert_eq!(daemon.wait("again", "").unwrap(), 3);
+        assert_eq!(daemon.delete("again").unwrap(), 3);
+    }
+    daemon.block_on(daemon.tasks.settle());
+    for folder in ["state", "root"] {
+        let left: Vec<_> = fs::read_dir(world.path(folder).join(&daemon.namespace))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        assert!(left.is_empty(), "{folder}: {left:?}");
+    }
     world.assert_nothing_left();
 }
