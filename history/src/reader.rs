@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use tracing::warn;
 
@@ -14,6 +14,9 @@ use crate::{Entry, Kind};
 
 /// The bytes that are read at once, unless an entry is longer.
 const PIECE: u64 = 256 * 1024;
+
+/// The time of a file may be that of the kernel's last tick, and so a little before what was written then.
+const TICK: Duration = Duration::from_secs(1);
 
 /// Where to begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,7 +48,7 @@ impl Reader {
     pub(crate) fn new(index: Arc<Index>, start: Start) -> Reader {
         let (after, since) = match start {
             Start::After(cursor) => (cursor, None),
-            Start::Since(time) => (0, Some(time)),
+            Start::Since(time) => (0, Some(time.checked_sub(TICK).unwrap_or(time))),
         };
         Reader { index, after, since, done: None, current: None }
     }

@@ -124,6 +124,38 @@ proptest! {
         prop_assert!(last.len() >= model.len().min(3));
     }
 
+    /// The power goes: of the last segment is there what was synced, and perhaps zeros where nothing was written. What is
+    /// before the loss is read, and no cursor that anybody may have seen is given again.
+    #[test]
+    fn a_power_cut_costs_the_end_alone(
+        lengths in prop::collection::vec(0_usize..300, 1..20),
+        cut in any::<prop::sample::Index>(),
+        zeros in 0_u64..100,
+    ) {
+        let folder = tempfile::tempdir().unwrap();
+        let mut log = Log::open(folder.path(), small()).unwrap();
+        let first = log.next_cursor();
+        let model: Vec<_> =
+            (first..).zip(&lengths).map(|(cursor, length)| event(cursor, vec![1; *length])).collect();
+        append(&mut log, &model);
+        let seen = log.next_cursor();
+        drop(log);
+        let path = segments(folder.path()).pop().unwrap();
+        let file = OpenOptions::new().write(true).open(&path).unwrap();
+        let synced = cut.index(length(&path) as usize + 1) as u64;
+        file.set_len(synced).unwrap();
+        file.set_len(synced + zeros).unwrap();
+
+        let mut log = Log::open(folder.path(), small()).unwrap();
+        prop_assert!(log.next_cursor() >= seen);
+        let next = event(log.next_cursor(), b"next".to_vec());
+        append(&mut log, std::slice::from_ref(&next));
+        let mut found = read(&mut log.reader(Start::After(0)));
+        found.retain(|entry| entry.kind != Kind::Gap(0));
+        prop_assert_eq!(found.pop(), Some(next));
+        prop_assert_eq!(&found[..], &model[..found.len()]);
+    }
+
     /// However much is appended: the folder stays within its bound, and what is left is the end, whole.
     #[test]
     fn the_folder_is_bounded(batches in prop::collection::vec(prop::collection::vec(0_usize..300, 1..9), 1..40)) {

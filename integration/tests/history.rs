@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
@@ -287,6 +288,52 @@ fn shim_of(id: &str) -> Result<i32> {
         }
     }
     bail!("no shim of {id}")
+}
+
+#[test]
+fn who_follows_waits_for_the_daemon_and_goes_on() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let mut daemon = Daemon::start()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let mut davit =
+        daemon.davit_command(["events", "-f", "topic~=^/test/"]).stdout(Stdio::piped()).spawn()?;
+    let (line, lines) = std::sync::mpsc::channel();
+    let stdout = BufReader::new(davit.stdout.take().context("no output")?);
+    let reading =
+        std::thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|text| line.send(text)));
+    let mut number = 0;
+    let mut publish = |daemon: &Daemon| {
+        number += 1;
+        let event = Some(prost_types::Any { type_url: format!("n{number}"), value: Vec::new() });
+        let mut request = Request::new(PublishRequest { topic: "/test/follow".into(), event });
+        runtime.block_on(async {
+            request.metadata_mut().insert("containerd-namespace", daemon.namespace().parse()?);
+            Publisher::new(connect(&daemon.address()).await?).publish(request).await?;
+            anyhow::Ok(number)
+        })
+    };
+    // Until it listens.
+    let mut last = wait::until("the first event", || {
+        let number = publish(&daemon).ok()?;
+        let soon = || lines.recv_timeout(Duration::from_millis(200)).ok();
+        std::iter::from_fn(soon).any(|text| text.ends_with(&format!("type=n{number}"))).then_some(number)
+    })?;
+    for signal in [Signal::SIGKILL, Signal::SIGTERM] {
+        daemon.stop(signal)?;
+        daemon.restart()?;
+        let number = publish(&daemon)?;
+        ensure!(number == last + 1);
+        last = number;
+        let text = lines.recv_timeout(wait::PATIENCE)?;
+        ensure!(text.ends_with(&format!("type=n{number}")), "{text}, not {number}");
+    }
+    davit.kill()?;
+    davit.wait()?;
+    let _ = reading.join();
+    ensure!(lines.try_recv().is_err(), "something is told twice");
+    Ok(())
 }
 
 #[test]

@@ -5,7 +5,7 @@ pub(super) mod when;
 
 use std::fmt::Write as _;
 use std::io::Write;
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use davit_proto::any::unpack;
 use davit_proto::containerd::events as ev;
@@ -26,6 +26,11 @@ use when::When;
 
 const ACTION: &str = "read events";
 
+/// A daemon that is restarted is away for less than this.
+const AWAY: Duration = Duration::from_secs(30);
+/// How often it is asked meanwhile.
+const AGAIN: Duration = Duration::from_millis(100);
+
 const EXAMPLES: &str = "\
 Examples:
   davit events                                     what happens from now on
@@ -38,8 +43,8 @@ Examples:
 A WHEN is a duration before now (90s, 10m, 1h30m, 7d), a time of RFC 3339 or
 its date (in UTC unless it says otherwise), or seconds since 1970. Each event
 has a cursor, which --format json shows: with --since cursor:N a reader that
-was away gets every later event that is kept, once. An exit that no shim could
-report shows its cause.";
+was away gets every later event that is kept, once. The daemon may be restarted
+meanwhile. An exit that no shim could report shows its cause.";
 
 /// Options of `davit events`.
 #[derive(Debug, clap::Args)]
@@ -77,28 +82,78 @@ fn parse_until(text: &str) -> std::result::Result<SystemTime, String> {
 /// `davit events`.
 pub(crate) async fn run(client: &Client, options: Options, out: &mut dyn Write) -> Result<()> {
     let filters = filters::build(client, options.all_namespaces, &options.filter).await?;
-    let ends = options.until.filter(|until| *until <= SystemTime::now());
-    if let Some(until) = ends {
+    let mut printer = Printer { format: options.format, until: options.until, last: None, out };
+    if let Some(until) = options.until.filter(|until| *until <= SystemTime::now()) {
         let since = options.since.map(|since| match since {
             When::Time(time) => list_request::Since::Time(time.into()),
             When::Cursor(cursor) => list_request::Since::Cursor(cursor),
         });
         let request = ListRequest { since, until: Some(until.into()), filters, limit: 0 };
-        let stream = client.history().list(request).await;
-        return print(known(stream)?, options.format, None, out).await;
+        let mut stream = known(client.history().list(request).await)?;
+        while let Some(entry) = stream.message().await.map_err(failed)? {
+            printer.print(entry)?;
+        }
+        return Ok(());
     }
-    let since = options.since.map(|since| match since {
+    let begun = SystemTime::now();
+    match client.history().follow(request(options.since, &filters)).await {
+        // Other daemons tell what happens, and no more.
+        Err(status)
+            if status.code() == Code::Unimplemented && options.since.is_none() && options.until.is_none() =>
+        {
+            subscribe(client, filters, printer).await
+        }
+        stream => {
+            let stream = known(stream)?;
+            let end = async {
+                match options.until {
+                    Some(until) => tokio::time::sleep(until.duration_since(begun).unwrap_or_default()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            // Cancel safety: after the end nothing is read any more.
+            tokio::select! {
+                result = follow(client, stream, options.since.unwrap_or(When::Time(begun)), &filters, &mut printer) => result,
+                () = end => Ok(()),
+            }
+        }
+    }
+}
+
+fn request(since: Option<When>, filters: &[String]) -> FollowRequest {
+    let since = since.map(|since| match since {
         When::Time(time) => follow_request::Since::Time(time.into()),
         When::Cursor(cursor) => follow_request::Since::Cursor(cursor),
     });
-    let past = since.is_some() || options.until.is_some();
-    let request = FollowRequest { since, filters: filters.clone() };
-    match client.history().follow(request).await {
-        // Other daemons tell what happens, and no more.
-        Err(status) if status.code() == Code::Unimplemented && !past => {
-            subscribe(client, filters, options.format, out).await
-        }
-        stream => print(known(stream)?, options.format, options.until, out).await,
+    FollowRequest { since, filters: filters.to_vec() }
+}
+
+/// Follows for ever. When the daemon goes away it is waited for, and gone on where it was: nothing is missed.
+async fn follow(
+    client: &Client,
+    mut stream: Streaming<Entry>,
+    since: When,
+    filters: &[String],
+    printer: &mut Printer<'_>,
+) -> Result<()> {
+    loop {
+        let error = loop {
+            match stream.message().await {
+                Ok(Some(entry)) => printer.print(entry)?,
+                Ok(None) => break Status::unavailable("the daemon has ended the stream"),
+                Err(status) => break status,
+            }
+        };
+        let since = Some(printer.last.map_or(since, When::Cursor));
+        let deadline = Instant::now() + AWAY;
+        stream = loop {
+            match client.history().follow(request(since, filters)).await {
+                Ok(stream) => break stream.into_inner(),
+                // What broke first says more than what follows from it.
+                Err(_) if Instant::now() > deadline => return Err(failed(error)),
+                Err(_) => tokio::time::sleep(AGAIN).await,
+            }
+        };
     }
 }
 
@@ -112,45 +167,37 @@ fn known<T>(answer: std::result::Result<tonic::Response<T>, Status>) -> Result<T
     }
 }
 
-/// Prints entries until there are no more, or until a time.
-async fn print(
-    mut stream: Streaming<Entry>,
+/// Prints entries in order.
+struct Printer<'a> {
     format: Format,
     until: Option<SystemTime>,
-    out: &mut dyn Write,
-) -> Result<()> {
-    let left = until.map(|until| until.duration_since(SystemTime::now()).unwrap_or_default());
-    let end = async {
-        match left {
-            Some(left) => tokio::time::sleep(left).await,
-            None => std::future::pending().await,
-        }
-    };
-    tokio::pin!(end);
-    loop {
-        // Cancel safety: `end` is pinned outside of the loop, and after it nothing is read any more.
-        let entry = tokio::select! {
-            biased;
-            entry = stream.message() => entry.map_err(failed)?,
-            () = &mut end => None,
-        };
-        let Some(entry) = entry else { return Ok(()) };
+    /// The cursor of the last that was printed.
+    last: Option<u64>,
+    out: &'a mut dyn Write,
+}
+
+impl Printer<'_> {
+    fn print(&mut self, entry: Entry) -> Result<()> {
+        self.last = Some(entry.cursor);
         match entry.what {
             Some(What::Event(Event { envelope: Some(envelope), cause })) => {
-                if until.is_some_and(|until| time(&envelope) >= until) {
-                    continue;
+                if self.until.is_none_or(|until| time(&envelope) < until) {
+                    self.event(Some(entry.cursor), &envelope, &cause)?;
                 }
-                let text = match format {
-                    Format::Text => describe(&envelope, &cause),
-                    Format::Json => object(Some(entry.cursor), &envelope, &cause).to_string(),
-                };
-                format::line(out, text)?;
             }
-            Some(What::Gap(gap)) => tell_gap(entry.cursor, &gap, format, out)?,
+            Some(What::Gap(gap)) => tell_gap(entry.cursor, &gap, self.format, self.out)?,
             // Something of a later release.
             Some(What::Event(Event { envelope: None, .. })) | None => {}
         }
-        out.flush().map_err(Error::Output)?;
+        self.out.flush().map_err(Error::Output)
+    }
+
+    fn event(&mut self, cursor: Option<u64>, envelope: &Envelope, cause: &str) -> Result<()> {
+        let text = match self.format {
+            Format::Text => describe(envelope, cause),
+            Format::Json => object(cursor, envelope, cause).to_string(),
+        };
+        format::line(self.out, text)
     }
 }
 
@@ -168,15 +215,11 @@ fn tell_gap(cursor: u64, gap: &Gap, format: Format, out: &mut dyn Write) -> Resu
 }
 
 /// containerd's own way: live only, and without causes.
-async fn subscribe(client: &Client, filters: Vec<String>, format: Format, out: &mut dyn Write) -> Result<()> {
+async fn subscribe(client: &Client, filters: Vec<String>, mut printer: Printer<'_>) -> Result<()> {
     let mut stream = client.events().subscribe(SubscribeRequest { filters }).await.call(ACTION)?;
     while let Some(envelope) = stream.message().await.map_err(failed)? {
-        let text = match format {
-            Format::Text => describe(&envelope, ""),
-            Format::Json => object(None, &envelope, "").to_string(),
-        };
-        format::line(out, text)?;
-        out.flush().map_err(Error::Output)?;
+        printer.event(None, &envelope, "")?;
+        printer.out.flush().map_err(Error::Output)?;
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use super::history::History;
 use super::{Asked, Envelope, Reading, record};
 
 /// The entries that wait for a slow reader, beside those of one piece of the log.
-const AHEAD: usize = 64;
+const AHEAD: usize = 16;
 
 /// Where to begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
