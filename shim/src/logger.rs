@@ -16,6 +16,7 @@ use nix::unistd::{pipe2, read};
 
 use crate::executor::{Either, race};
 use crate::log;
+use crate::quiesce::Busy;
 use crate::reactor::{Async, sleep};
 use crate::reaper::Awaited;
 
@@ -178,6 +179,8 @@ impl Logger {
     /// Waits for the end of the program, which comes by itself when all writers have closed the pipes; asks
     /// for it after some time, and enforces it after some more.
     pub(crate) async fn stop(self) {
+        // Who ends it must not be lost in an upgrade.
+        let _busy = Busy::begin();
         let process = &self.process;
         let ended =
             |limit| async move { matches!(race(process.exit(), sleep(limit)).await, Either::First(_)) };

@@ -22,7 +22,7 @@ use crate::rpc::Server;
 use crate::shim::Shim;
 use crate::socket::bind_private;
 use crate::upgrade::Handed;
-use crate::{reaper, state};
+use crate::{reaper, start, state};
 
 /// The time that clients have to take their last replies.
 const LAST_REPLIES: Duration = Duration::from_millis(100);
@@ -60,8 +60,9 @@ pub(crate) fn serve(arguments: Arguments, given: Given) -> io::Result<()> {
 pub(crate) fn resume(arguments: Arguments, number: RawFd) -> io::Result<()> {
     let mut handed = Handed::receive(number)?;
     let given = handed.given()?;
-    // Its name came from the path of a descriptor.
+    // The kernel has named the process by the number of a descriptor, and its command line tells of one.
     let _ = prctl::set_name(c"containerd-shim");
+    start::name_server(&arguments, arguments.debug);
     let socket = handed.socket_file();
     go_on(arguments, given, socket, Some(handed))
 }

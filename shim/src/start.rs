@@ -172,7 +172,7 @@ fn leave_server(arguments: &Arguments, input: &StartInput, listener: OwnedFd) ->
 }
 
 /// Gives the serving process the command line of one: operators find shims by it, and daemons their own.
-fn name_server(arguments: &Arguments, debug: bool) {
+pub(crate) fn name_server(arguments: &Arguments, debug: bool) {
     let program = std::env::args_os().next().unwrap_or_default();
     let mut line = vec![program.as_os_str()];
     for (flag, value) in

@@ -32,6 +32,10 @@ mod streams_spool;
 mod streams_terminal;
 #[path = "runner/upgrade.rs"]
 mod upgrade;
+#[path = "runner/upgrade_refused.rs"]
+mod upgrade_refused;
+#[path = "runner/upgrade_streams.rs"]
+mod upgrade_streams;
 #[path = "runner/writer.rs"]
 mod writer;
 

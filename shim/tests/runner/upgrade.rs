@@ -1,7 +1,7 @@
-//! A running shim executes other builds of itself: what it keeps, and what it refuses.
+//! A running shim executes other builds of itself, and nothing is lost.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use davit_model::ErrorCode;
-use davit_proto::containerd::task::v3::{ResizePtyRequest, StateRequest, WaitRequest, WaitResponse};
+use davit_proto::containerd::task::v3::{StateRequest, WaitRequest, WaitResponse};
 use davit_proto::davit::shim::v1::{StatusRequest, StatusResponse, UpgradeRequest, UpgradeResponse};
 use davit_shim_protocol::frame::{self, Decoder, Received, RpcError};
 use davit_shim_protocol::journal;
@@ -19,28 +19,28 @@ use prost::Message;
 use crate::support::{Client, Host, PATIENCE, cannot_run, eventually};
 
 const SERVICE: &str = "davit.shim.v1.Shim";
-const NAME: &str = "containerd-shim-davit-v2";
-const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-davit-v2");
+pub(crate) const NAME: &str = "containerd-shim-davit-v2";
+pub(crate) const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-davit-v2");
 
 /// Programs to upgrade to, in a folder that only root can write to.
-struct Programs {
-    folder: tempfile::TempDir,
+pub(crate) struct Programs {
+    pub(crate) folder: tempfile::TempDir,
 }
 
 impl Programs {
-    fn new() -> Programs {
+    pub(crate) fn new() -> Programs {
         let folder = tempfile::Builder::new().prefix("davit-upgrade").tempdir_in("/var/lib").unwrap();
         std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
         Programs { folder }
     }
 
     /// A copy of a program, in a folder of its own.
-    fn copy(&self, name: &str, of: &Path) -> PathBuf {
+    pub(crate) fn copy(&self, name: &str, of: &Path) -> PathBuf {
         let bytes = std::fs::read(of).unwrap_or_else(|error| panic!("{}: {error}", of.display()));
         self.write(name, &bytes)
     }
 
-    fn write(&self, name: &str, bytes: &[u8]) -> PathBuf {
+    pub(crate) fn write(&self, name: &str, bytes: &[u8]) -> PathBuf {
         let path = self.folder.path().join(name);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(&path, bytes).unwrap();
@@ -49,7 +49,7 @@ impl Programs {
     }
 
     /// Two builds of the shim.
-    fn builds(&self) -> [PathBuf; 2] {
+    pub(crate) fn builds(&self) -> [PathBuf; 2] {
         let first = self.copy(&format!("first/{NAME}"), Path::new(SHIM));
         [first, self.copy(&format!("second/{NAME}"), other_build())]
     }
@@ -81,22 +81,26 @@ fn other_build() -> &'static Path {
 }
 
 impl Client {
-    fn upgrade(&self, binary: &Path) -> Result<UpgradeResponse, RpcError> {
+    pub(crate) fn upgrade(&self, binary: &Path) -> Result<UpgradeResponse, RpcError> {
         let request = UpgradeRequest { binary: binary.display().to_string() };
         self.call_version(SERVICE, "Upgrade", &request, None)
     }
 
-    fn status(&self) -> StatusResponse {
+    pub(crate) fn status(&self) -> StatusResponse {
         self.call_version(SERVICE, "Status", &StatusRequest {}, None).unwrap()
     }
 }
 
-fn executed_by(pid: u32) -> PathBuf {
+pub(crate) fn executed_by(pid: u32) -> PathBuf {
     std::fs::read_link(format!("/proc/{pid}/exe")).unwrap()
 }
 
 /// Waits for the end of a process in a thread, over a connection of its own.
-fn wait_in_thread(client: &Client, id: &str, exec_id: &str) -> std::thread::JoinHandle<WaitResponse> {
+pub(crate) fn wait_in_thread(
+    client: &Client,
+    id: &str,
+    exec_id: &str,
+) -> std::thread::JoinHandle<WaitResponse> {
     let (client, id, exec_id) = (client.again(), id.to_owned(), exec_id.to_owned());
     std::thread::spawn(move || client.wait(&id, &exec_id).unwrap())
 }
@@ -343,146 +347,6 @@ fn an_upgrade_without_a_daemon_keeps_what_it_has_to_tell() {
     expected.extend(["exit box 137".to_owned(), "delete".to_owned()]);
     assert_eq!(events.until("delete"), expected);
     again.shutdown();
-}
-
-#[test]
-fn a_terminal_goes_on() {
-    if cannot_run() {
-        return;
-    }
-    let (host, programs) = (Host::new(), Programs::new());
-    let builds = programs.builds();
-    let bundle = host.bundle(
-        "box",
-        "stty -echo; while read -r word; do stty size; echo got $word; done; exit 5",
-        |config| {
-            config["process"]["terminal"] = true.into();
-        },
-    );
-    let (input, output) = (host.fifo("in"), host.fifo("out"));
-    let shown = std::thread::spawn({
-        let output = output.clone();
-        move || std::fs::File::open(output).unwrap()
-    });
-    let client = host.start(&bundle);
-    let mut request = host.create_request(&bundle);
-    (request.stdin, request.stdout, request.terminal) = (input.clone(), output, true);
-    client.create(&request).unwrap();
-    let mut typed = std::fs::File::options().write(true).open(&input).unwrap();
-    let mut shown = BufReader::new(shown.join().unwrap());
-    client.start(&bundle.id, "").unwrap();
-    for round in 0..6u32 {
-        client.upgrade(&builds[round as usize % 2]).unwrap();
-        let size = ResizePtyRequest {
-            id: bundle.id.clone(),
-            width: 80 + round,
-            height: 24,
-            ..ResizePtyRequest::default()
-        };
-        client.act("ResizePty", &size).unwrap();
-        typed.write_all(format!("word{round}\n").as_bytes()).unwrap();
-        for expected in [format!("24 {}", 80 + round), format!("got word{round}")] {
-            let mut line = String::new();
-            while line.trim().is_empty() || line.contains("word") && !line.contains("got") {
-                line.clear();
-                assert_ne!(shown.read_line(&mut line).unwrap(), 0);
-            }
-            assert_eq!(line.trim(), expected);
-        }
-    }
-    client.upgrade(&builds[0]).unwrap();
-    // What ends a terminal's input.
-    typed.write_all(&[4]).unwrap();
-    assert_eq!(client.wait(&bundle.id, "").unwrap().exit_status, 5);
-    client.finish(&bundle.id);
-}
-
-#[test]
-fn what_is_not_a_safe_and_working_shim_is_refused() {
-    if cannot_run() {
-        return;
-    }
-    let (host, programs) = (Host::new(), Programs::new());
-    let good = programs.copy(&format!("good/{NAME}"), Path::new(SHIM));
-    let bundle = host.bundle("box", "sleep 1000", |_| ());
-    let client = host.start(&bundle);
-    client.create(&host.create_request(&bundle)).unwrap();
-    client.start(&bundle.id, "").unwrap();
-    let ended = wait_in_thread(&client, &bundle.id, "");
-    let before = client.status();
-
-    let owned = programs.copy("owned", &good);
-    chown(&owned, Some(1000), None).unwrap();
-    let writable = programs.copy("writable", &good);
-    std::fs::set_permissions(&writable, std::fs::Permissions::from_mode(0o775)).unwrap();
-    let plain = programs.copy("plain", &good);
-    std::fs::set_permissions(&plain, std::fs::Permissions::from_mode(0o644)).unwrap();
-    let open = programs.copy("open/shim", &good);
-    std::fs::set_permissions(open.parent().unwrap(), std::fs::Permissions::from_mode(0o777)).unwrap();
-    let elf = std::fs::read(&good).unwrap();
-    let script = |name: &str, text: &str| programs.write(name, format!("#!/bin/sh\n{text}\n").as_bytes());
-    let good = good.display();
-    let mark = programs.folder.path().join("mark");
-    let once = format!("[ ! -e {0} ] || exit 9; : >{0}; exec {good} \"$@\"", mark.display());
-    let cases = [
-        (PathBuf::from("relative"), ErrorCode::InvalidArgument, "is not absolute"),
-        (programs.folder.path().join("none"), ErrorCode::NotFound, "No such file"),
-        (programs.folder.path().to_owned(), ErrorCode::PermissionDenied, "is no regular file"),
-        (owned, ErrorCode::PermissionDenied, "belongs to user 1000"),
-        (writable, ErrorCode::PermissionDenied, "writable by others"),
-        (plain, ErrorCode::PermissionDenied, "not executable"),
-        (open, ErrorCode::PermissionDenied, "writable by others"),
-        (programs.copy("false", Path::new("/bin/false")), ErrorCode::FailedPrecondition, "exit status 1"),
-        (programs.copy("true", Path::new("/bin/true")), ErrorCode::FailedPrecondition, "exit status 0"),
-        // Named so, this one says something for ever.
-        (programs.copy("yes", Path::new("/bin/busybox")), ErrorCode::FailedPrecondition, "no answer within"),
-        (programs.write("short", &elf[..1000]), ErrorCode::FailedPrecondition, "refused"),
-        (programs.write("torn", &elf[..64 * 1024]), ErrorCode::FailedPrecondition, "refused"),
-        (programs.write("empty", b""), ErrorCode::FailedPrecondition, "refused"),
-        (
-            script("older", "echo the state has version 1, this program reads versions up to 0; exit 1"),
-            ErrorCode::FailedPrecondition,
-            "reads versions up to 0",
-        ),
-        // It understands the state, and fails when all is at a standstill.
-        (script("once", &once), ErrorCode::FailedPrecondition, "exit status 9"),
-        // It passes every check, and cannot be executed in the end: its interpreter would not find it.
-        (script("wrapper", &format!("exec {good} \"$@\"")), ErrorCode::Internal, "execute the program"),
-    ];
-    for (program, code, text) in cases {
-        let error = client.upgrade(&program).unwrap_err();
-        assert_eq!(error.code, code, "{}: {error}", program.display());
-        assert!(error.message.contains(text), "{}: {error}", program.display());
-        assert_eq!(executed_by(before.pid), Path::new(&before.program.as_ref().unwrap().path));
-        assert_eq!(client.status(), before, "after {}", program.display());
-        assert!(!ended.is_finished());
-    }
-    // Nothing of that has harmed it.
-    let exec = client.exec(&bundle.id, "e", "exit 3").and_then(|()| client.start(&bundle.id, "e"));
-    assert!(exec.is_ok(), "{exec:?}");
-    assert_eq!(client.wait(&bundle.id, "e").unwrap().exit_status, 3);
-    let inheritable = open_without_close_on_exec(before.pid);
-    assert_eq!(inheritable, [0, 1, 2], "descriptors that a program would inherit");
-    client.upgrade(Path::new(&good.to_string())).unwrap();
-    assert_eq!(open_without_close_on_exec(before.pid), [0, 1, 2]);
-    client.kill(&bundle.id, "", 9).unwrap();
-    assert_eq!(ended.join().unwrap().exit_status, 137);
-    client.finish(&bundle.id);
-}
-
-fn open_without_close_on_exec(pid: u32) -> Vec<u32> {
-    const O_CLOEXEC: u32 = 0o2000000;
-    let mut numbers = Vec::new();
-    for entry in std::fs::read_dir(format!("/proc/{pid}/fdinfo")).unwrap() {
-        let entry = entry.unwrap();
-        let info = std::fs::read_to_string(entry.path()).unwrap();
-        let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap().trim();
-        if u32::from_str_radix(flags, 8).unwrap() & O_CLOEXEC == 0 {
-            numbers.push(entry.file_name().to_str().unwrap().parse().unwrap());
-        }
-    }
-    numbers.sort_unstable();
-    numbers
 }
 
 #[test]
