@@ -13,6 +13,7 @@ mod registry;
 mod text;
 
 pub use history::history;
+pub use davit_shim::inputs as shim;
 pub use layer::{layer_bytes, layer_entries};
 pub use protocol::{bootstrap, frame, journal};
 pub use registry::{challenge, hosts};
@@ -22,10 +23,15 @@ pub use text::{documents, filter, names, rootfs};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 12] = [
+pub const TARGETS: [Target; 17] = [
     ("frame", frame),
     ("bootstrap", bootstrap),
     ("journal", journal),
+    ("shim_options", shim::options),
+    ("shim_stream_address", shim::stream_address),
+    ("shim_specification", shim::specification),
+    ("shim_command_line", shim::command_line),
+    ("shim_state", shim::state),
     ("history", history),
     ("filter", filter),
     ("names", names),

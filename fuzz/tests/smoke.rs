@@ -105,6 +105,38 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
             }
             vec![bytes, vec![0]]
         }
+        "shim_options" => {
+            // Tags and lengths of the fields that are strings and flags (runc v1 options).
+            let wire = b"\x08\x01\x1a\x02/g\x32\x04crun\x3a\x02/r\x40\x01".to_vec();
+            let mut any = b"\x0a\x1acontainerd.runc.v1.Options\x12".to_vec();
+            any.push(wire.len() as u8);
+            any.extend_from_slice(&wire);
+            let mut all: Vec<Vec<u8>> =
+                texts(&[r#"{"binary_name":"crun","root":"/r","systemd_cgroup":true,"x":1}"#]);
+            all.extend([wire, any]);
+            all
+        }
+        "shim_stream_address" => texts(&[
+            "/a b",
+            "fifo:///run/x/0-stdout",
+            "file:///var/log/a%20b%2f?x#y",
+            "json-file:///l?max-size=1024&max-file=3",
+            "binary:///usr/bin/logger?tag=a+b&c=%41&d",
+            "binary-v2:///l?k",
+        ]),
+        "shim_specification" => texts(&[
+            r#"{"annotations":{"io.kubernetes.cri.sandbox-id":"p"},"linux":{"cgroupsPath":"/a/../b","namespaces":[{"type":"pid","path":""}]}}"#,
+            r#"{"terminal":true,"args":["a"],"user":{"uid":1e0},"env":null}"#,
+        ]),
+        "shim_command_line" => texts(&[
+            "-namespace\0ns\0-id=box\0--address\0/c.sock\0-debug\0start",
+            "-v\0--\0delete",
+            "-bundle\0/b\0-debug=false\0delete",
+        ]),
+        "shim_state" => vec![
+            include_bytes!("../../shim/src/state/version1.state").to_vec(),
+            include_bytes!("../../shim/src/state/version1.state")[12..].to_vec(),
+        ],
         "filter" => {
             texts(&["name==web,labels.\"a b\"~=/x{1,3}\\//", "labels.a!=b", "name~=|(?i)w+|", "a.b.c"])
         }

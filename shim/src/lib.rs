@@ -20,6 +20,8 @@ mod error;
 mod executor;
 mod identity;
 mod info;
+#[doc(hidden)]
+pub mod inputs;
 mod json_log;
 mod leftovers;
 mod log;

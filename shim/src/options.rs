@@ -67,8 +67,8 @@ pub(crate) fn from_request(options: Option<&Any>) -> Result<Options, TaskError> 
     }
 }
 
-/// Keeps the options in the bundle.
-pub(crate) fn write(bundle: &Path, options: &Options) -> io::Result<()> {
+/// The options as they are kept in a bundle.
+pub(crate) fn to_stored(options: &Options) -> io::Result<Vec<u8>> {
     let stored = Stored {
         no_pivot_root: options.no_pivot_root,
         no_new_keyring: options.no_new_keyring,
@@ -83,7 +83,23 @@ pub(crate) fn write(bundle: &Path, options: &Options) -> io::Result<()> {
         task_api_address: options.task_api_address.clone(),
         task_api_version: options.task_api_version,
     };
-    write_private(&bundle.join(OPTIONS_FILE), &serde_json::to_vec(&stored)?)?;
+    Ok(serde_json::to_vec(&stored)?)
+}
+
+/// What has to be known of options that were kept; the default ones for what is no such document.
+pub(crate) fn from_stored(bytes: &[u8]) -> Options {
+    let stored: Stored = serde_json::from_slice(bytes).unwrap_or_default();
+    Options {
+        binary_name: stored.binary_name,
+        root: stored.root,
+        systemd_cgroup: stored.systemd_cgroup,
+        ..Options::default()
+    }
+}
+
+/// Keeps the options in the bundle.
+pub(crate) fn write(bundle: &Path, options: &Options) -> io::Result<()> {
+    write_private(&bundle.join(OPTIONS_FILE), &to_stored(options)?)?;
     write_private(&bundle.join(RUNTIME_FILE), options.binary_name.as_bytes())
 }
 
@@ -108,18 +124,11 @@ pub(crate) fn runtime(
 
 /// The runtime that a bundle was made with, as far as its files tell.
 pub(crate) fn runtime_of_bundle(bundle: &Path, namespace: &str) -> Runtime {
-    let stored: Stored = read_regular(&bundle.join(OPTIONS_FILE), MAX_FILE)
-        .ok()
-        .and_then(|bytes| serde_json::from_slice(&bytes).ok())
-        .unwrap_or_default();
-    let named = read_regular(&bundle.join(RUNTIME_FILE), MAX_FILE).unwrap_or_default();
-    let named = String::from_utf8(named).unwrap_or_default();
-    let options = Options {
-        binary_name: if stored.binary_name.is_empty() { named } else { stored.binary_name },
-        root: stored.root,
-        systemd_cgroup: stored.systemd_cgroup,
-        ..Options::default()
-    };
+    let mut options = from_stored(&read_regular(&bundle.join(OPTIONS_FILE), MAX_FILE).unwrap_or_default());
+    if options.binary_name.is_empty() {
+        let named = read_regular(&bundle.join(RUNTIME_FILE), MAX_FILE).unwrap_or_default();
+        options.binary_name = String::from_utf8(named).unwrap_or_default();
+    }
     runtime(&options, bundle, namespace, None)
 }
 

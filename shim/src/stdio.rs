@@ -43,7 +43,7 @@ use crate::runtime::ChildStdio;
 use crate::spool::Spool;
 use crate::sync::Condition;
 
-use address::Address;
+pub(crate) use address::Address;
 #[cfg(test)]
 pub(crate) use open::open_fifo;
 pub(crate) use saved::Saved;
