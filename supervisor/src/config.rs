@@ -1,4 +1,6 @@
-//! The daemon's configuration: a TOML file, overridden by flags.
+//! The daemon's configuration: a TOML file, overridden by flags. A file of containerd's is read as well (`containerd.rs`).
+
+mod containerd;
 
 use std::path::{Path, PathBuf};
 
@@ -199,6 +201,14 @@ pub enum ConfigError {
         /// Where and why.
         source: Box<toml::de::Error>,
     },
+    /// A file of containerd's that cannot be understood.
+    #[error("the containerd configuration {}: {rule}", path.display())]
+    Containerd {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        rule: String,
+    },
     /// A value that cannot work.
     #[error("{key} = {value:?}: {reason}")]
     Value {
@@ -211,22 +221,47 @@ pub enum ConfigError {
     },
 }
 
+/// A configuration that was read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Loaded {
+    /// What it says.
+    pub config: Config,
+    /// The keys of containerd's file that have no effect.
+    pub ignored: Vec<String>,
+}
+
+fn read_file(path: &Path) -> Result<String, ConfigError> {
+    std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })
+}
+
+fn parse<T: serde::de::DeserializeOwned>(text: &str, path: &Path) -> Result<T, ConfigError> {
+    toml::from_str(text)
+        .map_err(|source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) })
+}
+
 impl Config {
-    /// Reads `path`, or the default file if it exists, or takes the defaults.
+    /// Reads `path`, or the default file if it exists, or takes the defaults. A file of containerd's is understood as far as
+    /// it can be.
     ///
     /// # Errors
     /// A file that was named but cannot be read, and any file that is not valid: a typo must not become a default.
-    pub fn load(path: Option<&Path>) -> Result<Config, ConfigError> {
+    pub fn load(path: Option<&Path>) -> Result<Loaded, ConfigError> {
         let file = path.unwrap_or(Path::new(DEFAULT_PATH));
-        let text = match std::fs::read_to_string(file) {
-            Ok(text) => text,
-            Err(error) if path.is_none() && error.kind() == std::io::ErrorKind::NotFound => {
-                return Ok(Config::default());
+        let ours = |config| Loaded { config, ignored: Vec::new() };
+        let text = match read_file(file) {
+            Err(ConfigError::Read { source, .. })
+                if path.is_none() && source.kind() == std::io::ErrorKind::NotFound =>
+            {
+                return Ok(ours(Config::default()));
             }
-            Err(source) => return Err(ConfigError::Read { path: file.to_owned(), source }),
+            text => text?,
         };
-        toml::from_str(&text)
-            .map_err(|source| ConfigError::Parse { path: file.to_owned(), source: Box::new(source) })
+        let table = parse(&text, file)?;
+        if containerd::is_one(&table) {
+            let (config, ignored) = containerd::read(file, table)?;
+            return Ok(Loaded { config, ignored });
+        }
+        parse(&text, file).map(ours)
     }
 
     /// Checks what only the whole can tell.

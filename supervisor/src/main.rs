@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use davit_supervisor::config::{Config, LogFormat};
+use davit_supervisor::config::{Config, Loaded, LogFormat};
 use davit_supervisor::{lane, publish, server};
 use nix::sys::resource::{Resource, getrlimit};
 use tracing_subscriber::EnvFilter;
@@ -73,6 +73,8 @@ enum ConfigCommand {
     Default,
     /// Print the configuration in force: file and flags
     Dump,
+    /// Print a configuration of containerd as one of this daemon; what has no effect is named on standard error
+    Migrate,
 }
 
 fn main() -> ExitCode {
@@ -91,9 +93,12 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         print!("{}", Config::default().to_toml());
         return Ok(());
     }
-    let config = configuration(cli.flags)?;
+    let (config, ignored) = configuration(cli.flags)?;
     match cli.command {
         Some(Command::Config { .. }) => {
+            for key in ignored {
+                eprintln!("davitd: {key} of the containerd configuration has no effect");
+            }
             print!("{}", config.to_toml());
             Ok(())
         }
@@ -102,6 +107,12 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         }
         None => {
             start_logs(&config)?;
+            if !ignored.is_empty() {
+                tracing::warn!(
+                    keys = ignored.join(", "),
+                    "these keys of the containerd configuration have no effect"
+                );
+            }
             check_open_files();
             let workers = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8);
             let runtime = runtime(workers)?;
@@ -113,16 +124,16 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     }
 }
 
-/// The configuration file with the flags over it.
-fn configuration(flags: Flags) -> anyhow::Result<Config> {
-    let mut config = Config::load(flags.config.as_deref())?;
+/// The configuration file with the flags over it, and the keys of it that have no effect.
+fn configuration(flags: Flags) -> anyhow::Result<(Config, Vec<String>)> {
+    let Loaded { mut config, ignored } = Config::load(flags.config.as_deref())?;
     let Flags { config: _, root, state, address, log_level } = flags;
     config.root = root.unwrap_or(config.root);
     config.state = state.unwrap_or(config.state);
     config.grpc.address = address.unwrap_or(config.grpc.address);
     config.log.level = log_level.unwrap_or(config.log.level);
     config.validate()?;
-    Ok(config)
+    Ok((config, ignored))
 }
 
 fn runtime(workers: usize) -> anyhow::Result<tokio::runtime::Runtime> {

@@ -74,6 +74,7 @@ const CONNECTION_WINDOW: u32 = 4 << 20;
 /// It cannot start: the text says what is in the way.
 pub async fn run(config: Config) -> Result<()> {
     let config = Arc::new(config);
+    listen::check_owner(&config.root)?;
     listen::folder(&config.root, 0o711)?;
     listen::folder(&config.state, 0o711)?;
     // The database locks the root. Two daemons of one state folder would share its tasks, and each collect the other's.

@@ -30,6 +30,15 @@ pub(super) enum ListenError {
         /// The folder.
         path: PathBuf,
     },
+    /// The folder is containerd's; what its database names would be garbage to us, and be collected.
+    #[error(
+        "{} holds the metadata of containerd, which cannot be taken over; choose another folder with --root",
+        path.display()
+    )]
+    Containerds {
+        /// The folder.
+        path: PathBuf,
+    },
     /// A call of the kernel failed.
     #[error("cannot {action} {}", path.display())]
     Io {
@@ -44,6 +53,22 @@ pub(super) enum ListenError {
 
 fn failed<'a>(action: &'static str, path: &'a Path) -> impl Fn(io::Error) -> ListenError + 'a {
     move |source| ListenError::Io { action, path: path.to_owned(), source }
+}
+
+/// Refuses a root that containerd has worked in: names of folders there are ours as well, and what is in them would be
+/// collected because no record of ours names it.
+///
+/// # Errors
+/// [`ListenError::Containerds`].
+pub(super) fn check_owner(root: &Path) -> Result<(), ListenError> {
+    let database = root.join("io.containerd.metadata.v1.bolt").join("meta.db");
+    match fs::symlink_metadata(&database) {
+        Ok(_) => Err(ListenError::Containerds { path: root.to_owned() }),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            Ok(())
+        }
+        Err(error) => Err(failed("look at", &database)(error)),
+    }
 }
 
 /// Makes a folder of the daemon with exactly this mode, and its missing parents with 0711.
@@ -215,6 +240,18 @@ mod tests {
         let (uid, gid) = me();
         assert!(matches!(socket(&path, 0o660, uid, gid), Err(ListenError::NoSocket { .. })));
         assert_eq!(fs::read(&path).unwrap(), b"x");
+    }
+
+    #[test]
+    fn a_root_of_containerd_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        check_owner(dir.path()).unwrap();
+        check_owner(&dir.path().join("absent")).unwrap();
+        let folder = dir.path().join("io.containerd.metadata.v1.bolt");
+        fs::create_dir(&folder).unwrap();
+        check_owner(dir.path()).unwrap();
+        fs::write(folder.join("meta.db"), "x").unwrap();
+        assert!(matches!(check_owner(dir.path()), Err(ListenError::Containerds { .. })));
     }
 
     #[test]
