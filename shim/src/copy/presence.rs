@@ -41,6 +41,11 @@ pub(crate) fn has_reader(writer: impl AsFd) -> bool {
 
 /// Waits until a FIFO has a reader.
 pub(crate) async fn reader(writer: impl AsFd) {
+    // Mostly it has one. A watch that is closed again costs more than it seems: the kernel lets the closing wait for
+    // everyone who may just be looking at watches, for milliseconds on a busy machine, and with it this whole process.
+    if has_reader(&writer) {
+        return;
+    }
     let watch = match watch(&writer) {
         Ok(watch) => watch,
         Err(error) => {
