@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use davit_model::ErrorCode;
 use davit_proto::containerd::task::v3::{StateRequest, WaitRequest, WaitResponse};
@@ -105,16 +105,20 @@ pub(crate) fn wait_in_thread(
     std::thread::spawn(move || client.wait(&id, &exec_id).unwrap())
 }
 
-/// Reads lines that count up from zero, until their end; returns how many there were.
-fn count_lines(path: &str) -> std::thread::JoinHandle<u64> {
+/// Reads lines that count up from zero, until their end; returns how many there were, and the longest wait for one.
+fn count_lines(path: &str) -> std::thread::JoinHandle<(u64, Duration)> {
     let path = path.to_owned();
     std::thread::spawn(move || {
         let mut lines = BufReader::new(std::fs::File::open(path).unwrap());
-        let (mut line, mut expected) = (String::new(), 0u64);
+        let (mut line, mut expected, mut longest) = (String::new(), 0u64, Duration::ZERO);
         loop {
             line.clear();
+            let begun = Instant::now();
             if lines.read_line(&mut line).unwrap() == 0 || !line.ends_with('\n') {
-                return expected;
+                return (expected, longest);
+            }
+            if expected > 0 {
+                longest = longest.max(begun.elapsed());
             }
             assert_eq!(line.trim_end().parse(), Ok(expected), "a line is missing, doubled or torn");
             expected += 1;
@@ -143,7 +147,6 @@ fn two_hundred_upgrades_lose_nothing() {
     let ended = wait_in_thread(&client, &bundle.id, "");
     let before = client.status();
     assert_eq!((before.upgrades, before.containers.len()), (0, 1));
-
     let done = AtomicBool::new(false);
     let execs = std::thread::scope(|scope| {
         let executing = scope.spawn(|| {
@@ -167,9 +170,12 @@ fn two_hundred_upgrades_lose_nothing() {
         });
         // Whatever fails in here, the thread above must end.
         let stop = scopeguard(&done);
+        let mut times = Vec::new();
         for round in 0..rounds {
             let build = &builds[round % 2];
+            let begun = Instant::now();
             let upgraded = client.upgrade(build).unwrap_or_else(|error| panic!("round {round}: {error}"));
+            times.push(begun.elapsed());
             let [was, is] = [upgraded.before, upgraded.after].map(Option::unwrap);
             assert_eq!(Path::new(&is.path), build);
             assert_ne!(was.path, is.path);
@@ -179,6 +185,8 @@ fn two_hundred_upgrades_lose_nothing() {
             assert_eq!(&executed_by(before.pid), build);
         }
         drop(stop);
+        times.sort_unstable();
+        eprintln!("an upgrade takes {:?}, at most {:?}", times[rounds / 2], times[rounds - 1]);
         executing.join().unwrap()
     });
     assert!(execs > 0);
@@ -188,7 +196,7 @@ fn two_hundred_upgrades_lose_nothing() {
     client.kill(&bundle.id, "", 9).unwrap();
     assert_eq!(ended.join().unwrap().exit_status, 137);
     client.delete(&bundle.id, "").unwrap();
-    let lines = lines.join().unwrap();
+    let (lines, longest) = lines.join().unwrap();
     assert!(lines > 0);
     client.shutdown();
     let told = events.until("delete");
@@ -198,7 +206,7 @@ fn two_hundred_upgrades_lose_nothing() {
     }
     let exits: Vec<&String> = told.iter().filter(|event| event.starts_with("exit ")).collect();
     assert_eq!(exits.len(), execs as usize + 1, "told twice");
-    eprintln!("{rounds} upgrades, {execs} execs, {lines} lines");
+    eprintln!("{rounds} upgrades, {execs} execs, {lines} lines, the longest pause of output {longest:?}");
 }
 
 /// Sets a flag at the end of a scope, also if that is a panic.
@@ -347,6 +355,40 @@ fn an_upgrade_without_a_daemon_keeps_what_it_has_to_tell() {
     expected.extend(["exit box 137".to_owned(), "delete".to_owned()]);
     assert_eq!(events.until("delete"), expected);
     again.shutdown();
+}
+
+#[test]
+fn running_out_of_memory_is_still_told() {
+    if cannot_run() {
+        return;
+    }
+    let (host, programs) = (Host::new(), Programs::new());
+    let builds = programs.builds();
+    let events = host.receive_events();
+    let script = "while [ ! -e /host/go ]; do sleep 0.01; done; exec tail /dev/zero";
+    let bundle = host.bundle("box", script, |config| {
+        config["linux"]["resources"] = serde_json::json!({"memory": {"limit": 16 << 20}});
+        config["mounts"].as_array_mut().unwrap().push(serde_json::json!(
+            {"destination": "/dev/zero", "type": "bind", "source": "/dev/zero", "options": ["bind"]}
+        ));
+    });
+    let client = host.start(&bundle);
+    client.create(&host.create_request(&bundle)).unwrap();
+    client.start(&bundle.id, "").unwrap();
+    for round in 0..3 {
+        client.upgrade(&builds[round % 2]).unwrap();
+    }
+    assert!(!events.list().contains(&"oom".to_owned()), "the new program has to know what was told");
+    std::fs::write(host.path("go"), "").unwrap();
+    // It may happen in the middle of one.
+    while client.state(&bundle.id, "").unwrap().exited_at.is_none() {
+        client.upgrade(&builds[1]).unwrap();
+    }
+    assert_eq!(client.wait(&bundle.id, "").unwrap().exit_status, 137);
+    let told = events.until("exit box 137");
+    let position = |wanted: &str| told.iter().position(|event| event == wanted);
+    assert!(position("oom").is_some_and(|oom| oom < position("exit box 137").unwrap()), "{told:?}");
+    client.finish(&bundle.id);
 }
 
 #[test]
