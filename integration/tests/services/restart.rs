@@ -11,15 +11,12 @@ use crate::root;
 const IMAGE: &str = image::BUSYBOX;
 const LABEL: &str = "containerd.io/restart.";
 
-/// Runs a container, detached, with these labels of the monitor.
+/// Runs a container, detached, and gives it these labels of the monitor. Not before it has a task: between the two steps of
+/// `ctr run` a busy machine may well let the monitor look twice.
 fn run(ctr: &Ctr, id: &str, labels: &[&str], script: &str) -> Result<()> {
+    ctr.run_args(&["run", "-d", IMAGE, id, "sh", "-c", script])?;
     let labels: Vec<String> = labels.iter().map(|label| format!("{LABEL}{label}")).collect();
-    let mut words = vec!["run", "-d"];
-    for label in &labels {
-        words.extend(["--label", label]);
-    }
-    words.extend([IMAGE, id, "sh", "-c", script]);
-    ctr.run_args(&words).map(drop)
+    ctr.run(&format!("containers label {id} {}", labels.join(" "))).map(drop)
 }
 
 /// The state of a container's task, and the process; none without a task.

@@ -26,7 +26,7 @@ const TASK: &str = "containerd.task.v3.Task";
 fn world() -> World {
     let mut world = World::new(&PathBuf::from("/nonexistent"));
     world.timeouts.start = Duration::from_secs(20);
-    world.timeouts.cleanup = Duration::from_millis(500);
+    world.timeouts.cleanup = Duration::from_secs(20);
     world.timeouts.shutdown = Duration::from_millis(500);
     let body = format!(
         "[ $action = start ] && printf '{{\"version\":3,\"address\":\"unix://{}\",\"protocol\":\"ttrpc\"}}'; true",
@@ -81,7 +81,9 @@ fn bundle(world: &World) -> PathBuf {
 
 #[test]
 fn a_sandbox_lives_from_create_to_shutdown() {
-    let world = world();
+    let mut world = world();
+    // Its shim ends by itself, however long that takes on a busy machine.
+    world.timeouts.shutdown = Duration::from_secs(40);
     let daemon = daemon(&world, true);
     let (shim, serving) = shim(&daemon, &world);
     let platform = Platform { os: "linux".into(), architecture: "riscv64".into(), ..Default::default() };
