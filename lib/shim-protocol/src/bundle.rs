@@ -27,6 +27,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use davit_model::{Coded, ErrorCode};
 use davit_sys::fs::read_regular;
+use nix::mount::MntFlags;
 use nix::unistd::Gid;
 use serde::Deserialize;
 
@@ -211,13 +212,10 @@ impl Bundle {
     /// It is still there, or its work folder is.
     pub fn put_away(&self) -> Result<PutAway, BundleError> {
         let rootfs = self.path.join("rootfs");
-        // Mostly the shim has unmounted it. A mount point is busy, and then nothing is done to what is in it.
-        match fs::remove_dir(&rootfs) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(_) => davit_sys::mount::unmount_all(&rootfs)
-                .map_err(|source| BundleError::Unmount { path: rootfs.clone(), source })?,
-        }
+        // Mostly the shim has unmounted it, and this finds nothing. (To remove the folder would tell as well, but may wait
+        // for the journal of a disk.) What is mounted below comes off when what is put away is removed.
+        davit_sys::mount::unmount(&rootfs, MntFlags::MNT_DETACH)
+            .map_err(|source| BundleError::Unmount { path: rootfs.clone(), source })?;
         let mut away = PutAway { paths: Vec::new() };
         for path in [&self.path, &self.work] {
             away.paths.extend(out_of_use(path)?);
