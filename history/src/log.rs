@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,10 +11,13 @@ use std::time::SystemTime;
 use tracing::{info, warn};
 
 use crate::reader::{Reader, Start};
-use crate::segment::{self, End, HEADER};
+use crate::segment::{self, End, HEADER, Scanner};
 use crate::{Entry, HistoryError, Limits, MAX_SEGMENT, STRIDE};
 
 const SUFFIX: &str = ".events";
+
+/// The bytes that are read at once.
+const PIECE: usize = 64 * 1024;
 
 /// A segment is closed after this part of the age that it may reach, so that it does not hold young entries with old.
 const AGES: u32 = 8;
@@ -99,25 +102,20 @@ impl Log {
         Reader::new(self.index.clone(), start)
     }
 
+    /// Reads at least the last `bytes` of what is kept.
+    pub fn recent(&self, bytes: u64) -> Reader {
+        let mut found = 0;
+        let first = self.index.segments().iter().rev().find_map(|segment| {
+            found += segment.length;
+            (found >= bytes).then_some(segment.first)
+        });
+        self.reader(Start::After(first.map_or(0, |first| first.saturating_sub(1))))
+    }
+
     /// A way to readers that does not need the log itself.
     pub fn readers(&self) -> impl Fn(Start) -> Reader + Send + Sync + 'static {
         let index = self.index.clone();
         move |start| Reader::new(index.clone(), start)
-    }
-
-    /// The last `count` entries or some more, oldest first, as far as they can be read. Blocks.
-    pub fn last(&self, count: usize) -> Vec<Entry> {
-        let segments: Vec<Segment> = self.index.segments().iter().cloned().collect();
-        let (mut parts, mut found) = (Vec::new(), 0);
-        for segment in segments.iter().rev() {
-            if found >= count {
-                break;
-            }
-            let (entries, _) = read(segment);
-            found += entries.len();
-            parts.push(entries);
-        }
-        parts.into_iter().rev().flatten().collect()
     }
 
     /// Appends as many of the entries as fit into the segment that is written now, at least one, by one `write`, and says
@@ -192,8 +190,11 @@ impl Log {
     fn take_up(&mut self) {
         let mut segments = self.index.segments();
         let Some(segment) = segments.back_mut() else { return };
-        let (entries, end) = read(segment);
-        let last = entries.last().map_or(segment.first, |entry| entry.cursor.max(segment.first));
+        let (mut first, mut last) = (None, segment.first);
+        let end = walk(segment, |entry| {
+            first.get_or_insert(entry.time);
+            last = last.max(entry.cursor);
+        });
         self.next = (last / STRIDE + 1) * STRIDE;
         let path = segment.path.display();
         let file = match end {
@@ -215,7 +216,7 @@ impl Log {
                 segments.pop_back();
             }
             Ok(file) => {
-                let begun_at = entries.first().map_or(segment.written_at, |entry| entry.time);
+                let begun_at = first.unwrap_or(segment.written_at);
                 self.active = Some(Active { file: Arc::new(file), begun_at, dirty: false });
             }
             Err(error) => warn!(segment = %path, %error, "the history goes on in a new segment"),
@@ -339,17 +340,30 @@ fn cut(segment: &Segment) -> io::Result<File> {
     Ok(file)
 }
 
-/// Reads a whole segment. One that is longer than any of ours is not read.
-fn read(segment: &Segment) -> (Vec<Entry>, End) {
+/// Reads a whole segment and says how it ends. One that is longer than any of ours is not read.
+fn walk(segment: &Segment, mut each: impl FnMut(Entry)) -> End {
     let longest = MAX_SEGMENT + segment::MAX_BODY as u64 + HEADER.len() as u64;
     if segment.length > longest {
-        return (Vec::new(), End::Corrupt(0));
+        return End::Corrupt(0);
     }
-    match fs::read(&segment.path) {
-        Ok(bytes) => segment::scan(&bytes),
+    let (mut scanner, mut piece) = (Scanner::default(), vec![0; PIECE]);
+    let read = File::open(&segment.path).and_then(|mut file| {
+        loop {
+            match file.read(&mut piece)? {
+                0 => return Ok(()),
+                length => scanner.feed(&piece[..length]),
+            }
+            std::iter::from_fn(|| scanner.next_entry()).for_each(&mut each);
+            if matches!(scanner.end(), End::Corrupt(_)) {
+                return Ok(());
+            }
+        }
+    });
+    match read {
+        Ok(()) => scanner.end(),
         Err(error) => {
             warn!(segment = %segment.path.display(), %error, "cannot read a segment of the history");
-            (Vec::new(), End::Corrupt(0))
+            End::Corrupt(0)
         }
     }
 }

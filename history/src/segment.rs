@@ -115,28 +115,69 @@ pub enum End {
     Corrupt(usize),
 }
 
-/// Reads a whole segment, as far as it makes sense.
-pub fn scan(bytes: &[u8]) -> (Vec<Entry>, End) {
-    if bytes.len() < HEADER.len() {
-        return (Vec::new(), if HEADER.starts_with(bytes) { End::Torn(0) } else { End::Corrupt(0) });
+/// Reads a segment as it comes, piece by piece, as far as it makes sense.
+#[derive(Default)]
+pub struct Scanner {
+    buffer: Vec<u8>,
+    /// What of the buffer is done with.
+    place: usize,
+    /// What came before the buffer.
+    before: usize,
+    last: u64,
+    corrupt: bool,
+}
+
+impl Scanner {
+    /// Takes in what follows.
+    pub fn feed(&mut self, bytes: &[u8]) {
+        self.buffer.drain(..self.place);
+        self.before += std::mem::take(&mut self.place);
+        self.buffer.extend_from_slice(bytes);
     }
-    if !bytes.starts_with(&HEADER) {
-        return (Vec::new(), End::Corrupt(0));
-    }
-    let (mut entries, mut place, mut last) = (Vec::new(), HEADER.len(), 0);
-    while place < bytes.len() {
-        match decode(&bytes[place..]) {
-            Frame::Whole(Some(entry), _) if entry.cursor <= last => return (entries, End::Corrupt(place)),
-            Frame::Whole(entry, length) => {
-                place += length;
-                last = entry.as_ref().map_or(last, |entry| entry.cursor);
-                entries.extend(entry);
+
+    /// The next entry; `None` when more is needed, or nothing follows any more.
+    pub fn next_entry(&mut self) -> Option<Entry> {
+        if self.before + self.place == 0 {
+            let start = &self.buffer[..self.buffer.len().min(HEADER.len())];
+            self.corrupt = !HEADER.starts_with(start);
+            if self.corrupt || start.len() < HEADER.len() {
+                return None;
             }
-            Frame::Part(_) => return (entries, End::Torn(place)),
-            Frame::Corrupt => return (entries, End::Corrupt(place)),
+            self.place = HEADER.len();
+        }
+        while !self.corrupt && self.place < self.buffer.len() {
+            match decode(&self.buffer[self.place..]) {
+                Frame::Whole(Some(entry), _) if entry.cursor <= self.last => self.corrupt = true,
+                Frame::Whole(None, length) => self.place += length,
+                Frame::Whole(Some(entry), length) => {
+                    self.place += length;
+                    self.last = entry.cursor;
+                    return Some(entry);
+                }
+                Frame::Part(_) => return None,
+                Frame::Corrupt => self.corrupt = true,
+            }
+        }
+        None
+    }
+
+    /// How the segment ends, if nothing comes any more and every entry was taken.
+    pub fn end(&self) -> End {
+        let at = self.before + self.place;
+        match () {
+            () if self.corrupt => End::Corrupt(at),
+            () if at == 0 || self.place < self.buffer.len() => End::Torn(at),
+            () => End::Whole,
         }
     }
-    (entries, End::Whole)
+}
+
+/// Reads a whole segment, as far as it makes sense.
+pub fn scan(bytes: &[u8]) -> (Vec<Entry>, End) {
+    let mut scanner = Scanner::default();
+    scanner.feed(bytes);
+    let entries = std::iter::from_fn(|| scanner.next_entry()).collect();
+    (entries, scanner.end())
 }
 
 fn u32_at(bytes: &[u8], place: usize) -> Option<u32> {
@@ -213,6 +254,19 @@ mod tests {
                 End::Torn(at) => prop_assert!(at == whole && cut > at || at == 0 && cut < HEADER.len()),
                 End::Corrupt(at) => prop_assert!(false, "corrupt at {}", at),
             }
+        }
+
+        /// However the bytes come, the entries are the same.
+        #[test]
+        fn pieces_make_no_difference(entries in entries(), step in 1_usize..50, cut in any::<prop::sample::Index>()) {
+            let bytes = written(&entries);
+            let bytes = &bytes[..cut.index(bytes.len() + 1)];
+            let (mut scanner, mut read) = (Scanner::default(), Vec::new());
+            for piece in bytes.chunks(step) {
+                scanner.feed(piece);
+                read.extend(std::iter::from_fn(|| scanner.next_entry()));
+            }
+            prop_assert_eq!((read, scanner.end()), scan(bytes));
         }
 
         /// A flipped bit costs the frame that it is in and what follows, and is never read as something else.

@@ -20,7 +20,6 @@ mod recent;
 mod record;
 
 use std::borrow::Cow;
-use std::collections::HashSet;
 use std::hash::{BuildHasher, DefaultHasher, Hasher, RandomState};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
@@ -151,7 +150,7 @@ struct State {
     /// What came from shims.
     recent: Recent<u64>,
     /// What earlier daemons have put into the history.
-    earlier: HashSet<u64>,
+    earlier: Recent<u64>,
     /// Events older than the daemon, while the window is open.
     window: Option<Vec<Arc<Published>>>,
 }
@@ -173,17 +172,22 @@ pub type Subscription = mpsc::Receiver<Arc<Envelope>>;
 impl Hub {
     /// A hub without a history. Its window is open.
     pub fn new(reading: Reading) -> Hub {
-        Hub::open(reading, None, &[])
+        Hub::open(reading, None)
     }
 
-    /// A hub that keeps what it is told in `history`, whose last events are `earlier`.
-    pub fn with_history(reading: Reading, history: History, earlier: &[Envelope]) -> Hub {
-        Hub::open(reading, Some(history), earlier)
+    /// A hub that keeps what it is told. It looks through the end of the history, and so blocks.
+    pub fn with_history(reading: Reading, history: History) -> Hub {
+        Hub::open(reading, Some(history))
     }
 
-    fn open(reading: Reading, history: Option<History>, earlier: &[Envelope]) -> Hub {
+    fn open(reading: Reading, history: Option<History>) -> Hub {
         let hashes = Seeded(RandomState::new());
-        let earlier = earlier.iter().map(|envelope| hashes.occurrence(&reading, envelope)).collect();
+        let mut earlier = Recent::new(RECENT);
+        if let Some(history) = &history {
+            history.for_each_earlier(|envelope| {
+                earlier.insert(hashes.occurrence(&reading, &envelope));
+            });
+        }
         let (recent, window) = (Recent::new(RECENT), Some(Vec::new()));
         let state = Mutex::new(State { subscribers: Vec::new(), recent, earlier, window });
         let started = SystemTime::now();
@@ -212,7 +216,7 @@ impl Hub {
         if !state.recent.insert(occurrence) {
             return false;
         }
-        if !state.earlier.remove(&occurrence) {
+        if !state.earlier.contains(occurrence) {
             self.keep(&published);
         }
         self.tell(&mut state, published);

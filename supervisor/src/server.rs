@@ -166,8 +166,8 @@ fn open_stores(config: &Config) -> Result<Stores> {
     };
     let db = Db::open(&root.join(METADATA), engine)?;
     // After the database, which locks the root: the end of the history is cut where a daemon died.
-    let (history, earlier) = History::open(&root.join(EVENTS), Limits::default())?;
-    let hub = Hub::with_history(notice::READING, history.clone(), &earlier);
+    let history = History::open(&root.join(EVENTS), Limits::default())?;
+    let hub = Hub::with_history(notice::READING, history.clone());
     let store = Store::open(&root.join(CONTENT)).context("cannot open the content store")?;
     let (snapshotters, entries) = open_snapshotters(root, &db);
     let telling = hub.clone();

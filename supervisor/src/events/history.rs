@@ -26,8 +26,11 @@ use davit_model::error::chain;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-use super::{Envelope, RECENT, record};
+use super::{Envelope, record};
 use crate::lane::Lane;
+
+/// The end of the history that is looked through at start: more than [`RECENT`](super::RECENT) events of shims.
+const RECENT_BYTES: u64 = 4 << 20;
 
 /// The bytes that may wait to be written: some 80,000 events.
 const QUEUE_BYTES: usize = 16 << 20;
@@ -60,6 +63,8 @@ struct Shared {
     /// The cursor up to which every event is written, or kept in the queue because it cannot be.
     settled: watch::Sender<u64>,
     readers: Box<dyn Fn(Start) -> Reader + Send + Sync>,
+    /// What earlier daemons have kept last.
+    recent: Mutex<Option<Reader>>,
     lane: Lane,
     writer: Mutex<Option<JoinHandle<()>>>,
 }
@@ -80,17 +85,13 @@ struct Queue {
 }
 
 impl History {
-    /// Opens the history in `folder`, and gives the last events of earlier daemons. Blocks.
+    /// Opens the history in `folder`. Blocks.
     ///
     /// # Errors
     /// The folder can be neither made nor read.
-    pub fn open(folder: &Path, limits: Limits) -> Result<(History, Vec<Envelope>), HistoryError> {
+    pub fn open(folder: &Path, limits: Limits) -> Result<History, HistoryError> {
         let log = Log::open(folder, limits)?;
-        let recent = log.last(RECENT).into_iter().filter_map(|entry| match entry.kind {
-            Kind::Event(body) => record::decode(&body),
-            Kind::Gap(_) => None,
-        });
-        let recent = recent.collect();
+        let recent = Mutex::new(Some(log.recent(RECENT_BYTES)));
         let next = log.next_cursor();
         let queue = Queue { next, ..Queue::default() };
         let shared = Arc::new(Shared {
@@ -98,6 +99,7 @@ impl History {
             work: Condvar::new(),
             settled: watch::Sender::new(next - 1),
             readers: Box::new(log.readers()),
+            recent,
             lane: Lane::history(),
             writer: Mutex::new(None),
         });
@@ -116,7 +118,27 @@ impl History {
         let writing = shared.clone();
         let writer = spawn("history", Box::new(move || writing.write(&log, &written)))?;
         *shared.writer.lock().unwrap_or_else(PoisonError::into_inner) = Some(writer);
-        Ok((History { shared }, recent))
+        Ok(History { shared })
+    }
+
+    /// Gives the last events of earlier daemons, oldest first; the second time none. Blocks.
+    pub(super) fn for_each_earlier(&self, mut each: impl FnMut(Envelope)) {
+        let Some(mut reader) = self.shared.recent.lock().unwrap_or_else(PoisonError::into_inner).take()
+        else {
+            return;
+        };
+        loop {
+            // Piece by piece: what is allocated all at once stays with the daemon for ever.
+            let entries = reader.next_entries();
+            if entries.is_empty() {
+                return;
+            }
+            for entry in entries {
+                if let Kind::Event(body) = entry.kind {
+                    record::decode(&body).map(&mut each);
+                }
+            }
+        }
     }
 
     /// Puts an event into the history, behind all before it. Never waits for the disk.

@@ -121,8 +121,8 @@ mod history {
     }
 
     fn open(folder: &Path) -> (Hub, History) {
-        let (history, earlier) = History::open(folder, Limits::default()).unwrap();
-        (Hub::with_history(reading(), history.clone(), &earlier), history)
+        let history = History::open(folder, Limits::default()).unwrap();
+        (Hub::with_history(reading(), history.clone()), history)
     }
 
     fn numbered(number: u32) -> Envelope {
