@@ -4,6 +4,7 @@
 //! CVE-2025-52565), and only the runtime may hand it out: what comes from another user, or is no master of a
 //! pseudoterminal, is not taken.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -26,15 +27,16 @@ pub(crate) struct ConsoleSocket {
 }
 
 impl ConsoleSocket {
-    /// Listens in `folder`, the one of the shim's own socket: its path is short enough and nobody else's.
-    pub(crate) fn listen(folder: &Path) -> io::Result<ConsoleSocket> {
+    /// Listens in `folder`, the one of the shim's own socket: its path is short enough and nobody else's. The name tells
+    /// whose bundle it is for, so that whoever cleans up after a shim that was killed finds it.
+    pub(crate) fn listen(folder: &Path, bundle: &Path) -> io::Result<ConsoleSocket> {
         use std::sync::atomic::{AtomicU32, Ordering};
         static COUNTER: AtomicU32 = AtomicU32::new(0);
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
-        let path = folder.join(format!("pty-{}-{number}", std::process::id()));
+        let path = folder.join(format!("{}{number}", prefix(bundle)));
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-        // One of a shim with our pid that was killed.
+        // One of a shim of the same bundle that was killed.
         let _ = std::fs::remove_file(&path);
         bind_private(&socket, &path)?;
         let socket = ConsoleSocket { socket: Async::new(socket)?, path };
@@ -84,6 +86,23 @@ impl ConsoleSocket {
     }
 }
 
+/// How the names of a bundle's console sockets begin.
+fn prefix(bundle: &Path) -> String {
+    let mut hasher = DefaultHasher::new();
+    bundle.hash(&mut hasher);
+    format!("pty-{:016x}-", hasher.finish())
+}
+
+/// Removes the console sockets that a shim of this bundle has left, which must be dead.
+pub(crate) fn remove_left(folder: &Path, bundle: &Path) {
+    let prefix = prefix(bundle);
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_name().to_str().is_some_and(|name| name.starts_with(&prefix)) {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
 impl Drop for ConsoleSocket {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.path);
@@ -121,7 +140,7 @@ mod tests {
                 (open("/dev/null").into(), false),
                 (open("/dev/ptmx").into(), true),
             ] {
-                let console = ConsoleSocket::listen(folder.path()).unwrap();
+                let console = ConsoleSocket::listen(folder.path(), folder.path()).unwrap();
                 let mode = std::fs::symlink_metadata(console.path()).unwrap().permissions().mode();
                 assert_eq!(mode & 0o777, 0o600);
                 send(console.path(), &file);

@@ -340,7 +340,7 @@ impl Container {
         process: &Process,
     ) -> Result<(Option<ConsoleSocket>, Option<Streams>, ChildStdio), TaskError> {
         if process.stdio.terminal {
-            let socket = ConsoleSocket::listen(&self.shim.socket_dir);
+            let socket = ConsoleSocket::listen(&self.shim.socket_dir, &self.bundle);
             let socket = socket.map_err(|source| TaskError::Console { source })?;
             return Ok((Some(socket), None, ChildStdio::default()));
         }

@@ -11,18 +11,23 @@ use std::time::SystemTime;
 use davit_model::error::chain;
 use davit_proto::containerd::task::v3::DeleteResponse;
 use davit_shim_protocol::address;
-use davit_shim_protocol::journal::{self, ExitRecord, Journal, Record, StartRecord};
+use davit_shim_protocol::journal::{self, ExitRecord, Journal, JournalError, Record, StartRecord};
 use davit_sys::fs::read_regular;
+use davit_sys::process::pidfd_open;
 use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use nix::unistd::getppid;
 use prost::Message;
 use prost_types::Timestamp;
 
 use crate::arguments::Arguments;
-use crate::executor;
-use crate::leftovers::{self, Leftovers};
+use crate::console;
+use crate::executor::{self, Either, race};
+use crate::leftovers::{self, Leftovers, end_runtimes};
 use crate::log;
 use crate::options::runtime_of_bundle;
+use crate::reactor::Async;
 use crate::runtime::read_pid_file;
 
 /// More than any address has bytes.
@@ -37,7 +42,7 @@ pub(crate) fn run(arguments: Arguments) -> io::Result<()> {
         None => std::env::current_dir()?,
     };
     let id = arguments.id;
-    let mut recorded = journal::read(&bundle.join(journal::FILE_NAME)).unwrap_or_else(|error| {
+    let recorded = journal::read(&bundle.join(journal::FILE_NAME)).unwrap_or_else(|error| {
         log::warn(chain(&error));
         journal::Contents::default()
     });
@@ -49,10 +54,29 @@ pub(crate) fn run(arguments: Arguments) -> io::Result<()> {
         began = !running.is_empty();
     }
     let (name, left) = (id.clone(), running.clone());
-    executor::run(async move { Leftovers::of(&runtime, &name, left, began).remove().await });
-    record_killed(&bundle, running, &mut recorded);
+    let removed = executor::run(async move {
+        end_runtimes(&runtime.bundle).await;
+        let left = Leftovers::of(&runtime, &name, left, began);
+        let parent = getppid();
+        let Ok(pidfd) = pidfd_open(parent.as_raw()).and_then(Async::new) else {
+            left.remove().await;
+            return Either::First(());
+        };
+        // A pidfd becomes readable at the end of its process, and then we have another parent.
+        let parent_ended = pidfd
+            .read_with(|_| if getppid() == parent { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) });
+        race(left.remove(), parent_ended).await
+    });
+    if let Either::Second(_) = removed {
+        // The next daemon does all of it again, and may then make a container of the same name: it must not meet us.
+        return Err(io::Error::other("the daemon is gone"));
+    }
+    let recorded = if running.is_empty() { recorded } else { record_killed(&bundle, running) };
     if let Err(error) = davit_sys::mount::unmount_all(&bundle.join("rootfs")) {
         log::warn(format_args!("failed to cleanup rootfs mount: {}", chain(&error)));
+    }
+    if let Some(folder) = socket_of(&bundle).as_deref().and_then(Path::parent) {
+        console::remove_left(folder, &bundle);
     }
     remove_dead_socket(&bundle);
     let response = response(&bundle, &id, &recorded);
@@ -61,30 +85,39 @@ pub(crate) fn run(arguments: Arguments) -> io::Result<()> {
     stdout.flush()
 }
 
-/// Records the ends of what was killed here, before anybody is told: whoever asks again hears the same.
-fn record_killed(bundle: &Path, killed: Vec<StartRecord>, recorded: &mut journal::Contents) {
+/// Records the ends of what was killed here, before anybody is told: whoever asks again hears the same. Gives all that is
+/// recorded.
+fn record_killed(bundle: &Path, killed: Vec<StartRecord>) -> journal::Contents {
     let now = Timestamp::from(SystemTime::now());
-    let exits: Vec<ExitRecord> = killed
-        .into_iter()
-        .map(|process| ExitRecord {
-            id: process.id,
-            pid: process.pid,
-            status: KILLED,
-            seconds: now.seconds,
-            nanos: now.nanos,
-            killed: true,
-        })
-        .collect();
-    if exits.is_empty() {
-        return;
-    }
-    let records: Vec<Record> = exits.iter().cloned().map(Record::Exit).collect();
-    let appended =
-        Journal::open(&bundle.join(journal::FILE_NAME)).and_then(|(mut journal, _)| journal.append(&records));
-    if let Err(error) = appended {
+    let record = || -> Result<journal::Contents, JournalError> {
+        let path = bundle.join(journal::FILE_NAME);
+        // Another one may be at it, on behalf of a daemon that has died since: the first one's word stands.
+        let lock = std::fs::File::open(bundle).and_then(|folder| {
+            Flock::lock(folder, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into())
+        });
+        let _alone =
+            lock.map_err(|source| JournalError::Io { operation: "lock", path: path.clone(), source })?;
+        let (mut journal, mut recorded) = Journal::open(&path)?;
+        let mut exits = Vec::new();
+        for process in killed.iter().filter(|process| !recorded.exits.contains_key(&process.id)) {
+            exits.push(ExitRecord {
+                id: process.id.clone(),
+                pid: process.pid,
+                status: KILLED,
+                seconds: now.seconds,
+                nanos: now.nanos,
+                killed: true,
+            });
+        }
+        let records: Vec<Record> = exits.iter().cloned().map(Record::Exit).collect();
+        journal.append(&records)?;
+        recorded.exits.extend(exits.into_iter().map(|exit| (exit.id.clone(), exit)));
+        Ok(recorded)
+    };
+    record().unwrap_or_else(|error| {
         log::warn(chain(&error));
-    }
-    recorded.exits.extend(exits.into_iter().map(|exit| (exit.id.clone(), exit)));
+        journal::Contents::default()
+    })
 }
 
 /// How init ended: as the journal says, if the shim lived to see it.
@@ -107,6 +140,9 @@ fn response(bundle: &Path, id: &str, recorded: &journal::Contents) -> DeleteResp
 /// Removes the name of the shim's socket if nobody listens there any more.
 fn remove_dead_socket(bundle: &Path) {
     let Some(path) = socket_of(bundle) else { return };
+    // As `start` does it: between our look and the removal another shim may take the name of a dead one.
+    let folder = std::fs::File::open(path.parent().unwrap_or(&path));
+    let Ok(Ok(_alone)) = folder.map(|folder| Flock::lock(folder, FlockArg::LockExclusive)) else { return };
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let Ok(socket) = socket(AddressFamily::Unix, SockType::Stream, flags, None) else { return };
     let Ok(address) = UnixAddr::new(&path) else { return };

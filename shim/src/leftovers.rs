@@ -10,6 +10,8 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -145,6 +147,40 @@ impl<'a> Leftovers<'a> {
     }
 }
 
+/// Ends the runtimes that still work on a bundle whose shim is dead: each dies with the shim, but a moment later, in which
+/// it can make what was just removed.
+pub(crate) async fn end_runtimes(bundle: &Path) {
+    loop {
+        let at_work = runtimes(bundle);
+        if at_work.is_empty() {
+            return;
+        }
+        for runtime in at_work {
+            let _ = pidfd_send_signal(runtime.as_fd(), nix::libc::SIGKILL);
+        }
+        sleep(PAUSE).await;
+    }
+}
+
+/// The processes that log into the bundle and see the same root as we do, which no container's does.
+fn runtimes(bundle: &Path) -> Vec<OwnedFd> {
+    let root =
+        |pid: &str| fs::metadata(format!("/proc/{pid}/root")).ok().map(|root| (root.dev(), root.ino()));
+    let ours = root("self");
+    let found = fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(|entry| {
+        let name = entry.file_name().into_string().ok()?;
+        // Opened first: then it is certain to be the one that is looked at.
+        let pidfd = pidfd_open(name.parse().ok()?).ok()?;
+        let line = fs::read(entry.path().join("cmdline")).ok()?;
+        let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
+        let logs_here = words.windows(2).any(|pair| {
+            pair[0] == b"--log" && Path::new(OsStr::from_bytes(pair[1])).parent() == Some(bundle)
+        });
+        (logs_here && root(&name) == ours).then_some(pidfd)
+    });
+    found.collect()
+}
+
 /// The record of the process in a bundle's pid file, from before there were such records, if it is certain to be the
 /// container's: it is in its cgroup.
 pub(crate) fn init_of_bundle(bundle: &Path, id: &str) -> Option<StartRecord> {
@@ -241,6 +277,27 @@ mod tests {
         });
         assert!(!child.wait().unwrap().success());
         assert!(!state.exists());
+    }
+
+    #[test]
+    fn a_runtime_that_outlives_its_shim_is_ended() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("log.json");
+        let shell = |log: &Path| {
+            let script = ["-c", "while :; do sleep 0.01; done", "sh", "--log"];
+            std::process::Command::new("/bin/sh").args(script).arg(log).spawn().unwrap()
+        };
+        let (mut here, mut elsewhere) = (shell(&log), shell(Path::new("/elsewhere/log.json")));
+        while runtimes(folder.path()).is_empty() {
+            std::thread::yield_now();
+        }
+        let waiting = std::thread::spawn(move || here.wait().unwrap());
+        let bundle = folder.path().to_owned();
+        crate::executor::run(async move { end_runtimes(&bundle).await });
+        assert!(!waiting.join().unwrap().success());
+        assert!(elsewhere.try_wait().unwrap().is_none());
+        elsewhere.kill().unwrap();
+        elsewhere.wait().unwrap();
     }
 
     #[test]

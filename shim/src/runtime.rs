@@ -43,6 +43,9 @@ const NOT_FOR_RUNTIMES: [&str; 7] = [
     "WATCHDOG_USEC",
 ];
 
+/// The time for a process that was killed to be gone.
+const DEATH: Duration = Duration::from_millis(200);
+
 /// Why a call of the runtime failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RuntimeError {
@@ -305,8 +308,11 @@ impl Runtime {
         let child = KilledOnDrop(Awaited::child(child).map_err(failed("watch the runtime"))?);
         let begun = Instant::now();
         let Some(ended) = self.deadline.bound(child.0.exit()).await else {
-            let (binary, limit) = (self.binary.clone(), begun.elapsed());
-            return Err(RuntimeError::TimedOut { action, binary, limit, state: state_of(child.0.pid) });
+            let (binary, limit, state) = (self.binary.clone(), begun.elapsed(), state_of(child.0.pid));
+            let _ = child.0.signal(nix::libc::SIGKILL);
+            // Gone before anybody looks at what it has left, unless it sleeps in the kernel.
+            let _ = Deadline::within(DEATH).bound(child.0.exit()).await;
+            return Err(RuntimeError::TimedOut { action, binary, limit, state });
         };
         let (exit, _) = ended.map_err(failed("wait for the runtime"))?;
         if exit.success() {

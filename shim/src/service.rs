@@ -54,7 +54,7 @@ pub(crate) async fn call(shim: Rc<Shim>, request: Request) -> Result<Vec<u8>, Ta
         "Start" => start(&shim, deadline, decode(bytes, "StartRequest")?).await,
         "Delete" => delete(&shim, deadline, decode(bytes, "DeleteRequest")?).await,
         "Exec" => exec(&shim, decode(bytes, "ExecProcessRequest")?),
-        "State" => state(&shim, decode(bytes, "StateRequest")?),
+        "State" => state(&shim, decode(bytes, "StateRequest")?).await,
         "Kill" => kill(&shim, deadline, decode(bytes, "KillRequest")?).await,
         "Wait" => wait(&shim, decode(bytes, "WaitRequest")?).await,
         "Pids" => pids(&shim, decode(bytes, "PidsRequest")?),
@@ -184,7 +184,10 @@ fn exec(shim: &Shim, request: ExecProcessRequest) -> Result<Vec<u8>, TaskError> 
     empty()
 }
 
-fn state(shim: &Shim, request: StateRequest) -> Result<Vec<u8>, TaskError> {
+async fn state(shim: &Shim, request: StateRequest) -> Result<Vec<u8>, TaskError> {
+    // A daemon that has just started asks this of every container: one that an earlier daemon has begun to create is not
+    // none.
+    shim.created(&request.id).await;
     let container = shim.container(&request.id)?;
     let process = container.process(&request.exec_id)?;
     let status = match container.status(&process) {

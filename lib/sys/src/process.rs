@@ -214,6 +214,7 @@ impl<'fd> Command<'fd> {
             above_targets,
             new_session: self.new_session,
             death_signal: self.death_signal,
+            parent: std::process::id() as i32,
             oom_score_adj: score.as_deref().unwrap_or_default().as_bytes(),
             restore_huge_pages: self.restore_huge_pages,
             failed: None,
@@ -254,6 +255,8 @@ struct Plan<'a> {
     above_targets: RawFd,
     new_session: bool,
     death_signal: i32,
+    /// Who is to be outlived by nobody that has a death signal.
+    parent: i32,
     oom_score_adj: &'a [u8],
     restore_huge_pages: bool,
     failed: Option<(&'static str, i32)>,
@@ -327,6 +330,10 @@ fn prepare_and_execute(plan: &mut Plan<'_>) -> (&'static str, i32) {
         }
         if plan.death_signal != 0 {
             libc::prctl(libc::PR_SET_PDEATHSIG, plan.death_signal as libc::c_ulong, 0, 0, 0);
+            // A parent that was killed since the clone is waited for in vain: no signal comes any more.
+            if libc::getppid() != plan.parent {
+                return ("getppid", libc::ESRCH);
+            }
         }
         if plan.restore_huge_pages {
             libc::prctl(libc::PR_SET_THP_DISABLE, 0, 0, 0, 0);
@@ -558,15 +565,17 @@ pub const DONE: u8 = 0;
 /// What `work` returns is kept until the copy has ended, behind its report: descriptors whose closing takes long
 /// delay nobody.
 ///
-/// Only for a process of a single thread: `work` may then use anything, for no lock can be held by a thread
-/// that the copy lacks.
+/// Other threads may run meanwhile if they share no lock with `work`: the copy lacks them, and with that whoever would
+/// let go of a lock. The allocator is the exception, which fork(3) leaves usable.
 ///
 /// # Errors
 /// That of the kernel.
 pub fn fork_helper<T>(work: impl FnOnce() -> Result<T, String>) -> io::Result<Helper> {
     let flags = nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK;
     let (report, writer) = nix::unistd::pipe2(flags)?;
-    // SAFETY: the process has one thread (see above), so the copy is a complete one; it leaves by `_exit`.
+    let parent = nix::unistd::getpid();
+    // SAFETY: `work` waits for no lock of another thread (see above), so the copy needs none of them; it leaves by
+    // `_exit`.
     let pid = unsafe { libc::fork() };
     if pid < 0 {
         return Err(io::Error::last_os_error());
@@ -575,6 +584,8 @@ pub fn fork_helper<T>(work: impl FnOnce() -> Result<T, String>) -> io::Result<He
         return Ok(Helper { child: Child { pid, pidfd: pidfd_open(pid)? }, report });
     }
     let _ = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
+    // A parent that was killed since the fork sends no signal any more.
+    let work = move || if nix::unistd::getppid() == parent { work() } else { Err("orphaned".to_owned()) };
     let code = match std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) {
         Ok(Ok(kept)) => {
             let _ = nix::unistd::write(&writer, &[DONE]);

@@ -181,6 +181,9 @@ async fn undo(context: &Context, binary: &Path, made: Made) {
         // The binary failed or said nothing that makes sense, but may have left a shim where one would be.
         shim = load::find_unannounced(context).await;
     }
+    if shim.is_none() && made.started {
+        teardown::kill_lost_shim(context, binary).await;
+    }
     // Until the shim has said itself that it holds nothing of the container, its binary is asked to make
     // sure.
     let mut clean = !made.started;

@@ -11,6 +11,7 @@ use davit_shim_protocol::address;
 use davit_shim_protocol::journal::{self, Contents, EventRecord, ExitRecord};
 use davit_sys::process::{pidfd_open, pidfd_send_signal};
 use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr};
 use tokio::sync::oneshot;
@@ -53,6 +54,9 @@ pub(super) async fn delete(context: Context, shim: Shim) {
     }
     if !ended && let Some(binary) = remembered_binary(&context).await {
         kill_shim(&context, &binary, &shim).await;
+    }
+    // A shim removes its socket before it answers; one that dies before that does not.
+    if !ended || shim.is_closed() {
         remove_socket(&context).await;
     }
     shim.close();
@@ -110,6 +114,11 @@ pub(super) async fn kill_shim(context: &Context, binary: &Path, shim: &Shim) {
     if shared_shim(context, shim) {
         return;
     }
+    kill_lost_shim(context, binary).await;
+}
+
+/// Kills what the container's `shim start` has left, and what nobody can connect to.
+pub(super) async fn kill_lost_shim(context: &Context, binary: &Path) {
     let (namespace, id) = (context.namespace().to_owned(), context.id().to_owned());
     let binary = binary.to_owned();
     let killed = context.shared.lane.run(move || kill_shims(&namespace, &id, &binary)).await;
@@ -224,6 +233,10 @@ pub(super) async fn remove_socket(context: &Context) {
 /// Removes the file of a socket that nobody listens on. The kernel refuses a connection to it at once;
 /// whatever else happens means that somebody does.
 pub(super) fn remove_dead_socket(path: &Path) -> Result<(), Errno> {
+    // As `shim start` does it: between our look and the removal another shim may take the name of a dead one.
+    let folder = std::fs::File::open(path.parent().unwrap_or(path))
+        .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(nix::libc::EIO)));
+    let _alone = Flock::lock(folder?, FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = nix::sys::socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
     match nix::sys::socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?) {
