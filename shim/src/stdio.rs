@@ -449,7 +449,6 @@ impl Streams {
 
     /// Describes the streams for [`Streams::restore`]. To be called under the guard of [`Streams::quiesce`], with no
     /// `.await` from then on. `fds` takes note of a descriptor that must stay open and gives it a number, not 0.
-    #[allow(dead_code, reason = "for live upgrades")]
     pub(crate) fn save(&self, fds: &mut dyn FnMut(BorrowedFd<'_>) -> u32) -> Saved {
         let mut number = |fd: Option<BorrowedFd<'_>>| fd.map_or(0, &mut *fds);
         let stdin_hold = number(self.stdin_hold.borrow().as_ref().map(AsFd::as_fd));
@@ -473,7 +472,6 @@ impl Streams {
     ///
     /// # Errors
     /// A descriptor is missing or cannot be watched.
-    #[allow(dead_code, reason = "for live upgrades")]
     pub(crate) fn restore(
         saved: Saved,
         fds: &mut dyn FnMut(u32) -> io::Result<OwnedFd>,
@@ -520,7 +518,6 @@ impl Streams {
 
     /// Waits until no helper thread writes to a log, and holds new ones back as long as the guard lives: `execve` ends all
     /// other threads. A disk that does not answer makes this take as long.
-    #[allow(dead_code, reason = "for live upgrades")]
     pub(crate) async fn quiesce(&self) -> Quiet {
         offload::quiesce().await
     }

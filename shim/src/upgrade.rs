@@ -164,7 +164,8 @@ pub(crate) async fn run(
 ) -> Result<Infallible, UpgradeError> {
     let server = &turn.server;
     let program = Program::open(path)?;
-    program.check(&sealed_file(&State::default().seal())?, &State::default().seal()).await?;
+    let empty = State::default().seal();
+    program.check(&sealed_file(&empty)?, &empty).await?;
 
     let closed = quiesce::close();
     let _quiet = match race(settle(server, &closed), sleep(QUIET_LIMIT)).await {
