@@ -21,7 +21,7 @@ use prost::Message;
 use super::Server;
 use crate::executor::{Either, race, spawn};
 use crate::quiesce::{self, Busy};
-use crate::reactor::{Async, sleep};
+use crate::reactor::{Async, sleep, yield_now};
 use crate::shim::Shim;
 use crate::sync::Condition;
 use crate::{control, log, service, state};
@@ -79,6 +79,9 @@ impl Connection {
                 let Some(received) = received else { break };
                 self.receive(server, received);
             }
+            // The calls get their turn, and with it their answers are counted: a client that sends without end is neither
+            // served before all others nor ahead of its own answers.
+            yield_now().await;
             self.changed.until(|| self.closed.get() || self.unread.get() < MAX_UNREAD).await;
             self.socket.readable().await;
             // What is not read stays in the socket, for whoever reads next.

@@ -224,7 +224,7 @@ fn the_runtime_has_nothing_of_the_shims() {
     let runtime = host.script(
         "runtime",
         "#!/bin/sh\nfolder=$(mktemp -d \"$RECORDS/call-XXXXXX\")\n\
-         for file in status limits environ oom_score_adj; do cat /proc/$$/$file >$folder/$file; done\n\
+         for file in status limits environ oom_score_adj; do cat /proc/self/$file >$folder/$file; done\n\
          ls -l /proc/self/fd >$folder/links; umask >$folder/umask; echo \"$*\" >$folder/arguments\n\
          exec runc \"$@\"\n",
     );
@@ -254,7 +254,7 @@ fn the_runtime_has_nothing_of_the_shims() {
     for folder in calls {
         let call = Seen { folder };
         let what = call.text("arguments");
-        // What a child of it inherits, and the folder that is listed.
+        // All of this is what a child of the script has inherited; the fourth descriptor is the folder that is listed.
         assert_eq!(descriptors(&call.text("links")), ["0", "1", "2", "3"], "{what}: {}", call.text("links"));
         assert_eq!(call.status("SigBlk"), "0000000000000000", "{what}");
         assert_eq!(call.status("SigIgn"), "0000000000000000", "{what}");
