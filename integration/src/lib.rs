@@ -12,8 +12,9 @@ pub mod image;
 pub mod lifecycle;
 pub mod memory;
 pub mod peer;
-pub mod wait;
 pub mod shim;
+pub mod soak;
 pub mod ttrpc;
+pub mod wait;
 
 pub use daemon::Daemon;

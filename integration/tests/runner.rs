@@ -3,17 +3,18 @@
 mod bad_input;
 mod clients;
 mod docker;
-mod history;
 mod faults;
+mod history;
 mod hostile;
 mod limits;
 mod operations;
 mod peers;
 mod restart;
 mod services;
-mod suites;
 mod sharing;
 mod slope;
+mod soak;
+mod suites;
 mod tour;
 mod upgrade;
 

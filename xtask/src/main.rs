@@ -19,6 +19,7 @@ cargo xtask <command>
   bench [start]     the life of a container beside Debian's containerd, in turns within one run
   bench shim        the shim beside Debian's: starts, execs, output, memory
   bench execs       what a shim is grown by after thousands of execs (--execs N)
+  soak [FLAGS]      lives of containers while daemons and shims are killed at random (--lifecycles N, --seed S)
   codegen           generate proto/src/gen and proto/wire.txt from proto/proto
   codegen --check   tell whether they are as they would be generated
   graph             check the order of the crates
@@ -43,6 +44,7 @@ fn dispatch(args: &[&str]) -> Result<()> {
         ["ci"] => ci(),
         ["build"] => build::all(true).map(|folder| println!("binaries: {}", folder.display())),
         ["bench", rest @ ..] => bench(rest),
+        ["soak", rest @ ..] => soak(rest),
         ["codegen"] => codegen::write(),
         ["codegen", "--check"] => codegen::check(),
         ["graph"] => graph::check(),
@@ -76,6 +78,12 @@ fn bench(args: &[&str]) -> Result<()> {
     packages::install(packages::TEST)?;
     let folder = build::all(true)?;
     build::run(&folder.join("bench").display().to_string(), args)
+}
+
+fn soak(args: &[&str]) -> Result<()> {
+    packages::install(packages::TEST)?;
+    let folder = build::all(true)?;
+    build::run(&folder.join("soak").display().to_string(), args)
 }
 
 fn ci() -> Result<()> {
