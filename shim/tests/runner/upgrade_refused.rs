@@ -20,6 +20,8 @@ fn what_is_not_a_safe_and_working_shim_is_refused() {
     client.create(&host.create_request(&bundle)).unwrap();
     client.start(&bundle.id, "").unwrap();
     let ended = wait_in_thread(&client, &bundle.id, "");
+    // The one that was started may be replaced by a build at any time.
+    client.upgrade(&good).unwrap();
     let before = client.status();
 
     let owned = programs.copy("owned", &good);
@@ -32,6 +34,7 @@ fn what_is_not_a_safe_and_working_shim_is_refused() {
     std::fs::set_permissions(open.parent().unwrap(), std::fs::Permissions::from_mode(0o777)).unwrap();
     let elf = std::fs::read(&good).unwrap();
     let script = |name: &str, text: &str| programs.write(name, format!("#!/bin/sh\n{text}\n").as_bytes());
+    let shim = good.clone();
     let good = good.display();
     let mark = programs.folder.path().join("mark");
     let once = format!("[ ! -e {0} ] || exit 9; : >{0}; exec {good} \"$@\"", mark.display());
@@ -64,7 +67,7 @@ fn what_is_not_a_safe_and_working_shim_is_refused() {
         let error = client.upgrade(&program).unwrap_err();
         assert_eq!(error.code, code, "{}: {error}", program.display());
         assert!(error.message.contains(text), "{}: {error}", program.display());
-        assert_eq!(executed_by(before.pid), Path::new(&before.program.as_ref().unwrap().path));
+        assert_eq!(executed_by(before.pid), shim);
         assert_eq!(client.status(), before, "after {}", program.display());
         assert!(!ended.is_finished());
     }
@@ -74,7 +77,7 @@ fn what_is_not_a_safe_and_working_shim_is_refused() {
     assert_eq!(client.wait(&bundle.id, "e").unwrap().exit_status, 3);
     let inheritable = open_without_close_on_exec(before.pid);
     assert_eq!(inheritable, [0, 1, 2], "descriptors that a program would inherit");
-    client.upgrade(Path::new(&good.to_string())).unwrap();
+    client.upgrade(&shim).unwrap();
     assert_eq!(open_without_close_on_exec(before.pid), [0, 1, 2]);
     client.kill(&bundle.id, "", 9).unwrap();
     assert_eq!(ended.join().unwrap().exit_status, 137);
