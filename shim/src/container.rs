@@ -69,6 +69,8 @@ pub(crate) struct Container {
     running_execs: Cell<usize>,
     init_dead: Cell<bool>,
     pausing: Cell<bool>,
+    /// The number of the last event of running out of memory, 0 before the first.
+    oom_event: Cell<u64>,
     changed: Condition,
     /// Held by what must not overlap: start, delete, pause, resume, update, checkpoint.
     lifecycle: Lock,
@@ -113,6 +115,7 @@ impl Container {
             running_execs: Cell::new(0),
             init_dead: Cell::new(false),
             pausing: Cell::new(false),
+            oom_event: Cell::new(0),
             changed: Condition::default(),
             lifecycle: Lock::default(),
             io_owner: (options.io_uid, options.io_gid),
@@ -229,8 +232,12 @@ impl Container {
     }
 
     fn report_oom(&self) {
-        if self.oom.borrow().as_ref().is_some_and(|watch| watch.happened()) {
-            self.publish("/tasks/oom", &events::TaskOom { container_id: self.id.clone() });
+        let happened = self.oom.borrow().as_ref().is_some_and(|watch| watch.happened());
+        // A container can run out of memory as often as it likes, and the daemon may be away: one event that waits says as
+        // much as many, and many would fill the host's memory, where the bundle is.
+        if happened && !self.shim.outbox.waits(self.oom_event.get()) {
+            let event = events::TaskOom { container_id: self.id.clone() };
+            self.oom_event.set(self.shim.outbox.publish(&self.journal, "/tasks/oom", &event));
         }
     }
 

@@ -150,8 +150,8 @@ impl Outbox {
         }
     }
 
-    /// Records an event and queues it. Returns at once.
-    pub(crate) fn publish<M: Name>(&self, journal: &Rc<ContainerJournal>, topic: &str, event: &M) {
+    /// Records an event and queues it. Returns its number at once.
+    pub(crate) fn publish<M: Name>(&self, journal: &Rc<ContainerJournal>, topic: &str, event: &M) -> u64 {
         let sequence = self.sequence.get() + 1;
         self.sequence.set(sequence);
         let now = Timestamp::from(SystemTime::now());
@@ -168,13 +168,19 @@ impl Outbox {
         let place = match (journal.append(std::slice::from_ref(&record)), record) {
             (Some(offset), _) => Place::Journal(journal.clone(), offset),
             (None, Record::Event(record)) => Place::Memory(Box::new(record)),
-            (None, _) => return,
+            (None, _) => return sequence,
         };
         if let Place::Journal(journal, _) = &place {
             journal.pending.set(journal.pending.get() + 1);
         }
         self.queue.borrow_mut().push_back(Queued { sequence, place });
         self.changed.changed();
+        sequence
+    }
+
+    /// Whether the event of this number has not been sent yet.
+    pub(crate) fn waits(&self, sequence: u64) -> bool {
+        self.queue.borrow().front().is_some_and(|first| first.sequence <= sequence)
     }
 
     /// Has a waiting sender try again at once.

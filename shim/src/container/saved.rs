@@ -82,6 +82,7 @@ impl Container {
             init_dead: Cell::new(init.recorded().is_some()),
             init: Rc::new(init),
             pausing: Cell::new(false),
+            oom_event: Cell::new(0),
             changed: Condition::default(),
             lifecycle: Lock::default(),
             io_owner: (saved.io_uid, saved.io_gid),

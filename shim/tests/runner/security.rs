@@ -613,3 +613,35 @@ fn no_other_process_is_taken_for_the_containers() {
     stranger.kill().unwrap();
     stranger.wait().unwrap();
 }
+
+/// Class F: a container that runs out of memory over and over, while no daemon is there to take the events, does not fill
+/// the folder of its bundle, which is the host's memory.
+#[test]
+fn a_container_cannot_fill_the_journal() {
+    if cannot_run() {
+        return;
+    }
+    let host = Host::new();
+    let script =
+        "n=0; while [ $n -lt 12 ]; do tail /dev/zero; n=$((n+1)); done; echo >/host/done; sleep 1000";
+    let bundle = host.bundle("box", script, |config| {
+        config["linux"]["resources"] = serde_json::json!({"memory": {"limit": 12 << 20}});
+    });
+    let client = host.start(&bundle);
+    client.create(&host.create_request(&bundle)).unwrap();
+    client.start(&bundle.id, "").unwrap();
+    eventually("it has run out of memory often enough", || host.path("done").exists());
+    answers(&client);
+    let control = Path::new("/sys/fs/cgroup/memory").join(&bundle.id).join("memory.oom_control");
+    let control = std::fs::read_to_string(control).or_else(|_| {
+        std::fs::read_to_string(Path::new("/sys/fs/cgroup").join(&bundle.id).join("memory.events"))
+    });
+    let control = control.unwrap();
+    let kills = control.lines().find_map(|line| line.strip_prefix("oom_kill ")).unwrap();
+    assert!(kills.parse::<u32>().unwrap() > 2, "else this test shows nothing: {control}");
+    let journal = std::fs::read(bundle.path.join("journal")).unwrap();
+    let topic = b"/tasks/oom";
+    let told = journal.windows(topic.len()).filter(|window| window == topic).count();
+    assert_eq!(told, 1, "events of running out of memory");
+    client.finish(&bundle.id);
+}
