@@ -72,6 +72,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
+
     #[test]
     fn nothing_is_lost_and_nothing_comes_twice(steps in steps()) {
         let folder = tempfile::tempdir().unwrap();
