@@ -99,6 +99,11 @@ impl Scene {
         Ok(fs::write(self.fault(&format!("{action}@{id}.go")), "")?)
     }
 
+    fn bundle(&self, id: &str) -> PathBuf {
+        let namespace = self.daemon.namespace();
+        self.daemon.path("state/io.containerd.runtime.v2.task").join(namespace).join(id)
+    }
+
     fn kill_shim(&self, id: &str, signal: Signal) -> Result<()> {
         let shims = shims(&self.daemon.namespace(), id);
         ensure!(!shims.is_empty(), "{id} has no shim");

@@ -157,3 +157,28 @@ fn socket_of(bundle: &Path) -> Option<PathBuf> {
     let address = read_regular(&bundle.join("address"), MAX_ADDRESS).ok()?;
     address::parse(std::str::from_utf8(&address).ok()?.trim()).ok()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_death_is_recorded_once_however_often_it_is_cleaned_up() {
+        let bundle = tempfile::tempdir().unwrap();
+        let process = |id: &str, pid| StartRecord { id: id.to_owned(), pid, start_time: 1 };
+        let (mut journal, _) = Journal::open(&bundle.path().join(journal::FILE_NAME)).unwrap();
+        let ended = ExitRecord { id: "over".to_owned(), pid: 3, status: 4, ..ExitRecord::default() };
+        journal.append(&[Record::Start(process("box", 1)), Record::Exit(ended.clone())]).unwrap();
+        let running = vec![process("box", 1), process("over", 3)];
+        let first = record_killed(bundle.path(), running.clone());
+        assert_eq!((first.exits["box"].status, first.exits["box"].killed), (KILLED, true));
+        assert_eq!(first.exits["over"], ended, "what the shim has seen stands");
+        let second = record_killed(bundle.path(), running);
+        assert_eq!(first.exits, second.exits);
+        assert_eq!(journal::read(&bundle.path().join(journal::FILE_NAME)).unwrap().exits, first.exits);
+        // Where there is no bundle any more, nothing is made.
+        std::fs::remove_dir_all(bundle.path()).unwrap();
+        assert!(record_killed(bundle.path(), vec![process("box", 1)]).exits.is_empty());
+        assert!(!bundle.path().exists());
+    }
+}

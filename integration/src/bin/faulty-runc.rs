@@ -2,8 +2,8 @@
 //!
 //! It is run as a link in a folder of the test's own. A file `faults/<action>@<container>` beside the link, or
 //! `faults/<action>`, orders one fault for the next call of that action; its text is one of the words in [`Fault`]. Whoever
-//! takes the order renames the file to `….taken`, writes its pid into it, and with the words that wait goes on only when
-//! there is a file `….go`. So a test can stop a container's life at a step, do what it wants to do there, and let it go on,
+//! takes the order writes its pid into the file and, where the fault is, renames it to `….taken`; with the words that wait
+//! it goes on only when there is a file `….go`. So a test can stop a container's life at a step, do what it wants to do there, and let it go on,
 //! without any guess at times.
 
 use std::ffi::OsString;
@@ -70,6 +70,21 @@ impl Fault {
     }
 }
 
+/// A fault, and the files about it.
+struct Order {
+    fault: Fault,
+    taking: PathBuf,
+    taken: PathBuf,
+    go: PathBuf,
+}
+
+impl Order {
+    /// Tells the test that the step is reached.
+    fn tell(&self) -> Result<()> {
+        Ok(fs::rename(&self.taking, &self.taken)?)
+    }
+}
+
 /// The parts of a runtime's command line that matter here.
 struct Call {
     action: String,
@@ -105,7 +120,7 @@ impl Call {
     }
 
     /// Takes the order for this call, if there is one. Several calls may want the same one; a rename has one winner.
-    fn order(&self, faults: &Path) -> Result<Option<(Fault, PathBuf)>> {
+    fn order(&self, faults: &Path) -> Result<Option<Order>> {
         for name in [format!("{}@{}", self.action, self.container), self.action.clone()] {
             let order = faults.join(&name);
             let Ok(word) = fs::read_to_string(&order) else { continue };
@@ -114,8 +129,13 @@ impl Call {
                 continue;
             }
             fs::write(&taking, std::process::id().to_string())?;
-            fs::rename(&taking, faults.join(format!("{name}.taken")))?;
-            return Ok(Some((Fault::of(word.trim())?, faults.join(format!("{name}.go")))));
+            let taken = faults.join(format!("{name}.taken"));
+            return Ok(Some(Order {
+                fault: Fault::of(word.trim())?,
+                taking,
+                taken,
+                go: faults.join(format!("{name}.go")),
+            }));
         }
         Ok(None)
     }
@@ -127,7 +147,11 @@ fn main() -> Result<ExitCode> {
     let arguments: Vec<OsString> = arguments.collect();
     let faults = own.parent().unwrap_or(Path::new(".")).join("faults");
     let call = Call::parse(&arguments);
-    let Some((fault, go)) = call.order(&faults)? else { return Err(run(&arguments)?.exec().into()) };
+    let Some(order) = call.order(&faults)? else { return Err(run(&arguments)?.exec().into()) };
+    let fault = order.fault;
+    if fault != Fault::DoneWait {
+        order.tell()?;
+    }
     match fault {
         Fault::Lie => return Ok(ExitCode::SUCCESS),
         Fault::Mute => return Ok(ExitCode::FAILURE),
@@ -141,7 +165,7 @@ fn main() -> Result<ExitCode> {
         }
         Fault::Die => raise(Signal::SIGKILL)?,
         Fault::Wait => {
-            wait_for(&go);
+            wait_for(&order.go);
             return Err(run(&arguments)?.exec().into());
         }
         Fault::DoneDie
@@ -155,7 +179,10 @@ fn main() -> Result<ExitCode> {
     match (fault, &call.pid_file) {
         (Fault::DoneDie, _) => raise(Signal::SIGKILL)?,
         (Fault::DoneFail, _) => return Ok(ExitCode::FAILURE),
-        (Fault::DoneWait, _) => wait_for(&go),
+        (Fault::DoneWait, _) => {
+            order.tell()?;
+            wait_for(&order.go);
+        }
         (Fault::NoPid, Some(file)) => fs::remove_file(file)?,
         (Fault::BadPid, Some(file)) => fs::write(file, "not a number")?,
         (Fault::OtherPid, Some(file)) => fs::write(file, fs::read_to_string(faults.join("canary"))?)?,

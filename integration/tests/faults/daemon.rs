@@ -1,6 +1,11 @@
 //! The daemon is killed, at each step of what it does for a container, and started again.
 
+use std::fs;
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result, ensure};
+use davit_integration::lifecycle::Wish;
+use davit_integration::wait;
 use davit_proto::containerd::v1::types::Status as TaskStatus;
 use nix::sys::signal::Signal;
 
@@ -87,6 +92,50 @@ fn killed(then: Then) -> Result<()> {
                     }
                 }
             }
+            steps.remove(id).await?;
+        }
+        anyhow::Ok(())
+    })?;
+    scene.clean()
+}
+
+/// A shim that holds another container of its group does not end when a daemon finds that it has not got this one yet.
+#[test]
+fn a_creation_in_a_shared_shim_outlives_its_daemon() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let mut scene = Scene::new(USUAL)?;
+    let runtime = tokio_runtime()?;
+    let wish = Wish { group: "one".into(), ..scene.wish("sleep 1000") };
+    runtime.block_on(async {
+        let mut steps = scene.steps().await?;
+        steps.record("one", &wish).await?;
+        steps.create("one", "", false).await?;
+        steps.start("one", "").await?;
+        steps.record("two", &wish).await?;
+        scene.order("create", "two", "done-wait")?;
+        drop(call(&steps, "create", "two"));
+        scene.taken("create", "two").await
+    })?;
+    let pid = fs::read_to_string(scene.bundle("two").join("init.pid"))?;
+    scene.daemon.stop(Signal::SIGKILL)?;
+    scene.daemon.restart()?;
+    runtime.block_on(async {
+        let mut steps = scene.steps().await?;
+        // The daemon has looked at both when it answers for the first.
+        steps.state("one", "").await?;
+        scene.go("create", "two")?;
+        let end = Instant::now() + wait::PATIENCE;
+        let found = loop {
+            match steps.state("two", "").await {
+                Ok(found) => break found,
+                Err(status) => ensure!(Instant::now() < end, "{status:?}"),
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        };
+        ensure!(found.pid.to_string() == pid && found.status() == TaskStatus::Created, "{found:?}");
+        for id in ["two", "one"] {
             steps.remove(id).await?;
         }
         anyhow::Ok(())

@@ -320,3 +320,29 @@ fn envelope(record: EventRecord) -> Envelope {
 fn time(seconds: i64, nanos: i32) -> Option<std::time::SystemTime> {
     super::shim::time_from_wire(&prost_types::Timestamp { seconds, nanos })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    #[test]
+    fn a_name_that_another_shim_takes_meanwhile_is_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        drop(UnixListener::bind(&path).unwrap());
+        // As `shim start` does it.
+        let starting =
+            Flock::lock(std::fs::File::open(folder.path()).unwrap(), FlockArg::LockExclusive).unwrap();
+        let dead = path.clone();
+        let removing = std::thread::spawn(move || remove_dead_socket(&dead).unwrap());
+        std::fs::remove_file(&path).unwrap();
+        let living = UnixListener::bind(&path).unwrap();
+        drop(starting);
+        removing.join().unwrap();
+        assert!(path.exists());
+        drop(living);
+        remove_dead_socket(&path).unwrap();
+        assert!(!path.exists());
+    }
+}

@@ -263,6 +263,25 @@ fn a_create_that_hangs_ends() {
 }
 
 #[test]
+fn a_shim_that_dies_when_it_is_to_end_leaves_no_socket() {
+    let world = world("printf unix://$(dirname $0)/shim.sock");
+    let daemon = world.daemon();
+    let shim = Arc::new(FakeShim::new());
+    shim.hangs.lock().unwrap().push("Shutdown");
+    let server = daemon.inside(|| serve(&world.path("shim.sock"), shim.clone()));
+    create(&daemon).unwrap();
+    let deleting = daemon.spawn({
+        let (tasks, namespace) = (daemon.tasks.clone(), daemon.namespace.clone());
+        async move { tasks.delete(&namespace, "one").await }
+    });
+    eventually_equal(&true, || shim.called().iter().any(|(_, method)| method == "Shutdown"));
+    server.abort();
+    daemon.block_on(deleting).unwrap().unwrap();
+    assert!(!world.path("shim.sock").exists());
+    world.assert_nothing_left();
+}
+
+#[test]
 fn runtimes_are_found_by_name() {
     let world = world("true");
     fs::create_dir(world.path("bin")).unwrap();
