@@ -11,6 +11,8 @@ use crate::root;
 /// (`cargo xtask bench execs --execs 100000` is the long way, by hand.)
 #[test]
 fn a_shim_does_not_grow_with_its_execs() -> Result<()> {
+    /// Pages that are in use at one look and not at the next (KiB).
+    const NOISE: i64 = 8;
     /// The journal is written anew when it has this length (bytes); until then it may grow.
     const JOURNAL: u64 = 64 << 10;
     if !root() {
@@ -27,7 +29,7 @@ fn a_shim_does_not_grow_with_its_execs() -> Result<()> {
     samples.iter().for_each(|sample| println!("{sample:?}"));
     let windows = samples.windows(2);
     let growth = windows.map(|pair| pair[1].shim.anonymous as i64 - pair[0].shim.anonymous as i64);
-    ensure!(growth.min() <= Some(0), "memory grows all the time: {samples:?}");
+    ensure!(growth.min() <= Some(NOISE), "memory grows all the time: {samples:?}");
     for sample in &samples {
         ensure!(sample.shim.threads == 1, "a thread is left: {sample:?}");
         ensure!(sample.shim.descriptors == samples[0].shim.descriptors, "descriptors are left: {samples:?}");
