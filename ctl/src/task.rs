@@ -70,7 +70,10 @@ pub(crate) async fn log_path(client: &Client, id: &str, runtime: &str) -> Result
         client.introspection().plugins(PluginsRequest { filters }).await.call("ask for the plugins")?;
     // Only davitd says where logs are to be.
     let folder = plugins.plugins.iter().find_map(|plugin| plugin.exports.get("logs"));
-    let name = log::file_name(id, runtime, folder.is_some());
+    // Others may be configured in the place of its own shims.
+    let schemes = plugins.plugins.iter().find_map(|plugin| plugin.exports.get("log-uri-schemes"));
+    let json = schemes.is_some_and(|schemes| schemes.split(',').any(|scheme| scheme == "json-file"));
+    let name = log::file_name(id, runtime, json);
     Ok(Path::new(folder.map_or(LOG_FOLDER, String::as_str)).join(client.namespace()).join(name))
 }
 

@@ -79,8 +79,16 @@ pub struct SnapshotterEntry {
     pub state: Result<(Vec<String>, BTreeMap<String, String>), String>,
 }
 
-/// The list of a daemon with these folders and snapshotters.
-pub fn list(content_root: &str, logs: &str, snapshotters: Vec<SnapshotterEntry>) -> Vec<Plugin> {
+/// The list of a daemon with these folders and snapshotters. `own_shims` says that it starts the project's own shims,
+/// which know more kinds of logs than others.
+pub fn list(
+    content_root: &str,
+    logs: &str,
+    own_shims: bool,
+    snapshotters: Vec<SnapshotterEntry>,
+) -> Vec<Plugin> {
+    let schemes =
+        if own_shims { "fifo,binary,binary-v2,file,json-file" } else { "fifo,binary,binary-v2,file" };
     let mut plugins = vec![
         Plugin::new("content.v1", "content", &[]).export("root", content_root),
         Plugin::new("event.v1", "exchange", &[]),
@@ -100,7 +108,7 @@ pub fn list(content_root: &str, logs: &str, snapshotters: Vec<SnapshotterEntry>)
         Plugin::new("shim.v1", "manager", &["event.v1", "metadata.v1"]).on_platform(),
         Plugin::new("runtime.v2", "task", &["shim.v1"])
             .on_platform()
-            .export("log-uri-schemes", "fifo,binary,binary-v2,file")
+            .export("log-uri-schemes", schemes)
             .export("logs", logs),
     ];
     for entry in snapshotters {
@@ -153,7 +161,7 @@ mod tests {
     fn clients_find_what_they_look_for() {
         let overlay = SnapshotterEntry { name: "overlayfs".into(), state: Ok(Default::default()) };
         let broken = SnapshotterEntry { name: "native".into(), state: Err("no".into()) };
-        let plugins = list("/r", "/l", vec![overlay, broken]);
+        let plugins = list("/r", "/l", true, vec![overlay, broken]);
         let find = |filter: &str| {
             let filter = Filter::parse(&[filter.to_owned()]).unwrap();
             plugins.iter().filter(|plugin| filter.matches(*plugin)).collect::<Vec<_>>()

@@ -112,7 +112,8 @@ pub async fn run(config: Config) -> Result<()> {
     tracing::info!(tasks = loading.tasks(), "found tasks of an earlier daemon");
     tokio::spawn(loading.finished());
 
-    let plugins = plugins::list(&text(&config.root.join(CONTENT)), &text(&config.root.join(LOGS)), entries);
+    let (content, logs) = (text(&config.root.join(CONTENT)), text(&config.root.join(LOGS)));
+    let plugins = plugins::list(&content, &logs, tasks.starts_own_shims(), entries);
     let interval = Duration::from_secs(config.restart.interval);
     let monitor = Monitor::new(metadata.clone(), tasks.clone(), interval);
     tokio::spawn(monitor.run(stop.clone()));

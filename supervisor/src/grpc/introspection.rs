@@ -166,7 +166,7 @@ mod tests {
         };
         let tasks = Tasks::open(config, Hub::new(crate::grpc::notice::READING)).unwrap();
         let broken = SnapshotterEntry { name: OVERLAYFS.1.into(), state: Err("no".into()) };
-        let plugins = plugins::list("/r", "/l", vec![broken]);
+        let plugins = plugins::list("/r", "/l", true, vec![broken]);
         IntrospectionService::open(folder, plugins.into(), tasks).unwrap()
     }
 

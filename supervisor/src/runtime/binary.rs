@@ -39,7 +39,7 @@ use super::task::Exit;
 use super::{Config, ShimError};
 
 /// Our own shim.
-const OWN_BINARY: &str = "containerd-shim-davit-v2";
+pub(super) const OWN_BINARY: &str = "containerd-shim-davit-v2";
 
 /// The runtimes that our own shim answers to.
 const OWN_RUNTIMES: [&str; 2] = ["io.containerd.runc.v2", "io.containerd.davit.v2"];

@@ -60,6 +60,11 @@ impl Tasks {
         self.resolve_runtime(OWN_RUNTIME)
     }
 
+    /// Whether that is the project's own, with all that only it can do. Another one can be configured in its place.
+    pub fn starts_own_shims(&self) -> bool {
+        self.own_shim().is_ok_and(|path| path.file_name().is_some_and(|name| name == binary::OWN_BINARY))
+    }
+
     /// Has the shim of a container execute another program, `None` for [`Tasks::own_shim`]; its containers go on. Gives
     /// what the shim says, and the containers that have moved.
     ///
