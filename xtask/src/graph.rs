@@ -35,7 +35,14 @@ const ORDER: &[(&str, &[&str])] = &[
     // The shim stays small: none of the daemon's crates.
     (
         "davit-shim",
-        &["davit-oci", "davit-metadata", "davit-content-store", "davit-history", "davit-snapshotter", "davit-distribution"],
+        &[
+            "davit-oci",
+            "davit-metadata",
+            "davit-content-store",
+            "davit-history",
+            "davit-snapshotter",
+            "davit-distribution",
+        ],
     ),
     ("davit-supervisor", &["davit-oci", "davit-shim"]),
     // The CLI is a client of the gRPC API alone.
