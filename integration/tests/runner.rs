@@ -7,6 +7,7 @@ mod faults;
 mod history;
 mod hostile;
 mod limits;
+mod logs;
 mod operations;
 mod peers;
 mod restart;

@@ -19,9 +19,9 @@ pub(crate) struct Lines {
 }
 
 impl Lines {
-    /// For the stream of this name. `partial` is the beginning of a line.
-    pub(crate) fn new(stream: &'static str, partial: Vec<u8>) -> Lines {
-        Lines { stream, partial }
+    /// For the stream of this name.
+    pub(crate) fn new(stream: &'static str) -> Lines {
+        Lines { stream, partial: Vec::new() }
     }
 
     /// The line whose end has not come.
@@ -131,7 +131,7 @@ mod tests {
 
     #[test]
     fn a_line_is_an_object() {
-        let mut lines = Lines::new("stdout", Vec::new());
+        let mut lines = Lines::new("stdout");
         let now = UNIX_EPOCH + Duration::new(1_709_251_199, 5);
         let mut out = Vec::new();
         lines.feed(b"one\ntw", now, &mut out);
@@ -152,7 +152,7 @@ mod tests {
     fn a_long_line_is_cut_between_characters() {
         let text = "x".repeat(PART - 1) + &"ä€🦀".repeat(PART) + "\n";
         for step in [1, 100, 5000, usize::MAX] {
-            let mut lines = Lines::new("stderr", Vec::new());
+            let mut lines = Lines::new("stderr");
             let mut out = Vec::new();
             for piece in text.as_bytes().chunks(step) {
                 lines.feed(piece, UNIX_EPOCH, &mut out);

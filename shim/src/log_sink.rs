@@ -32,8 +32,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
 const RETRY: Duration = Duration::from_secs(1);
 /// The most bytes that a helper is given at once. Larger than any line, see [`crate::spool`].
 const BATCH: usize = 128 * 1024;
-/// What must be free in the queue for another read of output, which can grow six times as long in JSON.
-const ROOM: u64 = 128 * 1024;
+/// What must be free in the queue for another [`Log::push`].
+const ROOM: u64 = 256 * 1024;
 
 /// A log.
 pub(crate) struct Log {
@@ -76,7 +76,7 @@ impl Log {
         self.json
     }
 
-    /// Takes bytes; of a json log whole lines.
+    /// Takes bytes, at most 256 KiB; of a json log whole lines.
     pub(crate) fn push(&self, bytes: &[u8]) {
         if bytes.is_empty() {
             return;

@@ -16,6 +16,7 @@
 //! A terminal has one stream, which goes to the address of stdout.
 
 mod address;
+mod error;
 mod open;
 pub(crate) mod saved;
 #[cfg(test)]
@@ -24,11 +25,9 @@ mod tests;
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
-
-use davit_model::{Coded, ErrorCode};
 
 use crate::copy::{Closing, Input, InputSink, Output, PipeKind, Sink};
 use crate::executor::{Either, race, spawn};
@@ -36,7 +35,7 @@ use crate::json_log::Lines;
 use crate::log;
 use crate::log_file::LogFile;
 use crate::log_sink::Log;
-use crate::logger::{self, Logger, LoggerError};
+use crate::logger::{self, Logger};
 use crate::offload;
 use crate::reactor::{Async, sleep};
 use crate::runtime::ChildStdio;
@@ -44,6 +43,7 @@ use crate::spool::Spool;
 use crate::sync::Condition;
 
 pub(crate) use address::Address;
+pub(crate) use error::StdioError;
 #[cfg(test)]
 pub(crate) use open::open_fifo;
 pub(crate) use saved::Saved;
@@ -62,74 +62,6 @@ pub(crate) struct Request {
     pub(crate) stderr: String,
     /// True if the process wants a terminal.
     pub(crate) terminal: bool,
-}
-
-/// Why streams cannot be had.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum StdioError {
-    /// An address of no known kind.
-    #[error("unknown STDIO scheme {scheme}")]
-    Scheme {
-        /// The part before `://`.
-        scheme: String,
-    },
-    /// An option of a json log that is unknown, or has no such value.
-    #[error("invalid option {option:?} of json-file")]
-    LogOption {
-        /// The option as it was given.
-        option: String,
-    },
-    /// A mode of the streams that does not exist.
-    #[error("invalid {name} {mode:?}: must be blocking or non-blocking", name = open::MODE_ANNOTATION)]
-    Mode {
-        /// What the annotation says.
-        mode: String,
-    },
-    /// A FIFO or file cannot be opened.
-    #[error("open {path}", path = path.display())]
-    Open {
-        /// The path.
-        path: PathBuf,
-        /// The answer of the kernel.
-        source: io::Error,
-    },
-    /// No pipe can be made, or not be watched.
-    #[error("{step}")]
-    Pipe {
-        /// What failed.
-        step: &'static str,
-        /// The answer of the kernel.
-        source: io::Error,
-    },
-    /// What an earlier shim handed on cannot be taken over.
-    #[error("restore streams")]
-    Restore {
-        /// The answer of the kernel.
-        source: io::Error,
-    },
-    /// The logger does not work.
-    #[error("logging binary")]
-    Logger {
-        /// Why.
-        source: LoggerError,
-    },
-}
-
-impl Coded for StdioError {
-    fn code(&self) -> ErrorCode {
-        match self {
-            StdioError::Scheme { .. } | StdioError::LogOption { .. } | StdioError::Mode { .. } => {
-                ErrorCode::InvalidArgument
-            }
-            StdioError::Open { source, .. } if source.kind() == io::ErrorKind::NotFound => {
-                ErrorCode::NotFound
-            }
-            StdioError::Open { .. } | StdioError::Pipe { .. } | StdioError::Restore { .. } => {
-                ErrorCode::Internal
-            }
-            StdioError::Logger { source } => source.code(),
-        }
-    }
 }
 
 /// The streams of a process as long as it is not deleted.
@@ -367,11 +299,13 @@ impl Streams {
     }
 
     fn run(&self) {
-        for output in self.outputs.borrow().iter().cloned() {
+        for output in &*self.outputs.borrow() {
+            let output = output.clone();
             let exited = self.exited.clone();
             self.until_closed(async move { output.run(&exited).await });
         }
-        for log in self.logs.borrow().iter().cloned() {
+        for log in &*self.logs.borrow() {
+            let log = log.clone();
             self.until_closed(async move { log.run().await });
         }
         if let Some(input) = self.input.borrow().clone() {
@@ -558,6 +492,6 @@ async fn log_attempt(logs: &[Rc<Log>]) {
 }
 
 fn log_sink(log: &Rc<Log>, name: &'static str) -> Sink {
-    let lines = log.is_json().then(|| Lines::new(name, Vec::new()));
+    let lines = log.is_json().then(|| Lines::new(name));
     Sink::Log(log.clone(), RefCell::new(lines))
 }

@@ -29,6 +29,12 @@ const LINGER: Duration = Duration::from_millis(200);
 /// that were left behind.
 const LEFT_IN_TERMINAL: usize = 256 * 1024;
 
+/// The bytes that become objects of JSON in one step.
+const PIECE: usize = 1024;
+/// The bytes of objects that no further step follows. With those of the last step, and the longest line that it may have
+/// ended, they are fewer than what a log promises to have room for.
+const MOST_AT_ONCE: usize = 64 * 1024;
+
 /// A copy of one stream of a process.
 pub(crate) struct Output {
     name: &'static str,
@@ -189,18 +195,15 @@ impl Output {
     }
 
     async fn to_log(&self, log: &Log, lines: &RefCell<Option<Lines>>, exited: &Closing) -> io::Result<()> {
-        while let Some(source) = self.input(exited).await {
-            self.stall.begin();
-            log.room().await;
-            self.read(&source, exited, |bytes| match &mut *lines.borrow_mut() {
-                Some(lines) => {
-                    let mut objects = Vec::with_capacity(bytes.len() + 256);
-                    lines.feed(bytes, SystemTime::now(), &mut objects);
-                    log.push(&objects);
-                }
-                None => log.push(bytes),
-            })?;
-            yield_now().await;
+        loop {
+            while !self.carry.borrow().is_empty() {
+                self.stall.begin();
+                log.room().await;
+                self.hand_over(log, lines);
+                yield_now().await;
+            }
+            let Some(source) = self.input(exited).await else { break };
+            self.read(&source, exited, |bytes| self.carry.borrow_mut().extend_from_slice(bytes))?;
         }
         self.end();
         if let Some(lines) = &mut *lines.borrow_mut() {
@@ -210,6 +213,32 @@ impl Output {
         }
         log.flushed().await;
         Ok(())
+    }
+
+    /// Hands over as much of what was read as a log has room for: a line of one byte is an object of seventy.
+    fn hand_over(&self, log: &Log, lines: &RefCell<Option<Lines>>) {
+        let mut carry = self.carry.borrow_mut();
+        let mut lines = lines.borrow_mut();
+        let Some(lines) = &mut *lines else {
+            log.push(&carry);
+            *carry = Vec::new();
+            return;
+        };
+        let mut objects = Vec::with_capacity(carry.len() + 256);
+        let mut fed = 0;
+        for piece in carry.chunks(PIECE) {
+            if objects.len() >= MOST_AT_ONCE {
+                break;
+            }
+            lines.feed(piece, SystemTime::now(), &mut objects);
+            fed += piece.len();
+        }
+        if fed == carry.len() {
+            *carry = Vec::new();
+        } else {
+            carry.drain(..fed);
+        }
+        log.push(&objects);
     }
 
     async fn to_pipe(&self, pipe: &Pipe, exited: &Closing) -> io::Result<()> {
@@ -374,10 +403,14 @@ impl Output {
                 (kind, fds(pipe.fd.get().as_fd()))
             }
         };
-        let partial = match sink.as_deref() {
-            Some(Sink::Log(_, lines)) => lines.borrow().as_ref().map(|lines| lines.partial().to_vec()),
-            _ => None,
+        // The line whose end has not come is read again as what was read and not delivered.
+        let mut carry = match sink.as_deref() {
+            Some(Sink::Log(_, lines)) => {
+                lines.borrow().as_ref().map(|lines| lines.partial().to_vec()).unwrap_or_default()
+            }
+            _ => Vec::new(),
         };
+        carry.extend_from_slice(&self.carry.borrow());
         saved::Output {
             name: self.name.to_owned(),
             source: source
@@ -389,7 +422,7 @@ impl Output {
             done: sink.is_none(),
             kind: kind.into(),
             sink: number,
-            carry: partial.unwrap_or_else(|| self.carry.borrow().clone()),
+            carry,
             spool: Some(self.spool.borrow().save(fds)),
             stalled_micros: self.stall.longest.get().as_micros().try_into().unwrap_or(u64::MAX),
             dropped: self.dropped.get(),
@@ -415,7 +448,6 @@ impl Output {
             (false, true) => Some(terminal.ok_or_else(missing)?.clone()),
             (false, false) => Some(Rc::new(Async::new(fds(saved.source)?)?)),
         };
-        let mut carry = saved.carry;
         let kind = saved::SinkKind::try_from(saved.kind).map_err(io::Error::other)?;
         let mut pipe =
             |kind| Ok::<_, io::Error>(Sink::Pipe(Pipe { fd: Async::for_writing(fds(saved.sink)?)?, kind }));
@@ -426,8 +458,7 @@ impl Output {
             saved::SinkKind::Logger => pipe(PipeKind::Logger)?,
             saved::SinkKind::Log => {
                 let log = logs.get(saved.log as usize).ok_or_else(missing)?.clone();
-                let partial = std::mem::take(&mut carry);
-                let lines = log.is_json().then(|| Lines::new(name, partial));
+                let lines = log.is_json().then(|| Lines::new(name));
                 Sink::Log(log, RefCell::new(lines))
             }
         };
@@ -437,7 +468,7 @@ impl Output {
             from_terminal: saved.from_terminal,
             log: sink.log().cloned(),
             sink: RefCell::new((!saved.done).then(|| Rc::new(sink))),
-            carry: RefCell::new(carry),
+            carry: RefCell::new(saved.carry),
             spool: RefCell::new(Spool::restore(saved.spool.unwrap_or_default(), fds)?),
             stall: Stall {
                 longest: Cell::new(Duration::from_micros(saved.stalled_micros)),

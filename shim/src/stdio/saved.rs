@@ -59,7 +59,7 @@ pub(crate) struct Output {
     /// The FIFO or pipe.
     #[prost(uint32, tag = "7")]
     pub sink: u32,
-    /// What was read and not delivered; for a json log, the line whose end has not come.
+    /// What was read and not delivered; for a json log, the line whose end has not come, too.
     #[prost(bytes = "vec", tag = "8")]
     pub carry: Vec<u8>,
     /// What waits behind that.

@@ -99,7 +99,7 @@ fn large_output_arrives_whole() {
 }
 
 #[test]
-fn an_unread_fifo_stops_its_own_container_alone() {
+fn a_reader_that_does_not_read_stops_its_own_process_alone() {
     if cannot_run() {
         return;
     }
@@ -115,7 +115,8 @@ fn an_unread_fifo_stops_its_own_container_alone() {
         client.start(&bundle.id, name).unwrap();
         request.stdout
     };
-    let _nobody_reads = exec("stuck", "yes");
+    let stuck = exec("stuck", "yes");
+    let _does_not_read = reader(&stuck);
     let read = exec("free", "head -c 1000000 /dev/zero 2>/dev/null || yes | head -c 1000000");
     let mut output = reader(&read);
     read_until(&mut output, |bytes| bytes.len() == 1_000_000);
