@@ -1,6 +1,7 @@
 //! The services beside the life of a container, as their clients see them on the socket.
 
 mod configuration;
+mod metrics;
 mod mounts;
 mod restart;
 mod sandboxes;

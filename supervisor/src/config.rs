@@ -26,6 +26,8 @@ pub struct Config {
     pub metadata: Metadata,
     /// How containers are run.
     pub runtime: Runtime,
+    /// Where metrics can be read.
+    pub metrics: Metrics,
     /// How containers with a restart policy are kept running.
     pub restart: Restart,
 }
@@ -98,6 +100,14 @@ pub struct Runtime {
     pub timeouts: Timeouts,
 }
 
+/// `[metrics]`
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Metrics {
+    /// The TCP address of `/v1/metrics`, such as `127.0.0.1:1338`; empty for none. Who can connect can read.
+    pub address: String,
+}
+
 /// `[restart]`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -133,6 +143,7 @@ impl Default for Config {
             log: Log::default(),
             metadata: Metadata::default(),
             runtime: Runtime::default(),
+            metrics: Metrics::default(),
             restart: Restart::default(),
         }
     }
@@ -285,6 +296,11 @@ impl Config {
             let (key, value) = ("log.level", self.log.level.clone());
             let reason = "want trace, debug, info, warn, error, or a filter with `=`";
             return Err(ConfigError::Value { key, value, reason });
+        }
+        let metrics = &self.metrics.address;
+        if !metrics.is_empty() && metrics.parse::<std::net::SocketAddr>().is_err() {
+            let reason = "want an address and a port, such as 127.0.0.1:1338";
+            return Err(ConfigError::Value { key: "metrics.address", value: metrics.clone(), reason });
         }
         let timeouts = &self.runtime.timeouts;
         for (key, seconds) in [

@@ -12,6 +12,7 @@ pub mod events;
 pub mod grpc;
 pub mod lane;
 pub mod metadata;
+pub mod metrics;
 pub mod mounts;
 pub mod plugins;
 pub mod publish;

@@ -10,7 +10,7 @@ mod listen;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
 use davit_content_store::Store;
@@ -21,7 +21,7 @@ use davit_model::{Coded, ErrorCode};
 use davit_snapshotter::Snapshotter;
 use davit_snapshotter::native::{self, Native};
 use davit_snapshotter::overlayfs::{self, Overlayfs};
-use tokio::net::UnixListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnixListenerStream;
@@ -33,6 +33,7 @@ use crate::events::{History, Hub};
 use crate::grpc::context::ContextLayer;
 use crate::grpc::{self, notice};
 use crate::metadata::{Metadata, Parts, Scope, Sharing, gc};
+use crate::metrics::{self, Source};
 use crate::mounts::Targets;
 use crate::plugins::{self, SnapshotterEntry};
 use crate::restart::Monitor;
@@ -73,6 +74,7 @@ const CONNECTION_WINDOW: u32 = 4 << 20;
 /// # Errors
 /// It cannot start: the text says what is in the way.
 pub async fn run(config: Config) -> Result<()> {
+    let started = SystemTime::now();
     let config = Arc::new(config);
     listen::check_owner(&config.root)?;
     listen::folder(&config.root, 0o711)?;
@@ -92,6 +94,13 @@ pub async fn run(config: Config) -> Result<()> {
     let grpc = &config.grpc;
     let api = listen::socket(&grpc.address, 0o660, grpc.uid, grpc.gid)?;
     let reports = listen::socket(&config.ttrpc_address(), 0o600, 0, 0)?;
+    let metrics_listener = match config.metrics.address.as_str() {
+        "" => None,
+        address => {
+            let listener = TcpListener::bind(address).await;
+            Some(listener.with_context(|| format!("cannot listen on {address} for metrics"))?)
+        }
+    };
     let tasks = open_runtime(&config, &hub)?;
     let known = metadata.clone();
     let loading = tasks.load(Arc::new(move |namespace, id| {
@@ -114,6 +123,11 @@ pub async fn run(config: Config) -> Result<()> {
 
     let (content, logs) = (text(&config.root.join(CONTENT)), text(&config.root.join(LOGS)));
     let plugins = plugins::list(&content, &logs, tasks.starts_own_shims(), entries);
+    if let Some(listener) = metrics_listener {
+        let version = grpc::version::told();
+        let source = Source { metadata: metadata.clone(), tasks: tasks.clone(), version, started };
+        tokio::spawn(metrics::serve(listener, source, stop.clone()));
+    }
     let interval = Duration::from_secs(config.restart.interval);
     let monitor = Monitor::new(metadata.clone(), tasks.clone(), interval);
     tokio::spawn(monitor.run(stop.clone()));

@@ -214,6 +214,17 @@ impl Reader<'_> {
         self.log(&mut file, &mut config)?;
         self.restart(&mut plugins, &mut config)?;
         self.timeouts(&mut file, &mut config)?;
+        for (name, of_plugins) in [("metrics", false), ("io.containerd.server.v1.metrics", true)] {
+            let (from, prefix) = match of_plugins {
+                true => (&mut plugins, format!("plugins.{name:?}.")),
+                false => (&mut file, format!("{name}.")),
+            };
+            let mut metrics = self.table(from, name)?;
+            if let Some(address) = self.text(&mut metrics, &prefix, "address")? {
+                config.metrics.address = address;
+            }
+            self.ignore_rest(&prefix, metrics);
+        }
         let mut shims = self.table(&mut plugins, "io.containerd.shim.v1.manager")?;
         let prefix = "plugins.\"io.containerd.shim.v1.manager\".";
         self.path_of(&mut shims, prefix, "socket_dir", &mut config.runtime.socket_dir)?;
@@ -458,6 +469,8 @@ mod tests {
               address = "0.0.0.0:1"
             [plugins."io.containerd.monitor.container.v1.restart"]
               interval = "2s"
+            [plugins."io.containerd.server.v1.metrics"]
+              address = "127.0.0.1:1338"
             [plugins."io.containerd.shim.v1.manager"]
               env = ["A=b"]
               socket_dir = "/run/s"
@@ -465,6 +478,7 @@ mod tests {
         let (config, ignored) = load(text).unwrap();
         assert_eq!((config.grpc.address.as_path(), config.grpc.gid), (Path::new("/s"), 7));
         assert_eq!(config.log.format, LogFormat::Json);
+        assert_eq!(config.metrics.address, "127.0.0.1:1338");
         assert_eq!((config.runtime.timeouts.load, config.restart.interval), (2, 2));
         assert_eq!(config.runtime.socket_dir, Path::new("/run/s"));
         let expected = [

@@ -11,12 +11,16 @@ pub const CONTAINERD: &str = "2.3.4";
 #[derive(Debug, Default)]
 pub struct VersionService;
 
+/// The version that clients are told.
+pub fn told() -> String {
+    // Semantic versioning has a place for who built it: behind the plus sign, where no client compares.
+    format!("v{CONTAINERD}+davit.{}", env!("CARGO_PKG_VERSION"))
+}
+
 #[tonic::async_trait]
 impl Version for VersionService {
     async fn version(&self, _: Request<()>) -> Result<Response<VersionResponse>, Status> {
-        let own = env!("CARGO_PKG_VERSION");
-        // Semantic versioning has a place for who built it: behind the plus sign, where no client compares.
-        let version = format!("v{CONTAINERD}+davit.{own}");
-        Ok(Response::new(VersionResponse { version, revision: own.to_owned() }))
+        let revision = env!("CARGO_PKG_VERSION").to_owned();
+        Ok(Response::new(VersionResponse { version: told(), revision }))
     }
 }

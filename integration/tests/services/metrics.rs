@@ -1,0 +1,55 @@
+//! The metrics of the daemon and of its containers, as Prometheus reads them.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+
+use anyhow::{Result, ensure};
+use davit_integration::{Daemon, image, wait};
+
+use crate::root;
+
+fn ask(address: &str, request: &str) -> Result<String> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.set_read_timeout(Some(wait::PATIENCE))?;
+    stream.write_all(request.as_bytes())?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+#[test]
+fn metrics_tell_of_the_daemon_and_its_containers() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    // A port that was free a moment ago.
+    let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
+    let daemon = Daemon::start_with(&[], &format!("[metrics]\naddress = \"{address}\"\n"))?;
+    daemon.import_busybox()?;
+    let ctr = daemon.ctr();
+    ctr.run(&format!("run -d {} counted sleep 3600", image::BUSYBOX))?;
+    let page = ask(&address, "GET /v1/metrics HTTP/1.1\r\nHost: x\r\n\r\n")?;
+    let (head, body) = page.split_once("\r\n\r\n").unwrap_or_default();
+    ensure!(head.starts_with("HTTP/1.1 200 OK\r\n") && head.contains("version=0.0.4"), "{head}");
+    ensure!(body.contains("containerd_build_info_total{revision="), "{body}");
+    ensure!(body.contains("process_resident_memory_bytes "), "{body}");
+    let labels = format!("{{container_id=\"counted\",namespace=\"{}\"}} ", daemon.namespace());
+    let value = |name: &str| {
+        let line = body.lines().find(|line| line.starts_with(&format!("{name}{labels}")));
+        line.and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+    };
+    let memory = value("container_memory_usage_usage_bytes").or(value("container_memory_usage_bytes"));
+    ensure!(value("container_pids_current") == Some(1.0) && memory > Some(0.0), "{body}");
+
+    for (request, status) in [
+        ("POST /v1/metrics HTTP/1.1\r\n\r\n", "405"),
+        ("GET / HTTP/1.1\r\n\r\n", "404"),
+        ("nonsense\r\n\r\n", "400"),
+    ] {
+        let answer = ask(&address, request)?;
+        ensure!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{request}: {answer}");
+    }
+    ensure!(ask(&address, &format!("GET /{} HTTP/1.1", "x".repeat(10_000))).unwrap_or_default().is_empty());
+    ctr.run("tasks kill -s SIGKILL counted")?;
+    Ok(())
+}
