@@ -14,7 +14,9 @@ const KEPT: RawFd = 3;
 
 /// Forks a copy of this process, which runs `serve` and exits with the code that this returns.
 ///
-/// The copy leads a session of its own and blocks no signal. It has `/dev/null` for standard input and output,
+/// The copy leads a process group of its own and blocks no signal. It stays in the session, as containerd's shims do: a
+/// new one would be a group of its own for the scheduler too (sched(7), autogroup), which on a busy host makes each start
+/// wait for its first turn. It has `/dev/null` for standard input and output,
 /// `log`, or `/dev/null` without one, for standard error, and `kept`, which `serve` gets. No other descriptor of this
 /// process stays open in it. A copy in which that cannot be set up ends at once with code 127.
 ///
@@ -67,7 +69,7 @@ fn detach(null: &OwnedFd, log: &OwnedFd, kept: &OwnedFd) -> io::Result<()> {
     // sigemptyset. What descriptors they close belongs to the process that this is a copy of, whose owners of them
     // never run here: `leave_behind` does not return in the copy.
     unsafe {
-        check(libc::setsid())?;
+        check(libc::setpgid(0, 0))?;
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&mut none);
         check(libc::sigprocmask(libc::SIG_SETMASK, &none, ptr::null_mut()))?;
@@ -135,10 +137,10 @@ mod tests {
                     Some(format!("{}={}", entry.file_name().display(), target.display()))
                 })
                 .collect();
-            let session = nix::unistd::getsid(None).unwrap() == nix::unistd::getpid();
+            let leader = nix::unistd::getpgrp() == nix::unistd::getpid();
             set_command_line([OsStr::new("a"), OsStr::new("b c")]).unwrap();
             let line = String::from_utf8(std::fs::read("/proc/self/cmdline").unwrap()).unwrap();
-            let text = format!("{session} {:?} {open:?}", line.trim_end_matches('\0'));
+            let text = format!("{leader} {:?} {open:?}", line.trim_end_matches('\0'));
             nix::unistd::write(&kept, text.as_bytes()).unwrap();
             nix::unistd::write(std::io::stderr(), b"log").unwrap();
             7

@@ -24,9 +24,8 @@ fn the_serving_process_is_one_of_its_own() {
 
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     assert!(status.contains("Threads:\t1\n"), "{status}");
-    let session = nix::unistd::getsid(Some(nix::unistd::Pid::from_raw(pid as i32))).unwrap();
-    assert_eq!(session.as_raw(), pid as i32);
-    assert_ne!(nix::unistd::getsid(None).unwrap(), session);
+    let group = nix::unistd::getpgid(Some(nix::unistd::Pid::from_raw(pid as i32))).unwrap();
+    assert_eq!(group.as_raw(), pid as i32, "it leads a group of its own");
 
     let open: BTreeMap<String, String> = std::fs::read_dir(format!("/proc/{pid}/fd"))
         .unwrap()
