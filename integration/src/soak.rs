@@ -2,8 +2,8 @@
 //! ended is known, once.
 //!
 //! Each life is drawn from the seed and its number; which moment a kill hits is up to the machine. Workers go through
-//! lives ([`life`]), one thread kills the daemon and starts it again, and one follows its history of exits, which is
-//! compared with what the workers expect ([`ledger`]).
+//! lives (`life`), one thread kills the daemon and starts it again, and one follows its history of exits, which is
+//! compared with what the workers expect (`ledger`).
 
 mod ledger;
 mod life;

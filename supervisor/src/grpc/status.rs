@@ -39,8 +39,9 @@ fn shortened(text: String) -> String {
     if text.len() <= MAX_TEXT {
         return text;
     }
-    let head = text.floor_char_boundary(MAX_TEXT / 2);
-    let tail = text.ceil_char_boundary(text.len() - (MAX_TEXT / 2 - 8));
+    let boundary = |at: &usize| text.is_char_boundary(*at);
+    let head = (0..=MAX_TEXT / 2).rev().find(boundary).unwrap_or_default();
+    let tail = (text.len() - (MAX_TEXT / 2 - 8)..=text.len()).find(boundary).unwrap_or(text.len());
     format!("{} … {}", &text[..head], &text[tail..])
 }
 
