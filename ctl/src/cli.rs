@@ -13,6 +13,7 @@ use crate::error::{EXIT_FAILURE, Result};
 const EXAMPLES: &str = "\
 Examples:
   davit load -i busybox.tar                     bring an image in from an archive
+  davit pull ghcr.io/owner/name:tag             or from a registry
   davit run --rm -it busybox sh                 a shell in a new container
   davit run -d --name web -m 256m busybox httpd -f
   davit ps -a                                   all containers
@@ -82,6 +83,10 @@ enum Command {
     Stats(commands::stats::Options),
     /// List images
     Images(commands::images::Options),
+    /// Get an image from a registry
+    Pull(commands::pull::Options),
+    /// Send an image to a registry
+    Push(commands::push::Options),
     /// Load images from an archive: an OCI layout or `docker save` tar
     Load(commands::load::Options),
     /// Load images from an archive, or make one from a filesystem's tar
@@ -210,6 +215,8 @@ async fn dispatch(cli: Cli) -> Result<u8> {
         Command::Top(options) => commands::top::run(&client, options, out).await?,
         Command::Stats(options) => commands::stats::run(&client, options, out).await?,
         Command::Images(options) => commands::images::run(&client, options, out).await?,
+        Command::Pull(options) => commands::pull::run(&client, options, out).await?,
+        Command::Push(options) => commands::push::run(&client, options, out).await?,
         Command::Load(options) => commands::load::load(&client, options, out).await?,
         Command::Import(options) => commands::load::import(&client, options, out).await?,
         Command::Tag(options) => commands::tag::run(&client, options).await?,

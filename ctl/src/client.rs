@@ -72,7 +72,9 @@ services! { api;
     introspection: introspection, introspection_client, IntrospectionClient;
     leases: leases, leases_client, LeasesClient;
     snapshots: snapshots, snapshots_client, SnapshotsClient;
+    streaming: streaming, streaming_client, StreamingClient;
     tasks: tasks, tasks_client, TasksClient;
+    transfer: transfer, transfer_client, TransferClient;
     version: version, version_client, VersionClient;
 }
 

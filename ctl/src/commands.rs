@@ -12,6 +12,8 @@ pub(crate) mod load;
 pub(crate) mod logs;
 pub(crate) mod pause;
 pub(crate) mod ps;
+pub(crate) mod pull;
+pub(crate) mod push;
 pub(crate) mod rm;
 pub(crate) mod rmi;
 pub(crate) mod run;

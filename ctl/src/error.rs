@@ -67,6 +67,15 @@ pub(crate) enum Error {
     Output(#[source] io::Error),
     #[error("invalid image archive: {reason}")]
     Archive { reason: String },
+    /// Docker's configuration cannot be read.
+    #[error(transparent)]
+    DockerConfig(#[from] davit_distribution::docker_config::DockerConfigError),
+    #[error("cannot get the credentials for {host}")]
+    Credentials {
+        host: String,
+        #[source]
+        source: davit_distribution::CredentialError,
+    },
     #[error(transparent)]
     Reference(#[from] davit_oci::reference::ReferenceError),
     #[error(transparent)]
@@ -178,7 +187,7 @@ impl Error {
             Error::NoContainer { .. } => Some("`davit ps -a` lists the containers".to_owned()),
             Error::Ambiguous { .. } => Some("give more characters of the id".to_owned()),
             Error::NoImage { given } => Some(format!(
-                "`davit images` lists what is there; `davit load -i FILE` brings {given:?} in from an archive"
+                "`davit images` lists what is there; `davit pull {given}` gets it from a registry, and `davit load -i FILE` from an archive"
             )),
             Error::NoObject { .. } => Some("`davit ps -a` and `davit images` list what is there".to_owned()),
             Error::NameTaken { name, .. } => {
@@ -216,6 +225,8 @@ impl Error {
             | Error::Spec(_)
             | Error::Environment(_)
             | Error::Stored { .. }
+            | Error::DockerConfig(_)
+            | Error::Credentials { .. }
             | Error::Several { .. } => None,
         }
     }

@@ -11,6 +11,7 @@ mod cli;
 mod client;
 mod commands;
 mod container;
+mod display;
 mod error;
 mod fifo;
 mod format;
@@ -24,6 +25,7 @@ mod signal;
 mod table;
 mod task;
 mod terminal;
+mod transfer;
 mod unpack;
 mod upload;
 

@@ -12,6 +12,7 @@ pub mod image;
 pub mod lifecycle;
 pub mod memory;
 pub mod peer;
+pub mod registry;
 pub mod shim;
 pub mod soak;
 pub mod ttrpc;

@@ -6,6 +6,7 @@ mod mounts;
 mod restart;
 mod sandboxes;
 mod streaming;
+mod transfer;
 
 use anyhow::Result;
 use davit_integration::Daemon;

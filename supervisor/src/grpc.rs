@@ -20,6 +20,7 @@ pub mod snapshots;
 pub mod status;
 pub mod streaming;
 pub mod tasks;
+pub mod transfer;
 pub mod version;
 
 use std::io;
@@ -40,6 +41,7 @@ use davit_proto::containerd::services::sandbox::v1::store_server::StoreServer;
 use davit_proto::containerd::services::snapshots::v1::snapshots_server::SnapshotsServer;
 use davit_proto::containerd::services::streaming::v1::streaming_server::StreamingServer;
 use davit_proto::containerd::services::tasks::v1::tasks_server::TasksServer;
+use davit_proto::containerd::services::transfer::v1::transfer_server::TransferServer;
 use davit_proto::containerd::services::version::v1::version_server::VersionServer;
 use davit_proto::davit::services::events::v1::events_server::EventsServer as HistoryServer;
 use davit_proto::davit::services::shims::v1::shims_server::ShimsServer;
@@ -47,9 +49,11 @@ use tonic::service::Routes;
 
 use crate::config;
 use crate::events::{History, Hub};
+use crate::lane::Lane;
 use crate::metadata::Metadata;
 use crate::plugins::Plugin;
 use crate::runtime::{Sandboxes, Tasks};
+use crate::transfer::Transfers;
 
 /// What the services are made of.
 pub struct Parts {
@@ -68,8 +72,6 @@ pub struct Parts {
 }
 
 /// All services, with their limits. The identity of the daemon is kept in `identity`.
-///
-/// Transfer is not served yet: a call of it is answered `Unimplemented`.
 ///
 /// # Errors
 /// The identity can be neither read nor written.
@@ -97,7 +99,11 @@ pub async fn routes(parts: Parts, identity: &Path, limits: &config::Grpc) -> io:
     let routes = serve!(routes, ImagesServer, images::ImagesService::new(metadata.clone()));
     let routes = serve!(routes, ContainersServer, containers::ContainersService::new(metadata.clone()));
     let routes = serve!(routes, SnapshotsServer, snapshots::SnapshotsService::new(metadata.clone()));
-    let routes = serve!(routes, DiffServer, diff::DiffService::new(metadata.clone()));
+    let layers = Lane::layers();
+    let routes = serve!(routes, DiffServer, diff::DiffService::new(metadata.clone(), layers.clone()));
+    let transfers = Transfers::new(metadata.clone(), layers);
+    let transfers = transfer::TransferService::new(transfers, metadata.streams().clone());
+    let routes = serve!(routes, TransferServer, transfers);
     let routes = serve!(routes, LeasesServer, leases::LeasesService::new(metadata.clone()));
     let routes =
         serve!(routes, StreamingServer, streaming::StreamingService::new(metadata.streams().clone()));

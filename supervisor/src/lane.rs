@@ -13,7 +13,7 @@ use tokio::sync::Semaphore;
 use tokio::task::{JoinError, spawn_blocking};
 
 /// The threads of the pool.
-pub const THREADS: usize = 256;
+pub const THREADS: usize = 288;
 
 /// The content store: more at once do not make a disk faster.
 const CONTENT: usize = 32;
@@ -29,10 +29,16 @@ const MOUNTS: usize = 16;
 const RUNTIME: usize = 64;
 /// What reads the history, piece by piece.
 const HISTORY: usize = 4;
+/// Transfers at once; others wait for their turn.
+pub const TRANSFERS: usize = 8;
+/// The threads of a transfer: three layers and a document.
+const TRANSFER: usize = 4;
 
 /// All lanes may be stuck, and the start and the end of the daemon and the collector still find a thread.
-const _: () =
-    assert!(CONTENT + MOUNTS + SNAPSHOTTER * SNAPSHOTTERS + LAYERS + RUNTIME + HISTORY + 8 <= THREADS);
+const _: () = assert!(
+    CONTENT + MOUNTS + SNAPSHOTTER * SNAPSHOTTERS + LAYERS + RUNTIME + HISTORY + TRANSFERS * TRANSFER + 8
+        <= THREADS
+);
 
 /// The way to the threads for the work on one backend. Clones are the same lane.
 #[derive(Debug, Clone)]

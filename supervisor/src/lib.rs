@@ -5,7 +5,7 @@
 //! [`runtime`] holds what runs (shims and tasks); [`events`] tells what happened; [`grpc`] translates between all
 //! of these and the wire. [`mounts`] are made for clients; [`restart`] keeps tasks in the state that labels ask
 //! for; [`streams`] are what services and clients say
-//! beside calls. What blocks goes through a [`lane`].
+//! beside calls; [`transfer`] moves images from and to registries. What blocks goes through a [`lane`].
 
 pub mod config;
 pub mod events;
@@ -20,3 +20,4 @@ pub mod restart;
 pub mod runtime;
 pub mod server;
 pub mod streams;
+pub mod transfer;

@@ -104,6 +104,7 @@ pub fn list(
             .with_capabilities(&restart::CAPABILITIES),
         Plugin::new("mount-manager.v1", "bolt", &["metadata.v1", "mount-handler.v1"]),
         Plugin::new("streaming.v1", "manager", &["metadata.v1"]),
+        Plugin::new("transfer.v1", "local", &["lease.v1", "metadata.v1", "differ.v1"]),
         Plugin::new("differ.v1", "walking", &["metadata.v1"]).on_platform(),
         Plugin::new("shim.v1", "manager", &["event.v1", "metadata.v1"]).on_platform(),
         Plugin::new("runtime.v2", "task", &["shim.v1"])
@@ -142,6 +143,7 @@ pub fn list(
     plugins.push(Plugin::new("grpc.v1", "sandbox-controllers", &requires));
     plugins.push(Plugin::new("grpc.v1", "mounts", &["mount-manager.v1"]));
     plugins.push(Plugin::new("grpc.v1", "streaming", &["streaming.v1"]));
+    plugins.push(Plugin::new("grpc.v1", "transfer", &["transfer.v1", "streaming.v1"]));
     for name in ["events", "healthcheck", "version"] {
         plugins.push(Plugin::new("grpc.v1", name, &[]));
     }

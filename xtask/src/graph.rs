@@ -44,7 +44,7 @@ const ORDER: &[(&str, &[&str])] = &[
             "davit-distribution",
         ],
     ),
-    ("davit-supervisor", &["davit-oci", "davit-shim"]),
+    ("davit-supervisor", &["davit-shim"]),
     // The CLI is a client of the gRPC API alone.
     (
         "davit-ctl",

@@ -19,6 +19,7 @@ use crate::error::{CallContext, Error, Result};
 use crate::image::{self, PlatformImage};
 use crate::log::{self, LogOptions};
 use crate::progress::Progress;
+use crate::transfer::{self, PullPolicy};
 use crate::{container, format, labels, lease, signal, task, unpack};
 
 mod spec_options;
@@ -133,6 +134,9 @@ pub(crate) struct CreateOptions {
     /// Write the id of the container to a file that must not exist
     #[arg(long, value_name = "FILE")]
     cidfile: Option<PathBuf>,
+    /// When to pull the image
+    #[arg(long, value_name = "WHEN", value_enum, default_value = "missing")]
+    pull: PullPolicy,
     /// Platform of the image, such as linux/arm64 (default: this machine's)
     #[arg(long, value_name = "OS/ARCH")]
     platform: Option<String>,
@@ -193,9 +197,9 @@ pub(crate) async fn create(client: &Client, options: &CreateOptions, logged: boo
     if let Some(name) = &options.name {
         container::check_name_free(client, name).await?;
     }
-    let image = image::find(client, given).await?;
     let platform =
         options.platform.as_deref().map(Platform::parse).transpose()?.unwrap_or_else(Platform::host);
+    let image = transfer::find(client, given, options.pull, &platform, &options.snapshotter).await?;
     let found = image::for_platform(client, &image::target(&image)?, &platform).await?;
 
     let id = container::new_id()?;

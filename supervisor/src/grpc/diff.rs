@@ -29,9 +29,9 @@ pub struct DiffService {
 }
 
 impl DiffService {
-    /// A service over `metadata`, which holds the layers.
-    pub fn new(metadata: Metadata) -> DiffService {
-        DiffService { metadata, lane: Lane::layers() }
+    /// A service over `metadata`, which holds the layers; they are made and applied in `lane`.
+    pub fn new(metadata: Metadata, lane: Lane) -> DiffService {
+        DiffService { metadata, lane }
     }
 }
 

@@ -34,7 +34,7 @@ pub use schedule::Config;
 pub(super) use schedule::Schedule;
 
 /// The label with the time (RFC 3339) from which on a lease or image protects nothing.
-pub(super) const LABEL_EXPIRE: &str = "containerd.io/gc.expire";
+pub const LABEL_EXPIRE: &str = "containerd.io/gc.expire";
 
 /// What a collection did.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

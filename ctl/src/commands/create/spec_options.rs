@@ -52,8 +52,6 @@ pub(super) struct NotYet {
     add_host: Vec<String>,
     #[arg(long, hide = true)]
     health_cmd: Option<String>,
-    #[arg(long, hide = true, default_value = "missing")]
-    pull: String,
 }
 
 impl NotYet {
@@ -74,7 +72,6 @@ impl NotYet {
             ("--dns", !self.dns.is_empty(), "mount a file over /etc/resolv.conf"),
             ("--add-host", !self.add_host.is_empty(), "mount a file over /etc/hosts"),
             ("--health-cmd", self.health_cmd.is_some(), "check from outside with `davit exec`"),
-            ("--pull", self.pull == "always", "bring images in with `davit load`"),
         ];
         match options.iter().find(|(_, given, _)| *given) {
             Some((name, _, instead)) => Err(Error::usage(format!("{name} is not supported yet"), *instead)),

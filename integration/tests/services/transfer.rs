@@ -1,0 +1,190 @@
+//! Transfer: images to and from a registry, by our client and by another's, and what happens on a bad way.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use anyhow::{Context, Result, ensure};
+use davit_integration::daemon::ok;
+use davit_integration::registry::{Registry, Trouble, Way};
+use davit_integration::{Daemon, wait};
+use davit_proto::any;
+use davit_proto::containerd::services::transfer::v1::TransferRequest;
+use davit_proto::containerd::services::transfer::v1::transfer_client::TransferClient;
+use davit_proto::containerd::types::transfer::{ImageExportStream, ImageImportStream, ImageStore};
+use nix::sys::signal::Signal;
+use tonic::Code;
+
+use super::{conn, plugins, refused, runtime};
+use crate::root;
+
+/// `davit` with a configuration of Docker's in `folder`, which need not be there.
+fn davit(daemon: &Daemon, folder: &Path, args: &[&str]) -> Command {
+    let mut command = daemon.davit_command(args);
+    command.env("DOCKER_CONFIG", folder);
+    command
+}
+
+fn failed(output: Output) -> Result<String> {
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(!output.status.success(), "it should fail: {text}");
+    Ok(text)
+}
+
+/// Gives busybox the name `name`, pushes it, and removes it with all that it keeps.
+fn push(daemon: &Daemon, config: &Path, name: &str) -> Result<()> {
+    daemon.import_busybox()?;
+    ok(daemon.davit(["tag", "busybox", name])?)?;
+    ok(davit(daemon, config, &["push", name]).output()?)?;
+    ok(daemon.davit(["rmi", "busybox", name])?)?;
+    wait_until_empty(daemon)
+}
+
+/// Waits until nothing of an image is left.
+fn wait_until_empty(daemon: &Daemon) -> Result<()> {
+    wait::until("the content to go", || {
+        let left = daemon.ctr().run("content ls -q").ok()?;
+        left.trim().is_empty().then_some(())
+    })
+}
+
+#[test]
+fn an_image_goes_to_a_registry_and_comes_back() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let daemon = Daemon::start()?;
+    let Some(registry) = Registry::start(&daemon.path("registry"), false)? else { return Ok(()) };
+    let (config, name) = (daemon.path("no-config"), format!("{}/team/box:1", registry.address));
+    runtime()?.block_on(plugins(&daemon, &[("transfer.v1", "local"), ("grpc.v1", "transfer")]))?;
+    push(&daemon, &config, &name)?;
+
+    // What is missing is pulled, unless that is forbidden; what is there is not asked for again.
+    let text = failed(davit(&daemon, &config, &["run", "--rm", "--pull=never", &name, "true"]).output()?)?;
+    ensure!(text.contains("no such image"), "{text}");
+    let hello = davit(&daemon, &config, &["run", "--rm", &name, "echo", "hello"]).output()?;
+    let news = String::from_utf8_lossy(&hello.stderr).into_owned();
+    ensure!(ok(hello)? == "hello\n", "only the container's output");
+    for event in ["manifest", "config", "layer", "downloading", "extracted"] {
+        ensure!(news.contains(event), "{event} is not told of: {news}");
+    }
+    let pulled = ok(davit(&daemon, &config, &["pull", "-q", &name]).output()?)?;
+    ensure!(pulled.trim() == name, "{pulled}");
+    // No lease is left, and the image keeps what it needs.
+    ensure!(daemon.ctr().run("leases ls -q")?.trim().is_empty(), "a lease is left");
+    ok(davit(&daemon, &config, &["run", "--rm", "--pull=always", &name, "true"]).output()?)?;
+
+    let missing = format!("{}/team/box:2", registry.address);
+    let text = failed(davit(&daemon, &config, &["pull", &missing]).output()?)?;
+    ensure!(text.contains("not found"), "{text}");
+    ok(daemon.davit(["rmi", &name])?)?;
+    wait_until_empty(&daemon)
+}
+
+#[test]
+fn a_secret_goes_to_the_registry_and_nowhere_else() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let daemon = Daemon::start()?;
+    let Some(registry) = Registry::start(&daemon.path("registry"), true)? else { return Ok(()) };
+    let (config, name) = (daemon.path("config"), format!("{}/box:1", registry.address));
+    fs::create_dir_all(&config)?;
+    let write = |auth: &str| {
+        let auths = serde_json::json!({ "auths": { registry.address.to_string(): { "auth": auth } } });
+        fs::write(config.join("config.json"), auths.to_string())
+    };
+    // user:hunter2 and user:hunter3
+    write("dXNlcjpodW50ZXIy")?;
+    push(&daemon, &config, &name)?;
+    write("dXNlcjpodW50ZXIz")?;
+    let text = failed(davit(&daemon, &config, &["pull", &name]).output()?)?;
+    ensure!(text.contains("authorization"), "{text}");
+    ensure!(!text.contains("hunter"), "{text}");
+    fs::remove_file(config.join("config.json"))?;
+    failed(davit(&daemon, &config, &["pull", &name]).output()?)?;
+    write("dXNlcjpodW50ZXIy")?;
+    ok(davit(&daemon, &config, &["pull", &name]).output()?)?;
+    let log = daemon.log();
+    for secret in ["hunter", "dXNlcjpodW50ZX"] {
+        ensure!(!log.contains(secret), "{secret} is in the log");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_broken_way_is_taken_up_where_it_broke() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let daemon = Daemon::start()?;
+    let Some(registry) = Registry::start(&daemon.path("registry"), false)? else { return Ok(()) };
+    let config = daemon.path("no-config");
+    push(&daemon, &config, &format!("{}/box:1", registry.address))?;
+    let way = Way::new(registry.address, Trouble::Cut, 300_000)?;
+    let name = format!("{}/box:1", way.address);
+    ok(davit(&daemon, &config, &["pull", &name]).output()?)?;
+    ensure!(way.had_trouble(), "nothing was cut");
+    ensure!(way.requests().to_lowercase().contains("range: bytes="), "{}", way.requests());
+    let text = ok(davit(&daemon, &config, &["run", "--rm", &name, "echo", "whole"]).output()?)?;
+    ensure!(text == "whole\n", "{text}");
+    Ok(())
+}
+
+#[test]
+fn a_pull_goes_on_with_the_next_daemon() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let mut daemon = Daemon::start()?;
+    let Some(registry) = Registry::start(&daemon.path("registry"), false)? else { return Ok(()) };
+    let config = daemon.path("no-config");
+    push(&daemon, &config, &format!("{}/box:1", registry.address))?;
+    let way = Way::new(registry.address, Trouble::Stall, 300_000)?;
+    let name = format!("{}/box:1", way.address);
+    let mut pulling = davit(&daemon, &config, &["pull", &name]).spawn()?;
+    wait::until("the layer to come", || {
+        let active = daemon.ctr().run("content active").ok()?;
+        (way.had_trouble() && active.contains("layer-")).then_some(())
+    })?;
+    daemon.stop(Signal::SIGKILL)?;
+    ensure!(!pulling.wait()?.success(), "a pull without a daemon");
+    daemon.restart()?;
+    let asked = way.requests().len();
+    ok(davit(&daemon, &config, &["pull", &name]).output()?)?;
+    let later = way.requests()[asked..].to_lowercase();
+    ensure!(later.contains("range: bytes="), "{later}");
+    let text = ok(davit(&daemon, &config, &["run", "--rm", &name, "echo", "whole"]).output()?)?;
+    ensure!(text == "whole\n", "{text}");
+    Ok(())
+}
+
+#[test]
+fn what_is_not_served_is_refused_and_tags_are_made() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let daemon = Daemon::start()?;
+    daemon.import_busybox()?;
+    runtime()?
+        .block_on(async {
+            let mut transfer = TransferClient::new(conn(&daemon, None).await?);
+            let store =
+                |name: &str| Some(any::pack(&ImageStore { name: name.to_owned(), ..ImageStore::default() }));
+            let mut call = async |source, destination| {
+                transfer.transfer(TransferRequest { source, destination, options: None }).await
+            };
+            call(store("docker.io/library/busybox:latest"), store("example.com/box:2")).await?;
+            let names = daemon.ctr().run("images ls -q")?;
+            ensure!(names.contains("example.com/box:2"), "{names}");
+            let text = "image \"nothing\": not found";
+            refused(call(store("nothing"), store("else")).await, Code::NotFound, text);
+            let from = Some(any::pack(&ImageImportStream::default()));
+            let to = Some(any::pack(&ImageExportStream::default()));
+            let text = "method Transfer not implemented for containerd.types.transfer.ImageImportStream \
+                    to containerd.types.transfer.ImageExportStream";
+            refused(call(from, to).await, Code::Unimplemented, text);
+            anyhow::Ok(())
+        })
+        .context("the calls")
+}

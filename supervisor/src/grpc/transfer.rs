@@ -1,0 +1,149 @@
+//! The Transfer service: what is moved from where to where, and what the client hears of it.
+
+mod credentials;
+mod progress;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use davit_distribution::hosts::HostOptions;
+use davit_distribution::{CredentialSource, Options};
+use davit_oci::platform::Platform;
+use davit_oci::reference::Reference;
+use davit_proto::any;
+use davit_proto::containerd::services::transfer::v1::TransferRequest;
+use davit_proto::containerd::services::transfer::v1::transfer_server::Transfer;
+use davit_proto::containerd::types;
+use davit_proto::containerd::types::transfer::{ImageStore, OciRegistry};
+use http::{HeaderName, HeaderValue};
+use prost_types::Any;
+use tonic::{Request, Response, Status};
+
+use super::context::Context;
+use super::status::{from, invalid};
+use crate::streams::{Stream, Streams};
+use crate::transfer::{ExtraName, Local, Remote, Transfers, Unpack};
+use credentials::Asking;
+use progress::Reporter;
+
+/// Where the hosts of registries are configured, if a client names no other folder: containerd's and Docker's.
+const HOSTS: [&str; 2] = ["/etc/containerd/certs.d", "/etc/docker/certs.d"];
+
+/// Serves transfers.
+pub struct TransferService {
+    transfers: Transfers,
+    streams: Streams,
+}
+
+/// One end of a transfer.
+enum End {
+    Registry(Box<Remote>),
+    Store(Local),
+}
+
+impl TransferService {
+    /// A service of `transfers` whose callers are talked to by `streams`.
+    pub fn new(transfers: Transfers, streams: Streams) -> TransferService {
+        TransferService { transfers, streams }
+    }
+
+    fn stream(&self, context: &Context, id: &str) -> Result<Stream, Status> {
+        let (namespace, _) = context.as_given();
+        self.streams.get(namespace.unwrap_or_default(), id).map_err(from)
+    }
+
+    /// One end; none for a kind that is not served.
+    fn end(&self, context: &Context, any: &Any) -> Result<Option<End>, Status> {
+        if let Some(registry) = any::unpack::<OciRegistry>(any).map_err(invalid)? {
+            return self.remote(context, registry).map(|remote| Some(End::Registry(Box::new(remote))));
+        }
+        let store = any::unpack::<ImageStore>(any).map_err(invalid)?;
+        Ok(store.map(|store| End::Store(local(store))))
+    }
+
+    fn remote(&self, context: &Context, registry: OciRegistry) -> Result<Remote, Status> {
+        let text = registry.reference;
+        let reference: Reference = text.parse().map_err(from)?;
+        let resolver = registry.resolver.unwrap_or_default();
+        let directories = match resolver.host_dir.as_str() {
+            "" => HOSTS.iter().map(PathBuf::from).collect(),
+            folder => vec![PathBuf::from(folder)],
+        };
+        let plain_http = match resolver.default_scheme.as_str() {
+            "" => None,
+            "http" => Some(true),
+            "https" => Some(false),
+            other => return Err(invalid(format!("unknown default scheme {other:?}"))),
+        };
+        let credentials: Option<Arc<dyn CredentialSource>> = match resolver.auth_stream.as_str() {
+            "" => None,
+            id => Some(Arc::new(Asking::new(self.stream(context, id)?, &text))),
+        };
+        let mut headers = Vec::new();
+        for (name, value) in &resolver.headers {
+            // The value may be a key, and is in no text.
+            let refused = || invalid(format!("unusable header {name:?}"));
+            let value: HeaderValue = value.parse().map_err(|_| refused())?;
+            headers.push((name.parse::<HeaderName>().map_err(|_| refused())?, value));
+        }
+        let hosts = HostOptions { directories, plain_http };
+        let options = Options { hosts, credentials, headers, ..Options::default() };
+        Ok(Remote { text, reference, options })
+    }
+}
+
+fn platform(platform: types::Platform) -> Platform {
+    let types::Platform { os, architecture, variant, .. } = platform;
+    Platform { architecture, os, variant }.normalized()
+}
+
+fn local(store: ImageStore) -> Local {
+    let unpack = |unpack: types::transfer::UnpackConfiguration| Unpack {
+        platform: unpack.platform.map_or_else(Platform::host, platform),
+        snapshotter: unpack.snapshotter,
+    };
+    let extra = |extra: types::transfer::ImageReference| ExtraName {
+        name: extra.name,
+        is_prefix: extra.is_prefix,
+        add_digest: extra.add_digest,
+    };
+    Local {
+        name: store.name,
+        labels: store.labels,
+        platforms: store.platforms.into_iter().map(platform).collect(),
+        all_metadata: store.all_metadata,
+        extra_names: store.extra_references.into_iter().map(extra).collect(),
+        unpacks: store.unpacks.into_iter().map(unpack).collect(),
+    }
+}
+
+#[tonic::async_trait]
+impl Transfer for TransferService {
+    async fn transfer(&self, request: Request<TransferRequest>) -> Result<Response<()>, Status> {
+        let context = Context::of(&request);
+        let scope = context.scope()?;
+        let TransferRequest { source, destination, options } = request.into_inner();
+        let (source, destination) = (source.unwrap_or_default(), destination.unwrap_or_default());
+        let progress = options.unwrap_or_default().progress_stream;
+        let stream = if progress.is_empty() { None } else { Some(self.stream(&context, &progress)?) };
+        let reporter = Reporter::new(stream);
+        let listener = reporter.listener();
+        let ends = (self.end(&context, &source)?, self.end(&context, &destination)?);
+        let done = match &ends {
+            (Some(End::Registry(from)), Some(End::Store(to))) => {
+                self.transfers.pull(&scope, from, to, &listener).await
+            }
+            (Some(End::Store(from)), Some(End::Registry(to))) => {
+                self.transfers.push(&scope, from, to, &listener).await
+            }
+            (Some(End::Store(from)), Some(End::Store(to))) => self.transfers.tag(&scope, from, to).await,
+            _ => {
+                let (source, destination) = (&source.type_url, &destination.type_url);
+                let text = format!("method Transfer not implemented for {source} to {destination}");
+                return Err(Status::unimplemented(text));
+            }
+        };
+        reporter.finish().await;
+        done.map(Response::new).map_err(from)
+    }
+}

@@ -1,0 +1,408 @@
+//! Transfers: images between registries and the image store, done by the daemon itself.
+//!
+//! ```text
+//!   pull:  registry ──▶ content ──▶ snapshots (while later layers still come) ──▶ image record
+//!   push:  image record ──▶ content ──▶ registry
+//!   tag:   image record ──▶ image record
+//! ```
+//!
+//! What a pull makes belongs to a lease until the image record keeps it; unless the call names one, the lease ends with the
+//! transfer, also when its client goes away, and expires after a day should the daemon die. What a daemon that died had
+//! fetched of a blob is resumed by the next pull within that day.
+
+mod pull;
+mod store;
+mod unpack;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use davit_distribution as distribution;
+use davit_distribution::{Observer, Progress, PushOptions, Registry, State};
+use davit_model::digest::DigestError;
+use davit_model::{Coded, Digest, ErrorCode, Labels};
+use davit_oci::image::{Descriptor, DocumentError};
+use davit_oci::platform::Platform;
+use davit_oci::reference::Reference;
+use davit_snapshotter::layer;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use tokio::sync::Semaphore;
+
+use crate::lane::{self, Lane};
+use crate::metadata::{self, Image, Leases, Metadata, Scope, gc};
+use store::NsSource;
+
+/// How long a lease keeps what a daemon that died left behind.
+const LEASE_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Why a transfer failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The registry, or the way to it.
+    #[error(transparent)]
+    Registry(#[from] distribution::Error),
+    /// The metadata of the daemon.
+    #[error(transparent)]
+    Metadata(#[from] metadata::Error),
+    /// A layer cannot be unpacked.
+    #[error("failed to extract layer ({media_type} {digest}) to {snapshotter} as {key:?}")]
+    Extract {
+        /// The type of the layer.
+        media_type: String,
+        /// Its digest.
+        digest: Digest,
+        /// Where it was to be unpacked.
+        snapshotter: String,
+        /// The snapshot.
+        key: String,
+        /// What went wrong.
+        source: Box<layer::Error>,
+    },
+    /// A layer is not what the configuration of its image says.
+    #[error("wrong diff id {found} calculated on extraction of {digest}, expected {wanted}")]
+    DiffId {
+        /// The layer.
+        digest: Digest,
+        /// What came out.
+        found: Digest,
+        /// What should have.
+        wanted: Digest,
+    },
+    /// Manifest and configuration do not fit each other.
+    #[error("number of layers and diffIDs don't match: {layers} != {diff_ids}")]
+    Layers {
+        /// In the manifest.
+        layers: usize,
+        /// In the configuration.
+        diff_ids: usize,
+    },
+    /// A document of the image cannot be read.
+    #[error("document {digest}")]
+    Document {
+        /// Its digest.
+        digest: Digest,
+        /// What is wrong.
+        source: DocumentError,
+    },
+    /// A blob cannot be read from the store.
+    #[error("read content {digest}")]
+    Read {
+        /// Its digest.
+        digest: Digest,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// The target of an image is no digest.
+    #[error("image {name:?}")]
+    Target {
+        /// The image.
+        name: String,
+        /// What is wrong.
+        source: DigestError,
+    },
+    /// Nothing says how the image is to be called.
+    #[error("no image name found")]
+    NoName,
+    /// The work was interrupted.
+    #[error("the transfer was interrupted while {task}")]
+    Interrupted {
+        /// What was done.
+        task: &'static str,
+    },
+}
+
+impl Coded for Error {
+    fn code(&self) -> ErrorCode {
+        match self {
+            Error::Registry(source) => source.code(),
+            Error::Metadata(source) => source.code(),
+            Error::Extract { source, .. } => source.code(),
+            Error::DiffId { .. } | Error::Layers { .. } => ErrorCode::FailedPrecondition,
+            Error::Document { source, .. } => source.code(),
+            Error::Read { .. } | Error::Interrupted { .. } => ErrorCode::Internal,
+            Error::Target { .. } => ErrorCode::InvalidArgument,
+            Error::NoName => ErrorCode::NotFound,
+        }
+    }
+}
+
+/// An image in a registry, and how that is reached.
+#[derive(Debug, Clone)]
+pub struct Remote {
+    /// The reference as its client wrote it.
+    pub text: String,
+    /// What it means.
+    pub reference: Reference,
+    /// Hosts, headers and credentials.
+    pub options: distribution::Options,
+}
+
+impl fmt::Display for Remote {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "OCI Registry ({})", self.text)
+    }
+}
+
+/// A further name for an image.
+#[derive(Debug, Clone)]
+pub struct ExtraName {
+    /// The name, or what comes before its digest.
+    pub name: String,
+    /// Whether it is not a name by itself.
+    pub is_prefix: bool,
+    /// Whether the digest is added.
+    pub add_digest: bool,
+}
+
+/// What is to be unpacked and where.
+#[derive(Debug, Clone)]
+pub struct Unpack {
+    /// The platform of the image.
+    pub platform: Platform,
+    /// The snapshotter; the usual one if it is empty.
+    pub snapshotter: String,
+}
+
+/// An image in the store, or one that is to be made there.
+#[derive(Debug, Clone, Default)]
+pub struct Local {
+    /// Its name.
+    pub name: String,
+    /// The labels of its record.
+    pub labels: Labels,
+    /// The platforms that are wanted; all if there are none.
+    pub platforms: Vec<Platform>,
+    /// Whether the documents of all other platforms are wanted too.
+    pub all_metadata: bool,
+    /// Further names for the same.
+    pub extra_names: Vec<ExtraName>,
+    /// What is to be unpacked.
+    pub unpacks: Vec<Unpack>,
+}
+
+/// What is told of a transfer while it runs, in the words that clients of containerd show.
+#[derive(Debug, Clone, Default)]
+pub struct News {
+    /// What has happened.
+    pub event: String,
+    /// What it has happened to: an image or, by the name of its ingest, content.
+    pub name: String,
+    /// What names it.
+    pub parents: Vec<String>,
+    /// Bytes done.
+    pub progress: u64,
+    /// Bytes to do.
+    pub total: u64,
+    /// What is moved.
+    pub descriptor: Option<Descriptor>,
+}
+
+/// Who is told. Must be quick.
+pub type Listener = Arc<dyn Fn(News) + Send + Sync>;
+
+/// Does transfers. Clones are the same.
+#[derive(Clone)]
+pub struct Transfers {
+    metadata: Metadata,
+    layers: Lane,
+    places: Arc<Semaphore>,
+}
+
+impl Transfers {
+    /// Transfers into and out of `metadata`, with layers unpacked in the lane `layers`.
+    pub fn new(metadata: Metadata, layers: Lane) -> Transfers {
+        Transfers { metadata, layers, places: Arc::new(Semaphore::new(lane::TRANSFERS)) }
+    }
+
+    /// Pulls an image.
+    ///
+    /// # Errors
+    /// [`Error`]; nothing is made known of an image that could not be pulled and unpacked.
+    pub async fn pull(
+        &self,
+        scope: &Scope,
+        from: &Remote,
+        to: &Local,
+        listener: &Listener,
+    ) -> Result<(), Error> {
+        let _place = self.places.acquire().await;
+        let (scope, held) = self.hold(scope).await?;
+        let pulled = pull::pull(self, &scope, from, to, listener).await;
+        held.end().await;
+        pulled
+    }
+
+    /// Pushes an image.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn push(
+        &self,
+        scope: &Scope,
+        from: &Local,
+        to: &Remote,
+        listener: &Listener,
+    ) -> Result<(), Error> {
+        let _place = self.places.acquire().await;
+        let image = self.metadata.images(scope).get(&from.name)?;
+        let root = target(&image)?;
+        let about = |event: &str| News {
+            event: event.to_owned(),
+            name: image.name.clone(),
+            descriptor: Some(root.clone()),
+            ..News::default()
+        };
+        listener(News { event: format!("Pushing to {to}"), ..News::default() });
+        listener(about("pushing content"));
+        let repository = Registry::new(to.options.clone()).repository(&to.reference).await?;
+        let source = Arc::new(NsSource::new(self.metadata.content(scope)));
+        let options = PushOptions { platforms: from.platforms.clone(), ..PushOptions::default() };
+        let observer = Arc::new(Telling { listener: listener.clone(), root: image.name.clone() });
+        distribution::push(&repository, source, &root, &options, observer).await?;
+        listener(about("pushed content"));
+        let descriptor = Some(root.clone());
+        listener(News { event: format!("Completed push to {to}"), descriptor, ..News::default() });
+        Ok(())
+    }
+
+    /// Gives an image further names.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn tag(&self, scope: &Scope, from: &Local, to: &Local) -> Result<(), Error> {
+        let image = self.metadata.images(scope).get(&from.name)?;
+        self.save(scope, to, &image.target).await.map(drop)
+    }
+
+    /// The scope with a lease: that of the call, or a new one, which ends with what comes out beside it.
+    async fn hold(&self, scope: &Scope) -> Result<(Scope, Held), Error> {
+        let leases = self.metadata.leases(scope);
+        if scope.lease().is_some() {
+            return Ok((scope.clone(), Held { leases, id: None }));
+        }
+        let labels =
+            Labels::from([(gc::LABEL_EXPIRE.to_owned(), rfc3339(SystemTime::now() + LEASE_LIFETIME))]);
+        let lease = leases.create(None, labels).await?;
+        let scope = Scope::new(scope.namespace(), Some(&lease.id))?;
+        Ok((scope, Held { leases, id: Some(lease.id) }))
+    }
+
+    /// Makes the records of an image, in place of those of its names, and returns the names.
+    async fn save(
+        &self,
+        scope: &Scope,
+        to: &Local,
+        target: &metadata::Descriptor,
+    ) -> Result<Vec<String>, Error> {
+        let mut names = Vec::new();
+        if !to.name.is_empty() {
+            names.push((to.name.clone(), to.labels.clone()));
+        }
+        for extra in &to.extra_names {
+            if extra.is_prefix && !extra.add_digest {
+                continue;
+            }
+            let name = match extra.add_digest {
+                true => format!("{}@{}", extra.name, target.digest),
+                false => extra.name.clone(),
+            };
+            let mut labels = to.labels.clone();
+            if !to.name.is_empty() {
+                // It goes when the image of the first name does, and is kept by that alone.
+                labels.insert("containerd.io/gc.bref.image".to_owned(), to.name.clone());
+                labels.insert(gc::LABEL_EXPIRE.to_owned(), rfc3339(SystemTime::now()));
+            }
+            names.push((name, labels));
+        }
+        if names.is_empty() {
+            return Err(Error::NoName);
+        }
+        let images = self.metadata.images(scope);
+        for (name, labels) in &names {
+            let target = target.clone();
+            let image = Image { name: name.clone(), labels: labels.clone(), target, ..Image::default() };
+            loop {
+                match images.create(image.clone(), None).await {
+                    Err(metadata::Error::AlreadyExists { .. }) => {}
+                    made => break made.map(drop)?,
+                }
+                match images.update(image.clone(), &[], None).await {
+                    // Removed in this moment.
+                    Err(metadata::Error::NotFound { .. }) => {}
+                    made => break made.map(drop)?,
+                }
+            }
+        }
+        Ok(names.into_iter().map(|(name, _)| name).collect())
+    }
+}
+
+/// A lease that ends with a transfer, however that ends.
+struct Held {
+    leases: Leases,
+    id: Option<String>,
+}
+
+impl Held {
+    async fn end(mut self) {
+        if let Some(id) = self.id.take() {
+            end(self.leases.clone(), id).await;
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let (Some(id), Ok(runtime)) = (self.id.take(), tokio::runtime::Handle::try_current()) {
+            runtime.spawn(end(self.leases.clone(), id));
+        }
+    }
+}
+
+async fn end(leases: Leases, id: String) {
+    if let Err(error) = leases.delete(&id, false).await {
+        tracing::debug!(%error, lease = id, "the lease of a transfer is left to expire");
+    }
+}
+
+/// Tells a listener of what the registry client does with the parts of an image.
+struct Telling {
+    listener: Listener,
+    /// The name of the image.
+    root: String,
+}
+
+impl Observer for Telling {
+    fn progress(&self, progress: Progress) {
+        let event = match progress.state {
+            // A pull has words of its own for these.
+            State::Resolving | State::Resolved => return,
+            State::Waiting => "waiting",
+            State::Downloading => "downloading",
+            State::Uploading => "uploading",
+            State::Exists | State::Mounted => "already exists",
+            State::Done => "complete",
+        };
+        (self.listener)(News {
+            event: event.to_owned(),
+            name: progress.reference,
+            parents: vec![progress.parent.unwrap_or_else(|| self.root.clone())],
+            progress: progress.offset,
+            total: progress.total,
+            descriptor: progress.descriptor,
+        });
+    }
+}
+
+/// The target of an image's record as the descriptor of a document.
+fn target(image: &Image) -> Result<Descriptor, Error> {
+    let metadata::Descriptor { media_type, digest, size, .. } = &image.target;
+    let digest = digest.parse().map_err(|source| Error::Target { name: image.name.clone(), source })?;
+    Ok(Descriptor::new(media_type, digest, u64::try_from(*size).unwrap_or(0)))
+}
+
+fn rfc3339(time: SystemTime) -> String {
+    OffsetDateTime::from(time).format(&Rfc3339).expect("a time of this century can be written")
+}
