@@ -87,6 +87,10 @@ enum Command {
     Pull(commands::pull::Options),
     /// Send an image to a registry
     Push(commands::push::Options),
+    /// Check credentials for a registry and keep them in Docker's configuration
+    Login(commands::login::Options),
+    /// Forget the credentials for a registry
+    Logout(commands::login::LogoutOptions),
     /// Load images from an archive: an OCI layout or `docker save` tar
     Load(commands::load::Options),
     /// Load images from an archive, or make one from a filesystem's tar
@@ -175,6 +179,11 @@ pub(crate) fn run() -> u8 {
 async fn dispatch(cli: Cli) -> Result<u8> {
     let mut out = io::stdout();
     // The commands that need no daemon.
+    let cli = match cli.command {
+        Command::Login(options) => return commands::login::login(options, &mut out).await.map(|()| 0),
+        Command::Logout(options) => return commands::login::logout(options, &mut out).map(|()| 0),
+        command => Cli { command, ..cli },
+    };
     match &cli.command {
         Command::Completion(options) => {
             commands::completion::completion(Cli::command(), options, &mut out)?;
@@ -225,7 +234,11 @@ async fn dispatch(cli: Cli) -> Result<u8> {
         Command::Events(options) => commands::events::run(&client, options, out).await?,
         Command::Shim(options) => commands::shim::run(&client, options, out).await?,
         Command::Info => commands::info::run(&client, &global.address, out).await?,
-        Command::Version | Command::Completion(_) | Command::Man(_) => {}
+        Command::Version
+        | Command::Login(_)
+        | Command::Logout(_)
+        | Command::Completion(_)
+        | Command::Man(_) => {}
     }
     Ok(0)
 }

@@ -9,6 +9,7 @@ pub(crate) mod info;
 pub(crate) mod inspect;
 pub(crate) mod kill;
 pub(crate) mod load;
+pub(crate) mod login;
 pub(crate) mod logs;
 pub(crate) mod pause;
 pub(crate) mod ps;

@@ -70,6 +70,12 @@ pub(crate) enum Error {
     /// Docker's configuration cannot be read.
     #[error(transparent)]
     DockerConfig(#[from] davit_distribution::docker_config::DockerConfigError),
+    #[error("cannot log in to {server}")]
+    Login {
+        server: String,
+        #[source]
+        source: davit_distribution::Error,
+    },
     #[error("cannot get the credentials for {host}")]
     Credentials {
         host: String,
@@ -226,6 +232,7 @@ impl Error {
             | Error::Environment(_)
             | Error::Stored { .. }
             | Error::DockerConfig(_)
+            | Error::Login { .. }
             | Error::Credentials { .. }
             | Error::Several { .. } => None,
         }

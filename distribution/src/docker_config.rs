@@ -8,6 +8,8 @@
 //!
 //! A helper is the program `docker-credential-<name>`. It reads the name of the server and writes a JSON object.
 
+mod edit;
+
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
@@ -23,6 +25,8 @@ use serde::Deserialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
 use tokio::time::timeout;
+
+pub use edit::{forget, store};
 
 use crate::credentials::{CredentialError, CredentialSource, Credentials, Secret};
 
@@ -56,6 +60,22 @@ pub enum DockerConfigError {
         /// Where in the line.
         column: usize,
     },
+    /// It cannot be written.
+    #[error("cannot write {}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A helper keeps the secrets.
+    #[error("{} leaves credentials to the helper {helper:?}: log in and out with that", path.display())]
+    Helper {
+        /// The file.
+        path: PathBuf,
+        /// The helper.
+        helper: String,
+    },
     /// It is larger than any configuration.
     #[error("{} is larger than {MAX_SIZE} bytes", path.display())]
     TooLarge {
@@ -67,10 +87,10 @@ pub enum DockerConfigError {
 impl Coded for DockerConfigError {
     fn code(&self) -> ErrorCode {
         match self {
-            DockerConfigError::Read { .. } => ErrorCode::Internal,
-            DockerConfigError::Syntax { .. } | DockerConfigError::TooLarge { .. } => {
-                ErrorCode::FailedPrecondition
-            }
+            DockerConfigError::Read { .. } | DockerConfigError::Write { .. } => ErrorCode::Internal,
+            DockerConfigError::Syntax { .. }
+            | DockerConfigError::TooLarge { .. }
+            | DockerConfigError::Helper { .. } => ErrorCode::FailedPrecondition,
         }
     }
 }
@@ -131,6 +151,14 @@ impl DockerConfig {
             line: error.line(),
             column: error.column(),
         })
+    }
+
+    /// The helper that keeps the secrets of a host, if one does.
+    fn helper(&self, host: &str) -> Option<&str> {
+        let server = server_name(host);
+        let own = self.cred_helpers.iter().find(|(key, _)| host_of(key) == host_of(server));
+        let helper = own.map_or(self.creds_store.as_str(), |(_, helper)| helper.as_str());
+        Some(helper).filter(|helper| !helper.is_empty())
     }
 
     /// The credentials for a host.

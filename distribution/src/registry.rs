@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use davit_oci::reference::Reference;
-use http::{HeaderName, HeaderValue};
+use http::{HeaderName, HeaderValue, Method};
 use hyper_util::client::proxy::matcher::Matcher;
 
 use crate::auth::Authorizer;
 use crate::credentials::CredentialSource;
-use crate::endpoint::Endpoint;
+use crate::endpoint::{Ask, Endpoint, failure};
 use crate::error::Error;
 use crate::hosts::{self, HostOptions, HostsError};
 use crate::repository::Repository;
@@ -156,6 +156,23 @@ impl Registry {
             .map_err(|_| Error::Task { task: "reading the configuration of hosts" })?
             .map_err(|source| Error::Hosts { registry: reference.domain().to_owned(), source })?;
         Ok(Repository::new(reference.clone(), endpoints))
+    }
+
+    /// Asks a registry, and none of its mirrors, whether it takes the credentials (distribution spec, "Determining
+    /// Support").
+    ///
+    /// # Errors
+    /// [`Error::Unauthorized`] if it does not; those of a request.
+    pub async fn check(&self, registry: &str) -> Result<(), Error> {
+        let (inner, name) = (self.inner.clone(), registry.to_owned());
+        let endpoints = tokio::task::spawn_blocking(move || inner.endpoints(&name))
+            .await
+            .map_err(|_| Error::Task { task: "reading the configuration of hosts" })?
+            .map_err(|source| Error::Hosts { registry: registry.to_owned(), source })?;
+        // Mirrors come before it.
+        let endpoint = endpoints.last().ok_or(Error::NoHosts { operation: "login" })?;
+        let response = endpoint.send(&Ask::new(Method::GET, String::new(), &[])).await?;
+        if response.status.is_success() { Ok(()) } else { Err(failure(response, Method::GET).await) }
     }
 }
 

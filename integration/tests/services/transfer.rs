@@ -1,11 +1,13 @@
 //! Transfer: images to and from a registry, by our client and by another's, and what happens on a bad way.
 
 use std::fs;
+use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use davit_integration::daemon::ok;
+use davit_integration::image::{self, Entry};
 use davit_integration::registry::{Registry, Trouble, Way};
 use davit_integration::{Daemon, wait};
 use davit_proto::any;
@@ -13,6 +15,7 @@ use davit_proto::containerd::services::transfer::v1::TransferRequest;
 use davit_proto::containerd::services::transfer::v1::transfer_client::TransferClient;
 use davit_proto::containerd::types::transfer::{ImageExportStream, ImageImportStream, ImageStore};
 use nix::sys::signal::Signal;
+use tar::EntryType;
 use tonic::Code;
 
 use super::{conn, plugins, refused, runtime};
@@ -29,6 +32,13 @@ fn failed(output: Output) -> Result<String> {
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(!output.status.success(), "it should fail: {text}");
     Ok(text)
+}
+
+/// Runs a command with `input` on its standard input.
+fn with_input(mut command: Command, input: &str) -> Result<Output> {
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    child.stdin.take().context("no standard input")?.write_all(input.as_bytes())?;
+    Ok(child.wait_with_output()?)
 }
 
 /// Gives busybox the name `name`, pushes it, and removes it with all that it keeps.
@@ -82,6 +92,42 @@ fn an_image_goes_to_a_registry_and_comes_back() -> Result<()> {
 }
 
 #[test]
+fn layers_lie_in_their_order_and_outlive_a_collection() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let daemon = Daemon::start()?;
+    let Some(registry) = Registry::start(&daemon.path("registry"), false)? else { return Ok(()) };
+    let (config, name) = (daemon.path("no-config"), format!("{}/many:1", registry.address));
+    let mut layers = vec![image::busybox_layer()?];
+    for number in 0..12 {
+        let text = number.to_string();
+        let own = format!("of-{number}");
+        let file = |path| Entry { path, kind: EntryType::Regular, mode: 0o644, data: text.as_bytes() };
+        layers.push(image::layer(&[file("top"), file(&own)])?);
+    }
+    let archive = daemon.path("many.tar");
+    image::oci_archive(&archive, &name, &layers, &serde_json::json!({ "Env": ["PATH=/bin"] }))?;
+    daemon.ctr().run(&format!("images import {}", archive.display()))?;
+    ok(davit(&daemon, &config, &["push", &name]).output()?)?;
+    ok(daemon.davit(["rmi", &name])?)?;
+    wait_until_empty(&daemon)?;
+    ok(davit(&daemon, &config, &["pull", &name]).output()?)?;
+    let snapshots = daemon.ctr().run("snapshots ls")?;
+    ensure!(snapshots.lines().filter(|line| line.contains("Committed")).count() == 13, "{snapshots}");
+    ensure!(!snapshots.contains("extract-"), "{snapshots}");
+
+    ok(daemon.davit(["tag", &name, "other:1"])?)?;
+    daemon.ctr().run("images rm --sync docker.io/library/other:1")?;
+    let script = "cat top && for n in 0 5 11; do cat of-$n; done";
+    let run = ["run", "--rm", "--pull=never", &name, "sh", "-c", script];
+    let text = ok(davit(&daemon, &config, &run).output()?)?;
+    ensure!(text == "110511", "{text}");
+    ensure!(daemon.ctr().run("snapshots ls")? == snapshots, "something was unpacked again, or is left");
+    Ok(())
+}
+
+#[test]
 fn a_secret_goes_to_the_registry_and_nowhere_else() -> Result<()> {
     if !root() {
         return Ok(());
@@ -109,6 +155,27 @@ fn a_secret_goes_to_the_registry_and_nowhere_else() -> Result<()> {
     for secret in ["hunter", "dXNlcjpodW50ZX"] {
         ensure!(!log.contains(secret), "{secret} is in the log");
     }
+    Ok(())
+}
+
+#[test]
+fn a_login_is_tried_before_it_is_kept() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let daemon = Daemon::start()?;
+    let Some(registry) = Registry::start(&daemon.path("registry"), true)? else { return Ok(()) };
+    let (config, name) = (daemon.path("config"), format!("{}/box:1", registry.address));
+    let server = registry.address.to_string();
+    let login = ["login", "-u", "user", "--password-stdin", server.as_str()];
+    let text = failed(with_input(davit(&daemon, &config, &login), "hunter3\n")?)?;
+    ensure!(text.contains("authorization failed") && !text.contains("hunter"), "{text}");
+    ensure!(!config.exists(), "a wrong password was kept");
+    ok(with_input(davit(&daemon, &config, &login), "hunter2\n")?)?;
+    push(&daemon, &config, &name)?;
+    ok(davit(&daemon, &config, &["pull", &name]).output()?)?;
+    ok(davit(&daemon, &config, &["logout", &server]).output()?)?;
+    failed(davit(&daemon, &config, &["pull", &name]).output()?)?;
     Ok(())
 }
 
