@@ -84,7 +84,7 @@ fn an_installed_shim_replaces_those_that_run() -> Result<()> {
     for pid in &pids {
         ensure!(executed(pid)? == newer, "{pid} has not moved");
     }
-    ensure!(ok(daemon.davit(["shim", "upgrade", "--all"])?)? == "", "nothing is left to do");
+    ensure!(ok(daemon.davit(["shim", "upgrade", "--all"])?)?.is_empty(), "nothing is left to do");
 
     // Both go on, also with the next daemon.
     daemon.stop(Signal::SIGKILL)?;
