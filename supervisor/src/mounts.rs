@@ -6,7 +6,7 @@
 //!
 //! * with `temporary`, everything; the one system mount is then a bind mount of the last;
 //! * what stands before a mount whose type begins with a transformation, `format/`, `mkdir/` or `mkfs/`
-//!   ([`transform`]): that one refers to the mounts before it, and is given back transformed.
+//!   (`transform`): that one refers to the mounts before it, and is given back transformed.
 //!
 //! A list of which nothing is to be done is refused as not implemented: its mounts can be carried out as they are. (The rules
 //! are those of containerd 2.3, `core/mount/manager`. Its only other handler, of erofs images, is not here.)
