@@ -1,9 +1,9 @@
 //! `containerd-shim-davit-v2`: keeps the containers of one group running, whatever becomes of the daemon.
 //!
 //! One process of one thread. A daemon runs it with the action `start`, which leaves the serving process
-//! behind ([`start`] then [`serve`]); over ttrpc ([`rpc`]) it is then asked to create, start, signal and
-//! delete containers ([`service`], [`container`], [`process`]), which it does by calling an OCI runtime
-//! ([`runtime`]). What happens to containers goes through a journal ([`outbox`]) to the daemon.
+//! behind (`start` then `serve`); over ttrpc (`rpc`) it is then asked to create, start, signal and
+//! delete containers (`service`, `container`, `process`), which it does by calling an OCI runtime
+//! (`runtime`). What happens to containers goes through a journal (`outbox`) to the daemon.
 //!
 //! It is a library only so that the tests can build it a second time, as another build to upgrade to.
 
