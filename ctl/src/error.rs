@@ -27,6 +27,9 @@ pub(crate) enum Error {
     },
     #[error("cannot {action}: {}", status.message())]
     Call { action: String, status: Status },
+    /// A transfer failed; most that can go wrong is the registry's.
+    #[error("cannot {verb} {name}: {}", status.message())]
+    Transfer { verb: &'static str, name: String, host: String, status: Status },
     /// The OCI runtime could not start the command. Its text is all that tells the cases apart.
     #[error("cannot start the {what}: {}", status.message())]
     Start { what: &'static str, status: Status },
@@ -171,6 +174,20 @@ impl Error {
                 ),
                 _ => "name the daemon's socket with -a/--address or DAVIT_ADDRESS".to_owned(),
             }),
+            Error::Transfer { status, host, .. } => match status.code() {
+                Code::Unauthenticated | Code::PermissionDenied => {
+                    Some(format!("if the name is right, log in with `davit login {host}`"))
+                }
+                // The daemon's own errors end with the words of their class; a lost connection has other words.
+                Code::Unavailable if status.message().ends_with(": unavailable") => {
+                    Some(format!("{host} cannot be reached from the daemon; try again later"))
+                }
+                Code::Unavailable => Some("the daemon went away or is restarting; try again".to_owned()),
+                Code::Unimplemented => {
+                    Some("this daemon has no Transfer service; bring images in with `davit load`".to_owned())
+                }
+                _ => None,
+            },
             Error::Call { status, .. } => match status.code() {
                 Code::Unavailable => Some("the daemon went away or is restarting; try again".to_owned()),
                 Code::PermissionDenied => Some("the daemon refused this; run it as root".to_owned()),

@@ -173,7 +173,10 @@ async fn transfer(
                 Ok(Some(message)) => tell(display, &message),
                 Ok(None) | Err(_) => open = false,
             },
-            done = &mut work => break done.call(format!("{verb} {}", reference.familiar())).map(drop),
+            done = &mut work => break done.map(drop).map_err(|status| {
+                let (name, host) = (reference.familiar(), reference.domain().to_owned());
+                Error::Transfer { verb, name, host, status }
+            }),
             error = &mut answering => break Err(error),
         }
     };

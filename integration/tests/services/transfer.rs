@@ -145,7 +145,7 @@ fn a_secret_goes_to_the_registry_and_nowhere_else() -> Result<()> {
     push(&daemon, &config, &name)?;
     write("dXNlcjpodW50ZXIz")?;
     let text = failed(davit(&daemon, &config, &["pull", &name]).output()?)?;
-    ensure!(text.contains("authorization"), "{text}");
+    ensure!(text.contains("authorization") && text.contains("davit login 127.0.0.1"), "{text}");
     ensure!(!text.contains("hunter"), "{text}");
     fs::remove_file(config.join("config.json"))?;
     failed(davit(&daemon, &config, &["pull", &name]).output()?)?;
@@ -224,6 +224,32 @@ fn a_pull_goes_on_with_the_next_daemon() -> Result<()> {
     let text = ok(davit(&daemon, &config, &["run", "--rm", &name, "echo", "whole"]).output()?)?;
     ensure!(text == "whole\n", "{text}");
     Ok(())
+}
+
+#[test]
+fn a_client_that_goes_away_takes_its_pull_with_it() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let daemon = Daemon::start()?;
+    let Some(registry) = Registry::start(&daemon.path("registry"), false)? else { return Ok(()) };
+    let config = daemon.path("no-config");
+    push(&daemon, &config, &format!("{}/box:1", registry.address))?;
+    let way = Way::new(registry.address, Trouble::Stall, 300_000)?;
+    let mut pull = davit(&daemon, &config, &["pull", "-q", &format!("{}/box:1", way.address)]);
+    let mut pulling = pull.spawn()?;
+    wait::until("the layer to come", || way.had_trouble().then_some(()))?;
+    pulling.kill()?;
+    pulling.wait()?;
+    wait::until("the lease to go", || {
+        let leases = daemon.ctr().run("leases ls -q").ok()?;
+        leases.trim().is_empty().then_some(())
+    })?;
+    wait_until_empty(&daemon)?;
+    wait::until("the ingest to go", || {
+        let active = daemon.ctr().run("content active").ok()?;
+        (!active.contains("layer-")).then_some(())
+    })
 }
 
 #[test]
