@@ -91,6 +91,8 @@ enum Command {
     Login(commands::login::Options),
     /// Forget the credentials for a registry
     Logout(commands::login::LogoutOptions),
+    /// Write images as an archive that `davit load` and `docker load` read
+    Save(commands::save::Options),
     /// Load images from an archive: an OCI layout or `docker save` tar
     Load(commands::load::Options),
     /// Load images from an archive, or make one from a filesystem's tar
@@ -226,6 +228,7 @@ async fn dispatch(cli: Cli) -> Result<u8> {
         Command::Images(options) => commands::images::run(&client, options, out).await?,
         Command::Pull(options) => commands::pull::run(&client, options, out).await?,
         Command::Push(options) => commands::push::run(&client, options, out).await?,
+        Command::Save(options) => commands::save::run(&client, options).await?,
         Command::Load(options) => commands::load::load(&client, options, out).await?,
         Command::Import(options) => commands::load::import(&client, options, out).await?,
         Command::Tag(options) => commands::tag::run(&client, options).await?,

@@ -18,6 +18,7 @@ pub(crate) mod push;
 pub(crate) mod rm;
 pub(crate) mod rmi;
 pub(crate) mod run;
+pub(crate) mod save;
 pub(crate) mod shim;
 pub(crate) mod start;
 pub(crate) mod stats;

@@ -1,5 +1,6 @@
 //! Images from and to registries. The daemon does the work; it asks here for credentials, and tells how it goes.
 
+use std::io::Write;
 use std::time::Duration;
 
 use davit_distribution::Credentials;
@@ -12,8 +13,8 @@ use davit_proto::containerd::services::streaming::v1::StreamInit;
 use davit_proto::containerd::services::transfer::v1::{TransferOptions, TransferRequest};
 use davit_proto::containerd::types;
 use davit_proto::containerd::types::transfer::{
-    AuthRequest, AuthResponse, AuthType, ImageStore, OciRegistry, Progress, RegistryResolver,
-    UnpackConfiguration,
+    AuthRequest, AuthResponse, AuthType, Data, ImageExportStream, ImageReference, ImageStore, OciRegistry,
+    Progress, RegistryResolver, UnpackConfiguration, WindowUpdate,
 };
 use prost_types::Any;
 use tokio::sync::mpsc;
@@ -249,4 +250,61 @@ async fn credentials(host: &str) -> Result<AuthResponse> {
         Credentials::Header(value) => (AuthType::Header, String::new(), value.expose().to_owned()),
     };
     Ok(AuthResponse { auth_type: kind.into(), secret, username, expire_at: None })
+}
+
+/// What the daemon may send before we have taken it.
+const WINDOW: i32 = 64 << 10;
+
+/// Writes images as an archive.
+///
+/// # Errors
+/// Those of the call and of `out`.
+pub(crate) async fn export(
+    client: &Client,
+    names: Vec<String>,
+    platform: &Platform,
+    out: &mut dyn Write,
+) -> Result<()> {
+    let action = format!("save {}", names.join(", "));
+    let stream = format!("davit-save-{}", container::new_id()?);
+    let mut bytes = open(client, &stream).await?;
+    let grant = async |sender: &mpsc::Sender<Any>, update| {
+        // That the stream is gone the call says.
+        let _ = sender.send(any::pack(&WindowUpdate { update })).await;
+    };
+    grant(&bytes.sender, WINDOW).await;
+    let extra = |name| ImageReference { name, ..ImageReference::default() };
+    let store =
+        ImageStore { extra_references: names.into_iter().map(extra).collect(), ..ImageStore::default() };
+    let platforms = vec![types::Platform {
+        os: platform.os.clone(),
+        architecture: platform.architecture.clone(),
+        variant: platform.variant.clone(),
+        ..types::Platform::default()
+    }];
+    let export = ImageExportStream { stream, platforms, ..ImageExportStream::default() };
+    let (source, destination) = (Some(any::pack(&store)), Some(any::pack(&export)));
+    let mut transfers = client.transfer();
+    let mut work = std::pin::pin!(transfers.transfer(TransferRequest { source, destination, options: None }));
+    let (mut reading, mut done) = (true, false);
+    while reading || !done {
+        // The call goes on where it was, and a message that was not taken comes again.
+        tokio::select! {
+            biased;
+            message = bytes.answers.message(), if reading => match message {
+                Ok(Some(message)) => {
+                    let Ok(Some(data)) = any::unpack::<Data>(&message) else { continue };
+                    out.write_all(&data.data).map_err(Error::Output)?;
+                    grant(&bytes.sender, i32::try_from(data.data.len()).unwrap_or(0)).await;
+                }
+                Ok(None) => reading = false,
+                Err(status) => return Err(Error::Call { action, status }),
+            },
+            result = &mut work, if !done => {
+                result.call(action.as_str())?;
+                done = true;
+            }
+        }
+    }
+    out.flush().map_err(Error::Output)
 }

@@ -4,12 +4,14 @@
 //!   pull:  registry ──▶ content ──▶ snapshots (while later layers still come) ──▶ image record
 //!   push:  image record ──▶ content ──▶ registry
 //!   tag:   image record ──▶ image record
+//!   export: image record ──▶ content ──▶ archive
 //! ```
 //!
 //! What a pull makes belongs to a lease until the image record keeps it; unless the call names one, the lease ends with the
 //! transfer, also when its client goes away, and expires after a day should the daemon die. What a daemon that died had
 //! fetched of a blob is resumed by the next pull within that day.
 
+mod export;
 mod pull;
 mod store;
 mod unpack;
@@ -28,10 +30,11 @@ use davit_oci::reference::Reference;
 use davit_snapshotter::layer;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
 
 use crate::lane::{self, Lane};
 use crate::metadata::{self, Image, Leases, Metadata, Scope, gc};
+pub use export::Platforms as ExportPlatforms;
 use store::NsSource;
 
 /// How long a lease keeps what a daemon that died left behind.
@@ -94,6 +97,20 @@ pub enum Error {
         /// What the kernel said.
         source: std::io::Error,
     },
+    /// A blob cannot be had from the store.
+    #[error("content {digest}")]
+    Content {
+        /// Its digest.
+        digest: Digest,
+        /// What the store says.
+        source: distribution::SinkError,
+    },
+    /// The archive cannot be sent.
+    #[error("cannot send the archive")]
+    Export {
+        /// Why not.
+        source: std::io::Error,
+    },
     /// The target of an image is no digest.
     #[error("image {name:?}")]
     Target {
@@ -122,6 +139,8 @@ impl Coded for Error {
             Error::DiffId { .. } | Error::Layers { .. } => ErrorCode::FailedPrecondition,
             Error::Document { source, .. } => source.code(),
             Error::Read { .. } | Error::Interrupted { .. } => ErrorCode::Internal,
+            Error::Content { source, .. } => source.code(),
+            Error::Export { .. } => ErrorCode::Unavailable,
             Error::Target { .. } => ErrorCode::InvalidArgument,
             Error::NoName => ErrorCode::NotFound,
         }
@@ -274,6 +293,25 @@ impl Transfers {
     pub async fn tag(&self, scope: &Scope, from: &Local, to: &Local) -> Result<(), Error> {
         let image = self.metadata.images(scope).get(&from.name)?;
         self.save(scope, to, &image.target).await.map(drop)
+    }
+
+    /// Sends images as an archive to `out`, with the list that Docker reads if that is wanted.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn export(
+        &self,
+        scope: &Scope,
+        from: &Local,
+        platforms: ExportPlatforms,
+        for_docker: bool,
+        out: mpsc::Sender<Vec<u8>>,
+    ) -> Result<(), Error> {
+        let _place = self.places.acquire().await;
+        let (scope, held) = self.hold(scope).await?;
+        let exported = export::export(self, &scope, from, platforms, for_docker, out).await;
+        held.end().await;
+        exported
     }
 
     /// The scope with a lease: that of the call, or a new one, which ends with what comes out beside it.

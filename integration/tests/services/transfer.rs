@@ -253,6 +253,34 @@ fn a_client_that_goes_away_takes_its_pull_with_it() -> Result<()> {
 }
 
 #[test]
+fn a_saved_image_is_read_by_us_and_by_others() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let daemon = Daemon::start()?;
+    daemon.import_busybox()?;
+    let archive = daemon.path("saved.tar").display().to_string();
+    ok(daemon.davit(["save", "-o", &archive, "busybox"])?)?;
+    let list = ok(Command::new("tar").args(["-tf", &archive]).output()?)?;
+    for name in ["oci-layout", "index.json", "manifest.json", "blobs/sha256/"] {
+        ensure!(list.contains(name), "{name} is not in {list}");
+    }
+    for load in ["images import", "davit load"] {
+        ok(daemon.davit(["rmi", "busybox"])?)?;
+        wait_until_empty(&daemon)?;
+        match load {
+            "davit load" => drop(ok(daemon.davit(["load", "-i", &archive])?)?),
+            command => drop(daemon.ctr().run(&format!("{command} {archive}"))?),
+        }
+        let text = ok(daemon.davit(["run", "--rm", "--pull=never", "busybox", "echo", load])?)?;
+        ensure!(text.trim() == load, "{text}");
+    }
+    let text = failed(daemon.davit(["save", "-o", &archive, "nothing"])?)?;
+    ensure!(text.contains("no such image"), "{text}");
+    Ok(())
+}
+
+#[test]
 fn what_is_not_served_is_refused_and_tags_are_made() -> Result<()> {
     if !root() {
         return Ok(());

@@ -1,5 +1,6 @@
 //! The Transfer service: what is moved from where to where, and what the client hears of it.
 
+mod bytes;
 mod credentials;
 mod progress;
 
@@ -14,15 +15,17 @@ use davit_proto::any;
 use davit_proto::containerd::services::transfer::v1::TransferRequest;
 use davit_proto::containerd::services::transfer::v1::transfer_server::Transfer;
 use davit_proto::containerd::types;
-use davit_proto::containerd::types::transfer::{ImageStore, OciRegistry};
+use davit_proto::containerd::types::transfer::{ImageExportStream, ImageStore, OciRegistry};
 use http::{HeaderName, HeaderValue};
 use prost_types::Any;
+use tokio::sync::mpsc;
 use tonic::{Request, Response, Status};
 
 use super::context::Context;
 use super::status::{from, invalid};
+use crate::metadata::Scope;
 use crate::streams::{Stream, Streams};
-use crate::transfer::{ExtraName, Local, Remote, Transfers, Unpack};
+use crate::transfer::{ExportPlatforms, ExtraName, Local, Remote, Transfers, Unpack};
 use credentials::Asking;
 use progress::Reporter;
 
@@ -39,6 +42,7 @@ pub struct TransferService {
 enum End {
     Registry(Box<Remote>),
     Store(Local),
+    Export(Box<ImageExportStream>),
 }
 
 impl TransferService {
@@ -57,8 +61,34 @@ impl TransferService {
         if let Some(registry) = any::unpack::<OciRegistry>(any).map_err(invalid)? {
             return self.remote(context, registry).map(|remote| Some(End::Registry(Box::new(remote))));
         }
+        if let Some(export) = any::unpack::<ImageExportStream>(any).map_err(invalid)? {
+            return Ok(Some(End::Export(Box::new(export))));
+        }
         let store = any::unpack::<ImageStore>(any).map_err(invalid)?;
         Ok(store.map(|store| End::Store(local(store))))
+    }
+
+    async fn export(
+        &self,
+        context: &Context,
+        scope: &Scope,
+        local: &Local,
+        export: &ImageExportStream,
+    ) -> Result<(), Status> {
+        let stream = self.stream(context, &export.stream)?;
+        let mut platforms: Vec<Platform> = export.platforms.iter().cloned().map(platform).collect();
+        if platforms.is_empty() {
+            platforms.push(Platform::host());
+        }
+        let platforms =
+            if export.all_platforms { ExportPlatforms::All } else { ExportPlatforms::Each(platforms) };
+        let (out, pieces) = mpsc::channel(4);
+        let for_docker = !export.skip_compatibility_manifest;
+        let making =
+            async { self.transfers.export(scope, local, platforms, for_docker, out).await.map_err(from) };
+        let sent = tokio::try_join!(making, bytes::send(&stream, pieces)).map(drop);
+        stream.close();
+        sent
     }
 
     fn remote(&self, context: &Context, registry: OciRegistry) -> Result<Remote, Status> {
@@ -135,6 +165,10 @@ impl Transfer for TransferService {
             }
             (Some(End::Store(from)), Some(End::Registry(to))) => {
                 self.transfers.push(&scope, from, to, &listener).await
+            }
+            (Some(End::Store(local)), Some(End::Export(to))) => {
+                self.export(&context, &scope, local, to).await?;
+                Ok(())
             }
             (Some(End::Store(from)), Some(End::Store(to))) => self.transfers.tag(&scope, from, to).await,
             _ => {
