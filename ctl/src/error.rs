@@ -190,7 +190,6 @@ impl Error {
             },
             Error::Call { status, .. } => match status.code() {
                 Code::Unavailable => Some("the daemon went away or is restarting; try again".to_owned()),
-                Code::PermissionDenied => Some("the daemon refused this; run it as root".to_owned()),
                 Code::Unimplemented => Some("this daemon does not support it".to_owned()),
                 _ => None,
             },
