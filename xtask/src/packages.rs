@@ -21,6 +21,7 @@ pub(crate) const TEST: &[Package] = &[
     ("containerd", "/usr/bin/containerd"),
     ("python3-grpcio", "/usr/lib/python3/dist-packages/grpc/__init__.py"),
     ("docker.io", "/usr/sbin/dockerd"),
+    ("docker-registry", "/usr/bin/docker-registry"),
 ];
 
 /// Installs the packages that are missing, and says so first.
