@@ -66,26 +66,20 @@ pub enum Cause {
     /// The shim was killed or crashed, and what it left of its container was killed; how the process would have ended
     /// nobody knows.
     ShimKilled,
-    /// The shim lives but did not answer in its time.
-    ShimUnreachable,
 }
 
 impl Cause {
-    /// All but [`Cause::None`].
-    const NAMED: [Cause; 2] = [Cause::ShimKilled, Cause::ShimUnreachable];
-
     /// The name, as clients see it; empty for [`Cause::None`].
     pub fn name(self) -> &'static str {
         match self {
             Cause::None => "",
             Cause::ShimKilled => "shim-killed",
-            Cause::ShimUnreachable => "shim-unreachable",
         }
     }
 
     /// The cause of a name; [`Cause::None`] for one that only a later release knows.
     pub fn from_name(name: &str) -> Cause {
-        Cause::NAMED.into_iter().find(|cause| cause.name() == name).unwrap_or_default()
+        if name == Cause::ShimKilled.name() { Cause::ShimKilled } else { Cause::None }
     }
 }
 
