@@ -115,7 +115,6 @@ fn a_second_life_in_a_bundle_does_not_inherit_the_first() {
     for _ in 0..2 {
         client.create(&host.create_request(&bundle)).unwrap();
         client.start(&bundle.id, "").unwrap();
-        client.kill(&bundle.id, "", 15).unwrap();
         client.kill(&bundle.id, "", 9).unwrap();
         client.wait(&bundle.id, "").unwrap();
         client.delete(&bundle.id, "").unwrap();
