@@ -6,9 +6,12 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::Duration;
 
+use anyhow::{Context, Result};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+
+use crate::wait;
 
 /// What is there at one moment, as lines that name each thing.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,6 +53,16 @@ impl Census {
     pub fn since(&self, before: &Census) -> Vec<String> {
         self.0.difference(&before.0).cloned().collect()
     }
+
+    /// Waits until nothing of the daemon whose folder this is is there that this census has not counted.
+    ///
+    /// # Errors
+    /// Something stays; the error lists it.
+    pub fn settle(&self, folder: &Path) -> Result<()> {
+        let left = || Census::take(folder).since(self);
+        wait::until("nothing is left behind", || left().is_empty().then_some(()))
+            .with_context(|| format!("{:#?}", left()))
+    }
 }
 
 /// The pids and command lines of processes that name `folder`, the daemon excepted.
@@ -62,7 +75,7 @@ fn processes(folder: &Path) -> Vec<(i32, String)> {
         let line = String::from_utf8_lossy(&line).replace('\0', " ");
         let in_folder = fs::read_link(entry.path().join("cwd")).is_ok_and(|cwd| cwd.starts_with(folder));
         let program = line.split(' ').next().unwrap_or_default();
-        let clients = ["davitd", "ctr", "davit", "soak"];
+        let clients = ["davitd", "containerd", "ctr", "davit", "soak"];
         if (line.contains(&needle) || in_folder)
             && !clients.iter().any(|client| Path::new(program).ends_with(client))
         {

@@ -198,6 +198,16 @@ impl Daemon {
         Ctr::new(&self.address(), &self.namespace())
     }
 
+    /// What the daemon has recorded of containers, as `ctr` lists it.
+    ///
+    /// # Errors
+    /// `ctr` fails.
+    pub fn rows(&self) -> Result<String> {
+        let ctr = self.ctr();
+        let lines = ["snapshots ls", "leases ls", "containers ls", "tasks ls"];
+        lines.into_iter().map(|line| ctr.run(line)).collect()
+    }
+
     /// Puts the busybox image into the daemon through `ctr images import`.
     ///
     /// # Errors

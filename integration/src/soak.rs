@@ -108,7 +108,7 @@ pub fn run(plan: &Plan) -> Result<Summary> {
     let daemon = Daemon::start_with(&[], config)?;
     daemon.import_busybox()?;
     let census = Census::take(&daemon.path(""));
-    let rows = rows(&daemon)?;
+    let rows = daemon.rows()?;
     let run = Arc::new(Run {
         plan: plan.clone(),
         address: daemon.address(),
@@ -250,12 +250,6 @@ fn show_progress(run: &Run, begun: Instant) {
     }
 }
 
-fn rows(daemon: &Daemon) -> Result<String> {
-    let ctr = daemon.ctr();
-    let lines = ["snapshots ls", "leases ls", "containers ls", "tasks ls"].map(|line| ctr.run(line));
-    lines.into_iter().collect()
-}
-
 /// Compares what is there with what was there before, and what was told with what happened.
 fn judge(run: &Run, daemon: &Daemon, census: &Census, before: &str) -> Result<()> {
     let judged = || -> Result<()> {
@@ -265,10 +259,8 @@ fn judge(run: &Run, daemon: &Daemon, census: &Census, before: &str) -> Result<()
             wait::until("every exit is told", || run.ledger().missing().is_empty().then_some(()))
                 .with_context(|| format!("missing: {:#?}", run.ledger().missing()))?;
         }
-        let left = || Census::take(&daemon.path("")).since(census);
-        wait::until("nothing is left", || left().is_empty().then_some(()))
-            .with_context(|| format!("left: {:#?}", left()))?;
-        let now = rows(daemon)?;
+        census.settle(&daemon.path(""))?;
+        let now = daemon.rows()?;
         ensure!(now == before, "rows are left:\n{now}\nbefore:\n{before}");
         Ok(())
     };

@@ -53,7 +53,7 @@ impl Scene {
         symlink(env!("CARGO_BIN_EXE_faulty-runc"), daemon.path("oci/runc"))?;
         let canary = Command::new("/bin/sleep").arg("1000").spawn()?;
         fs::write(daemon.path("oci/faults/canary"), canary.id().to_string())?;
-        let (census, rows) = (Census::take(&daemon.path("")), rows(&daemon)?);
+        let (census, rows) = (Census::take(&daemon.path("")), daemon.rows()?);
         let parent = image::digest(&image::busybox_layer()?);
         Ok(Scene { daemon, parent, census, rows, canary })
     }
@@ -116,10 +116,9 @@ impl Scene {
     /// Everything is as it was before the first container.
     fn clean(&mut self) -> Result<()> {
         ensure!(self.canary.try_wait()?.is_none(), "a process of nobody's container was killed");
-        let left = || Census::take(&self.daemon.path("")).since(&self.census);
-        let same = || (left().is_empty() && rows(&self.daemon).ok()? == self.rows).then_some(());
-        wait::until("nothing is left behind", same)
-            .map_err(|error| error.context(format!("{:#?}\n{:?}", left(), rows(&self.daemon))))
+        self.census.settle(&self.daemon.path(""))?;
+        wait::until("no record is left", || (self.daemon.rows().ok()? == self.rows).then_some(()))
+            .with_context(|| format!("{:?}", self.daemon.rows()))
     }
 }
 
@@ -128,13 +127,6 @@ impl Drop for Scene {
         let _ = self.canary.kill();
         let _ = self.canary.wait();
     }
-}
-
-/// What the daemon has recorded of containers.
-fn rows(daemon: &Daemon) -> Result<String> {
-    let ctr = daemon.ctr();
-    let lines = ["snapshots ls", "leases ls", "containers ls", "tasks ls"].map(|line| ctr.run(line));
-    lines.into_iter().collect()
 }
 
 fn tokio_runtime() -> Result<tokio::runtime::Runtime> {

@@ -2,22 +2,20 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::net::UnixStream;
+use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use davit_integration::client::{Client, connect};
-use davit_integration::{Daemon, daemon, image, wait};
+use davit_integration::{Daemon, daemon, image, lifecycle, ttrpc, wait};
 use davit_proto::any::pack;
 use davit_proto::containerd::events::TaskExit;
 use davit_proto::containerd::services::events::ttrpc::v1::ForwardRequest;
 use davit_proto::containerd::services::events::v1::events_client::EventsClient as Publisher;
 use davit_proto::containerd::services::events::v1::{PublishRequest, SubscribeRequest};
-use davit_proto::containerd::ttrpc;
 use davit_proto::containerd::types::Envelope;
 use davit_proto::davit::services::events::v1::entry::What;
 use davit_proto::davit::services::events::v1::events_client::EventsClient;
@@ -25,7 +23,6 @@ use davit_proto::davit::services::events::v1::{
     Entry, FollowRequest, ListRequest, follow_request, list_request,
 };
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use prost::Message;
 use tokio::time::timeout;
 use tonic::Request;
@@ -175,29 +172,10 @@ async fn storm(daemon: &mut Daemon) -> Result<()> {
 
 /// Tells the daemon of an event as a shim does, and waits for its answer.
 fn forward(daemon: &Daemon, envelope: &Envelope) -> Result<()> {
-    let address = format!("{}.ttrpc", daemon.address().display());
-    let mut socket = UnixStream::connect(address)?;
-    socket.set_read_timeout(Some(wait::PATIENCE))?;
-    let request = ttrpc::Request {
-        service: "containerd.services.events.ttrpc.v1.Events".into(),
-        method: "Forward".into(),
-        payload: ForwardRequest { envelope: Some(envelope.clone()) }.encode_to_vec(),
-        ..Default::default()
-    };
-    let payload = request.encode_to_vec();
-    // Length, stream, type (a request is 1) and flags.
-    let mut frame = (payload.len() as u32).to_be_bytes().to_vec();
-    frame.extend([0, 0, 0, 1, 1, 0]);
-    frame.extend(payload);
-    socket.write_all(&frame)?;
-    let mut header = [0; 10];
-    socket.read_exact(&mut header)?;
-    let length = header.iter().take(4).fold(0, |length, byte| length << 8 | usize::from(*byte));
-    let mut answer = vec![0; length];
-    socket.read_exact(&mut answer)?;
-    let status = ttrpc::Response::decode(answer.as_slice())?.status;
-    ensure!(status.as_ref().is_none_or(|status| status.code == 0), "{status:?}");
-    Ok(())
+    let socket = PathBuf::from(format!("{}.ttrpc", daemon.address().display()));
+    let mut shim = ttrpc::Client::connect(&socket, &daemon.namespace())?;
+    let request = ForwardRequest { envelope: Some(envelope.clone()) };
+    shim.call("containerd.services.events.ttrpc.v1.Events", "Forward", &request)
 }
 
 #[test]
@@ -248,8 +226,9 @@ fn the_past_is_shown_with_the_cause_of_an_exit() -> Result<()> {
     let run = |args: &[&str]| daemon::ok(daemon.davit(args)?);
     run(&["run", "--name", "short", "--rm", "busybox", "true"])?;
     let id = run(&["run", "-d", "--name", "long", "busybox", "sleep", "1000"])?.trim().to_owned();
-    let shim = shim_of(&id)?;
-    kill(Pid::from_raw(shim), Signal::SIGKILL)?;
+    let shims = lifecycle::shims(&daemon.namespace(), &id);
+    ensure!(shims.len() == 1, "the shims of {id}: {shims:?}");
+    kill(shims[0], Signal::SIGKILL)?;
     let past = |daemon: &Daemon, more: &[&str]| -> Result<Vec<String>> {
         let args = ["events", "--since", "1h", "--until", "0s", "-f", "event=die"];
         let text = daemon::ok(daemon.davit(args.iter().chain(more))?)?;
@@ -275,19 +254,6 @@ fn the_past_is_shown_with_the_cause_of_an_exit() -> Result<()> {
     ensure!(daemon::ok(daemon.davit(args)?)?.lines().collect::<Vec<_>>() == json[1..]);
     daemon::ok(daemon.davit(["rm", "-f", "long"])?)?;
     Ok(())
-}
-
-/// The process that keeps a container.
-fn shim_of(id: &str) -> Result<i32> {
-    for entry in fs::read_dir("/proc")?.flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-        let arguments = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        let arguments: Vec<_> = arguments.split(|byte| *byte == 0).collect();
-        if arguments.windows(2).any(|pair| pair == [b"-id".as_slice(), id.as_bytes()]) {
-            return Ok(pid);
-        }
-    }
-    bail!("no shim of {id}")
 }
 
 #[test]

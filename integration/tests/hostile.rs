@@ -62,9 +62,7 @@ impl Scene {
             fs::read(&self.canary).context("the canary is gone")? == b"untouched",
             "the canary was changed"
         );
-        let left = || Census::take(&self.daemon.path("")).since(&self.census);
-        wait::until("nothing is left behind", || left().is_empty().then_some(()))
-            .map_err(|error| error.context(format!("{:#?}", left())))?;
+        self.census.settle(&self.daemon.path(""))?;
         self.daemon.ctr().run("version")?;
         Ok(())
     }

@@ -32,12 +32,6 @@ fn scene() -> Result<(Daemon, Ctr, Census)> {
     Ok((daemon, ctr, census))
 }
 
-fn clean(daemon: &Daemon, before: &Census) -> Result<()> {
-    let left = || Census::take(&daemon.path("")).since(before);
-    wait::until("nothing is left behind", || left().is_empty().then_some(()))
-        .map_err(|error| error.context(format!("{:#?}", left())))
-}
-
 /// Kills a detached container and removes all of it.
 fn end(ctr: &Ctr, id: &str) -> Result<()> {
     ctr.run(&format!("tasks kill -s SIGKILL {id}"))?;
@@ -80,7 +74,7 @@ fn a_container_out_of_memory_is_killed_and_told() -> Result<()> {
         ensure!(oom.container_id == "eater", "{oom:?}");
         anyhow::Ok(())
     })?;
-    clean(&daemon, &census)
+    census.settle(&daemon.path(""))
 }
 
 /// A file of a container's cgroup: in the hierarchy of its controller, or in the only one.
@@ -110,7 +104,7 @@ fn limits_are_those_of_the_cgroup() -> Result<()> {
     let seen = ctr.run(&format!("tasks exec --exec-id e limited cat {own}"))?;
     ensure!(seen.contains("/limited") || seen.lines().all(|line| line.ends_with(":/")), "{seen}");
     end(&ctr, "limited")?;
-    clean(&daemon, &census)
+    census.settle(&daemon.path(""))
 }
 
 /// containerd's default set (its `defaultUnixCaps`), and the one descriptor that `ls` opens itself.
@@ -130,7 +124,7 @@ fn capabilities_and_descriptors_are_the_default_ones() -> Result<()> {
     let seen = ctr.run_args(&["tasks", "exec", "--exec-id", "e", "long", "sh", "-c", set])?;
     ensure!(seen == expected, "in an exec: {seen}");
     end(&ctr, "long")?;
-    clean(&daemon, &census)
+    census.settle(&daemon.path(""))
 }
 
 #[test]
@@ -144,7 +138,7 @@ fn seccomp_denies_what_its_profile_denies() -> Result<()> {
     let denied = ctr.words(&format!("run --rm --seccomp {IMAGE} bound busybox unshare -U true")).output()?;
     ensure!(!denied.status.success(), "{}", text(&denied));
     ensure!(text(&denied).contains("Operation not permitted"), "{}", text(&denied));
-    clean(&daemon, &census)
+    census.settle(&daemon.path(""))
 }
 
 /// `ctr shim` finds the shim by a path that it computes itself, and speaks to it without the daemon.
@@ -158,7 +152,7 @@ fn ctr_speaks_to_the_shim_itself() -> Result<()> {
     let state = ctr.run("shim --id direct state")?;
     ensure!(state.contains("direct") && state.contains(&daemon.path("").display().to_string()), "{state}");
     end(&ctr, "direct")?;
-    clean(&daemon, &census)
+    census.settle(&daemon.path(""))
 }
 
 #[test]
@@ -191,7 +185,7 @@ fn a_closed_stdin_ends_what_reads_it() -> Result<()> {
     })?;
     let copied = reader.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
     ensure!(copied == "one line\n", "{copied:?}");
-    clean(&daemon, &census)
+    census.settle(&daemon.path(""))
 }
 
 #[test]
@@ -228,5 +222,5 @@ fn ctr_attaches_to_a_running_container() -> Result<()> {
     // `ctr tasks attach` deletes the task of its own accord.
     ctr.words("tasks rm echo").output()?;
     ctr.run("containers rm echo")?;
-    clean(&daemon, &census)
+    census.settle(&daemon.path(""))
 }

@@ -32,9 +32,7 @@ fn our_shim_under_containerd() -> Result<()> {
     let ctr = Ctr::new(&peer.address(), &peer.namespace());
     let before = Census::take(peer.folder());
     tour(&ctr).map_err(|error| error.context(log(&peer)))?;
-    let left = || Census::take(peer.folder()).since(&before);
-    wait::until("nothing is left behind", || left().is_empty().then_some(()))
-        .map_err(|error| error.context(format!("{:#?}", left())))
+    before.settle(peer.folder())
 }
 
 fn log(peer: &Containerd) -> String {
@@ -92,9 +90,7 @@ fn a_shim_of_others_under_our_daemon() -> Result<()> {
     let before = Census::take(&daemon.path(""));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(others(&mut daemon, &shim.display().to_string()))?;
-    let left = || Census::take(&daemon.path("")).since(&before);
-    wait::until("nothing is left behind", || left().is_empty().then_some(()))
-        .map_err(|error| error.context(format!("{:#?}", left())))
+    before.settle(&daemon.path(""))
 }
 
 async fn others(daemon: &mut Daemon, shim: &str) -> Result<()> {

@@ -117,14 +117,7 @@ fn share(daemon: &mut impl Restart, runtime: &str, shim: &str) -> Result<()> {
     let before = Census::take(&daemon.folder());
     let executor = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     executor.block_on(scenario(daemon, runtime, shim))?;
-    let left = || {
-        let mut left = Census::take(&daemon.folder()).since(&before);
-        // The daemon is another process since its restart.
-        left.retain(|line| !line.contains("containerd --config"));
-        left
-    };
-    wait::until("nothing is left behind", || left().is_empty().then_some(()))
-        .map_err(|error| error.context(format!("{:#?}", left())))
+    before.settle(&daemon.folder())
 }
 
 async fn scenario(daemon: &mut impl Restart, runtime: &str, shim: &str) -> Result<()> {

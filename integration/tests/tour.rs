@@ -120,10 +120,7 @@ fn everything_on(daemon: &Daemon, choice: &Choice) -> Result<()> {
 
     ctr.run(&format!("images rm --sync {IMAGE}"))?;
     ensure!(ctr.run("images ls -q")?.trim().is_empty(), "an image is left");
-    wait::until("nothing is left behind", || {
-        Census::take(&daemon.path("")).since(&before).is_empty().then_some(())
-    })
-    .map_err(|error| error.context(format!("{:#?}", Census::take(&daemon.path("")).since(&before))))
+    before.settle(&daemon.path(""))
 }
 
 /// A subscriber that was there from the beginning.

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use davit_integration::census::Census;
 use davit_integration::ctr::text;
 use davit_integration::daemon::ok;
-use davit_integration::{Daemon, bins, image, wait};
+use davit_integration::{Daemon, bins, image};
 use nix::sys::signal::Signal;
 
 use crate::restart::scenario;
@@ -107,9 +107,7 @@ fn an_installed_shim_replaces_those_that_run() -> Result<()> {
         ensure!(ok(daemon.davit(["wait", name])?)?.trim() == "7");
         ok(daemon.davit(["rm", name])?)?;
     }
-    let left = || Census::take(&daemon.path("")).since(&before);
-    wait::until("nothing is left behind", || left().is_empty().then_some(()))
-        .map_err(|error| error.context(format!("{:#?}", left())))
+    before.settle(&daemon.path(""))
 }
 
 #[test]
@@ -206,7 +204,5 @@ fn an_older_shim_under_the_daemon_of_today() -> Result<()> {
     ok(daemon.davit(["rm", "box"])?)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(scenario(&mut daemon, Signal::SIGKILL))?;
-    let left = || Census::take(&daemon.path("")).since(&before);
-    wait::until("nothing is left behind", || left().is_empty().then_some(()))
-        .map_err(|error| error.context(format!("{:#?}", left())))
+    before.settle(&daemon.path(""))
 }

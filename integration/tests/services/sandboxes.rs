@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use anyhow::{Result, ensure};
 use davit_integration::census::Census;
-use davit_integration::{Daemon, wait};
+use davit_integration::Daemon;
 use davit_proto::containerd::services::sandbox::v1 as wire;
 use davit_proto::containerd::services::sandbox::v1::controller_client::ControllerClient;
 use davit_proto::containerd::services::sandbox::v1::store_client::StoreClient;
@@ -129,7 +129,5 @@ fn a_shim_without_sandboxes_refuses_and_leaves_nothing() -> Result<()> {
         ensure!(status.state.is_empty() && status.exited_at.is_some(), "{status:?}");
         anyhow::Ok(())
     })?;
-    let left = || Census::take(&daemon.path("")).since(&census);
-    wait::until("nothing is left behind", || left().is_empty().then_some(()))
-        .map_err(|error| error.context(format!("{:#?}", left())))
+    census.settle(&daemon.path(""))
 }

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, ensure};
@@ -179,21 +179,41 @@ fn a_login_is_tried_before_it_is_kept() -> Result<()> {
     Ok(())
 }
 
+/// A daemon with nothing, and a registry that has busybox at the end of a bad way.
+struct Scene {
+    daemon: Daemon,
+    _registry: Registry,
+    way: Way,
+    /// A folder without a configuration of Docker's.
+    config: PathBuf,
+    /// What busybox is called at this end of the way.
+    name: String,
+}
+
+impl Scene {
+    /// A way whose trouble comes after 300 kB of an answer. `None` where there is no registry to start.
+    fn new(trouble: Trouble) -> Result<Option<Scene>> {
+        let daemon = Daemon::start()?;
+        let Some(registry) = Registry::start(&daemon.path("registry"), false)? else { return Ok(None) };
+        let config = daemon.path("no-config");
+        push(&daemon, &config, &format!("{}/box:1", registry.address))?;
+        let way = Way::new(registry.address, trouble, 300_000)?;
+        let name = format!("{}/box:1", way.address);
+        Ok(Some(Scene { daemon, _registry: registry, way, config, name }))
+    }
+}
+
 #[test]
 fn a_broken_way_is_taken_up_where_it_broke() -> Result<()> {
     if !root() {
         return Ok(());
     }
-    let daemon = Daemon::start()?;
-    let Some(registry) = Registry::start(&daemon.path("registry"), false)? else { return Ok(()) };
-    let config = daemon.path("no-config");
-    push(&daemon, &config, &format!("{}/box:1", registry.address))?;
-    let way = Way::new(registry.address, Trouble::Cut, 300_000)?;
-    let name = format!("{}/box:1", way.address);
-    ok(davit(&daemon, &config, &["pull", &name]).output()?)?;
+    let Some(scene) = Scene::new(Trouble::Cut)? else { return Ok(()) };
+    let Scene { daemon, way, config, name, .. } = &scene;
+    ok(davit(daemon, config, &["pull", name]).output()?)?;
     ensure!(way.had_trouble(), "nothing was cut");
     ensure!(way.requests().to_lowercase().contains("range: bytes="), "{}", way.requests());
-    let text = ok(davit(&daemon, &config, &["run", "--rm", &name, "echo", "whole"]).output()?)?;
+    let text = ok(davit(daemon, config, &["run", "--rm", name, "echo", "whole"]).output()?)?;
     ensure!(text == "whole\n", "{text}");
     Ok(())
 }
@@ -203,13 +223,9 @@ fn a_pull_goes_on_with_the_next_daemon() -> Result<()> {
     if !root() {
         return Ok(());
     }
-    let mut daemon = Daemon::start()?;
-    let Some(registry) = Registry::start(&daemon.path("registry"), false)? else { return Ok(()) };
-    let config = daemon.path("no-config");
-    push(&daemon, &config, &format!("{}/box:1", registry.address))?;
-    let way = Way::new(registry.address, Trouble::Stall, 300_000)?;
-    let name = format!("{}/box:1", way.address);
-    let mut pulling = davit(&daemon, &config, &["pull", &name]).spawn()?;
+    let Some(mut scene) = Scene::new(Trouble::Stall)? else { return Ok(()) };
+    let Scene { daemon, way, config, name, .. } = &mut scene;
+    let mut pulling = davit(daemon, config, &["pull", name]).spawn()?;
     wait::until("the layer to come", || {
         let active = daemon.ctr().run("content active").ok()?;
         (way.had_trouble() && active.contains("layer-")).then_some(())
@@ -218,10 +234,10 @@ fn a_pull_goes_on_with_the_next_daemon() -> Result<()> {
     ensure!(!pulling.wait()?.success(), "a pull without a daemon");
     daemon.restart()?;
     let asked = way.requests().len();
-    ok(davit(&daemon, &config, &["pull", &name]).output()?)?;
+    ok(davit(daemon, config, &["pull", name]).output()?)?;
     let later = way.requests()[asked..].to_lowercase();
     ensure!(later.contains("range: bytes="), "{later}");
-    let text = ok(davit(&daemon, &config, &["run", "--rm", &name, "echo", "whole"]).output()?)?;
+    let text = ok(davit(daemon, config, &["run", "--rm", name, "echo", "whole"]).output()?)?;
     ensure!(text == "whole\n", "{text}");
     Ok(())
 }
@@ -231,12 +247,9 @@ fn a_client_that_goes_away_takes_its_pull_with_it() -> Result<()> {
     if !root() {
         return Ok(());
     }
-    let daemon = Daemon::start()?;
-    let Some(registry) = Registry::start(&daemon.path("registry"), false)? else { return Ok(()) };
-    let config = daemon.path("no-config");
-    push(&daemon, &config, &format!("{}/box:1", registry.address))?;
-    let way = Way::new(registry.address, Trouble::Stall, 300_000)?;
-    let mut pull = davit(&daemon, &config, &["pull", "-q", &format!("{}/box:1", way.address)]);
+    let Some(scene) = Scene::new(Trouble::Stall)? else { return Ok(()) };
+    let Scene { daemon, way, config, name, .. } = &scene;
+    let mut pull = davit(daemon, config, &["pull", "-q", name]);
     let mut pulling = pull.spawn()?;
     wait::until("the layer to come", || way.had_trouble().then_some(()))?;
     pulling.kill()?;
@@ -245,7 +258,7 @@ fn a_client_that_goes_away_takes_its_pull_with_it() -> Result<()> {
         let leases = daemon.ctr().run("leases ls -q").ok()?;
         leases.trim().is_empty().then_some(())
     })?;
-    wait_until_empty(&daemon)?;
+    wait_until_empty(daemon)?;
     wait::until("the ingest to go", || {
         let active = daemon.ctr().run("content active").ok()?;
         (!active.contains("layer-")).then_some(())
