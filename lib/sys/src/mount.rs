@@ -9,8 +9,10 @@
 
 mod calls;
 mod classic;
+mod compose;
 mod idmap;
 mod options;
+pub mod template;
 
 use std::ffi::CString;
 use std::fs;
@@ -26,6 +28,7 @@ pub use nix::mount::MntFlags;
 use nix::mount::{MsFlags, umount2};
 use nix::sys::stat::{Mode, SFlag, fstat};
 
+use crate::loop_device::{self, LoopDevice};
 use calls::Attributes;
 use options::Options;
 
@@ -53,6 +56,16 @@ pub enum Error {
         /// Why not.
         reason: &'static str,
     },
+    /// A text in double braces is none of those that are known, or refers to a mount that is not there.
+    #[error("template {text:?} of {mount}: {reason}")]
+    Template {
+        /// The mount, `kind source`.
+        mount: String,
+        /// The text.
+        text: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The kernel refused.
     #[error("{syscall}{} for {mount}{}", in_parentheses(.option), in_parentheses(.log))]
     Syscall {
@@ -78,7 +91,7 @@ impl Error {
     pub fn errno(&self) -> Option<Errno> {
         match self {
             Error::Syscall { source, .. } => Some(*source),
-            Error::Option { .. } | Error::Unsupported { .. } => None,
+            Error::Option { .. } | Error::Unsupported { .. } | Error::Template { .. } => None,
         }
     }
 }
@@ -86,7 +99,7 @@ impl Error {
 impl Coded for Error {
     fn code(&self) -> ErrorCode {
         match self {
-            Error::Option { .. } => ErrorCode::InvalidArgument,
+            Error::Option { .. } | Error::Template { .. } => ErrorCode::InvalidArgument,
             Error::Unsupported { .. } => ErrorCode::Unimplemented,
             Error::Syscall { source: Errno::EPERM | Errno::EACCES, .. } => ErrorCode::PermissionDenied,
             Error::Syscall {
@@ -102,11 +115,18 @@ impl Coded for Error {
 /// itself must exist and not be a symbolic link.
 ///
 /// The options are those of fstab(5): flags, propagation, and the rest for the filesystem. `uidmap` and `gidmap`
-/// make an idmapped mount, or for an overlay idmapped lower folders, as containerd does.
+/// make an idmapped mount, or for an overlay idmapped lower folders, as containerd does. `loop` mounts a file by way of a
+/// loop device that ends with the mount, with `direct-io` past the page cache; erofs needs none since Linux 6.12.
+///
+/// Where the last mount refers to those before it (its type begins with `format/`), that one alone is on `target` in the
+/// end.
 ///
 /// # Errors
 /// See [`Error`]. All that was mounted before is unmounted again, except for a `remount`.
 pub fn mount_all(mounts: &[Mount], target: &Path) -> Result<(), Error> {
+    if compose::is_composed(mounts) {
+        return compose::mount_composed(mounts, target);
+    }
     let mut done: Vec<OwnedFd> = Vec::new();
     for mount in mounts {
         match mount_one(mount, target, Interface::Newest) {
@@ -260,13 +280,39 @@ enum Interface {
 
 /// Answers the mount point for undoing, unless there is nothing to undo.
 fn mount_one(mount: &Mount, target: &Path, interface: Interface) -> Result<Option<OwnedFd>, Error> {
-    let job = Job { mount, target, options: Options::parse(mount)? };
+    let options = Options::parse(mount)?;
+    let refuse = |reason| Err(Error::Unsupported { mount: describe(mount), reason });
     if mount.kind.starts_with("fuse.") || mount.kind.starts_with("fuse3.") {
-        return Err(job.unsupported("mount helpers are not run here"));
+        return refuse("mount helpers are not run here");
     }
     if mount.kind.contains('/') {
-        return Err(job.unsupported("its kind is for a mount manager"));
+        return refuse("its kind is for a mount manager");
     }
+    let Some(direct_io) = options.loop_device else {
+        return mount_job(Job { mount, target, options, source: &mount.source }, interface);
+    };
+    if mount.kind == "erofs" {
+        let job = Job { mount, target, options: options.clone(), source: &mount.source };
+        match mount_job(job, interface) {
+            // What a kernel says that wants a block device.
+            Err(error) if error.errno() == Some(Errno::ENOTBLK) => {}
+            result => return result,
+        }
+    }
+    let read_only = options.flags.contains(MsFlags::MS_RDONLY);
+    let device = LoopDevice::attach(Path::new(&mount.source), loop_device::Options { read_only, direct_io });
+    let device = device.map_err(|(syscall, source)| Error::Syscall {
+        mount: format!("{} on {}", describe(mount), target.display()),
+        syscall,
+        option: Some("loop".to_owned()),
+        log: None,
+        source,
+    })?;
+    // The device lives until here, and from then on with the mount.
+    mount_job(Job { mount, target, options, source: &device.path().to_string_lossy() }, interface)
+}
+
+fn mount_job(job: Job<'_>, interface: Interface) -> Result<Option<OwnedFd>, Error> {
     let point = job.open_point()?;
     if job.options.flags.contains(MsFlags::MS_REMOUNT) {
         return classic::remount(&job, &point).map(|()| None);
@@ -309,6 +355,8 @@ struct Job<'a> {
     mount: &'a Mount,
     target: &'a Path,
     options: Options,
+    /// What is mounted: the source of the mount, or the loop device that it is on.
+    source: &'a str,
 }
 
 /// Lower folders mounted where the overlay is going to be; gone with this value.
@@ -392,7 +440,7 @@ impl Job<'_> {
     }
 
     fn bind_tree(&self) -> Result<OwnedFd, Failure> {
-        let source = self.text(&self.mount.source)?;
+        let source = self.text(self.source)?;
         let tree = calls::clone_tree(None, &source, self.options.recursive())
             .map_err(self.failure("open_tree source"))?;
         let (set, clear) = (self.options.attributes(), self.options.cleared_attributes());
@@ -432,8 +480,8 @@ impl Job<'_> {
 
     /// Tells the filesystem its options and makes a detached mount of it.
     fn configure(&self, fs: BorrowedFd<'_>, data: &[String]) -> Result<OwnedFd, Failure> {
-        if !self.mount.source.is_empty() {
-            self.set(fs, "source", Some(&self.mount.source))?;
+        if !self.source.is_empty() {
+            self.set(fs, "source", Some(self.source))?;
         }
         for flag in self.options.superblock() {
             self.set(fs, flag, None)?;

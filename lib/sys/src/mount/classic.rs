@@ -103,7 +103,7 @@ fn mount_on(job: &Job<'_>, point: &OwnedFd, data: &[String]) -> Result<(), Error
         });
     }
     let (target, flags) = (fd_path(point), job.options.flags);
-    let (source, kind) = (job.mount.source.as_str(), job.mount.kind.as_str());
+    let (source, kind) = (job.source, job.mount.kind.as_str());
     let call = || mount(Some(source), &target, Some(kind), flags, Some(text.as_str()));
     let result = match directory {
         None => call(),

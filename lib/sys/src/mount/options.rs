@@ -61,7 +61,7 @@ const SUPERBLOCK: &[(&str, MsFlags)] = &[
 ];
 
 /// Options, sorted.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Options {
     /// The flags as mount(2) takes them, without propagation.
     pub(super) flags: MsFlags,
@@ -71,6 +71,8 @@ pub(super) struct Options {
     pub(super) data: Vec<String>,
     /// The id mappings, users first, in containerd's form.
     pub(super) mapping: Option<(String, String)>,
+    /// The source is a file, to be mounted by way of a loop device; true if that is to go past the page cache.
+    pub(super) loop_device: Option<bool>,
 }
 
 impl Options {
@@ -87,7 +89,12 @@ impl Options {
             propagation: MsFlags::empty(),
             data: Vec::new(),
             mapping: None,
+            loop_device: None,
         };
+        let is_loop = mount.options.iter().any(|option| option == "loop");
+        if is_loop {
+            options.loop_device = Some(mount.options.iter().any(|option| option == "direct-io"));
+        }
         let (mut users, mut groups) = (None, None);
         for option in &mount.options {
             if let Some(flags) = find(SETTING, option) {
@@ -102,8 +109,7 @@ impl Options {
                 groups = Some(mapping.to_owned());
             } else if option.starts_with("X-containerd.") {
                 return refuse(option, "is for a mount manager, which should have taken it out");
-            } else if option == "loop" {
-                return refuse(option, "loop devices are not set up here");
+            } else if is_loop && (option == "loop" || option == "direct-io") {
             } else if option.contains('\0') {
                 return refuse(option, "contains a NUL byte");
             } else if !option.is_empty() {
@@ -239,7 +245,7 @@ mod tests {
     #[test]
     fn refuses_what_it_cannot_do() {
         let bad: &[&[&str]] =
-            &[&["X-containerd.mkdir.path=/x"], &["loop"], &["uidmap=0:1:2"], &["gidmap=0:1:2"], &["a\0b"]];
+            &[&["X-containerd.mkdir.path=/x"], &["uidmap=0:1:2"], &["gidmap=0:1:2"], &["a\0b"]];
         for options in bad {
             assert!(matches!(parse(options), Err(Error::Option { .. })), "{options:?}");
         }
