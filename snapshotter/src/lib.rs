@@ -1,11 +1,14 @@
 //! Snapshots: the filesystems of images and containers, as chains of changesets.
 //!
-//! This crate owns the [`Snapshotter`] trait, its implementations for local disks ([`overlayfs`], [`native`]),
+//! This crate owns the [`Snapshotter`] trait, its implementations for local disks ([`overlayfs`], [`native`],
+//! [`btrfs`], [`blockfile`]),
 //! the suite that every implementation must pass ([`testsuite`]), and layers: unpacking tar archives into
 //! snapshots and making archives of the difference between two ([`layer`]).
 //!
 //! Everything here blocks (it mounts, copies and syncs); asynchronous callers use a blocking thread.
 
+pub mod blockfile;
+pub mod btrfs;
 mod error;
 mod folders;
 pub mod layer;
@@ -14,8 +17,10 @@ pub mod overlayfs;
 mod records;
 pub mod testsuite;
 mod tree;
+mod whole;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use davit_model::{Labels, Mount};
@@ -27,6 +32,10 @@ pub const UID_MAPPING_LABEL: &str = "containerd.io/snapshot/uidmapping";
 
 /// The label with the group id mapping of a snapshot, `container:host:length[,…]`.
 pub const GID_MAPPING_LABEL: &str = "containerd.io/snapshot/gidmapping";
+
+/// The label with the name that a snapshot is going to be committed under. A snapshotter that can get what belongs there
+/// by itself answers [`Snapshotter::prepare`] with "already exists", and has the committed snapshot, so labelled.
+pub const TARGET_LABEL: &str = "containerd.io/snapshot.ref";
 
 /// What can be done with a snapshot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -66,6 +75,15 @@ pub struct Info {
     pub created: SystemTime,
     /// When its labels were last changed; equal to `created` before the first change.
     pub updated: SystemTime,
+}
+
+impl Info {
+    /// Whether this is the committed snapshot that was announced as `target`, on this parent.
+    pub fn is_target(&self, target: &str, parent: Option<&str>) -> bool {
+        self.kind == Kind::Committed
+            && self.labels.get(TARGET_LABEL).is_some_and(|name| name == target)
+            && self.parent.as_deref() == parent
+    }
 }
 
 /// What one snapshot takes on disk, without its parents.
@@ -188,6 +206,14 @@ pub trait Snapshotter: Send + Sync {
     /// [`Error::Corrupt`].
     fn list(&self) -> Result<Vec<Info>, Error>;
 
+    /// The committed snapshot that was announced as `target` ([`TARGET_LABEL`]), on this parent.
+    ///
+    /// # Errors
+    /// As [`list`](Snapshotter::list).
+    fn find_target(&self, target: &str, parent: Option<&str>) -> Result<Option<Info>, Error> {
+        Ok(self.list()?.into_iter().find(|info| info.is_target(target, parent)))
+    }
+
     /// Deletes the files of removed snapshots and of those that a crash kept from being made. May take long, and
     /// runs beside every other call. What cannot be deleted now is left for the next time.
     ///
@@ -201,4 +227,10 @@ pub trait Snapshotter: Send + Sync {
 
     /// Facts for the introspection service, by containerd's names (`root`).
     fn exports(&self) -> BTreeMap<String, String>;
+
+    /// For a snapshotter in another process, the same one for the calls of a client in `namespace`, which that process is
+    /// told. One of this process needs to know no namespaces and answers `None`.
+    fn in_namespace(&self, _namespace: &str) -> Option<Arc<dyn Snapshotter>> {
+        None
+    }
 }

@@ -12,15 +12,18 @@ use std::sync::Arc;
 use tokio::sync::Semaphore;
 use tokio::task::{JoinError, spawn_blocking};
 
-/// The threads of the pool.
-pub const THREADS: usize = 288;
-
 /// The content store: more at once do not make a disk faster.
 const CONTENT: usize = 32;
 /// Each snapshotter. Most of this work is waiting for the metadata to be synced, which is done for many at a time.
 const SNAPSHOTTER: usize = 48;
 /// The snapshotters that are built in.
 const SNAPSHOTTERS: usize = 2;
+/// Each snapshotter in another process: calls that wait for it hold a thread for as long as it does not answer.
+const PROXY: usize = 16;
+/// The most of them.
+pub const PROXIES: usize = 8;
+/// Layers that go through programs of others, which may stop.
+const PROGRAMS: usize = 8;
 /// Layers being unpacked or made, which takes a CPU and some memory each.
 const LAYERS: usize = 32;
 /// Mounts that are held for clients.
@@ -34,11 +37,21 @@ pub const TRANSFERS: usize = 8;
 /// The threads of a transfer: three layers and a document.
 const TRANSFER: usize = 4;
 
-/// All lanes may be stuck, and the start and the end of the daemon and the collector still find a thread.
-const _: () = assert!(
-    CONTENT + MOUNTS + SNAPSHOTTER * SNAPSHOTTERS + LAYERS + RUNTIME + HISTORY + TRANSFERS * TRANSFER + 8
-        <= THREADS
-);
+/// The start and the end of the daemon and the collector.
+const OTHERS: usize = 40;
+
+/// The most threads of the pool: all lanes may be stuck, and the others still find one. A thread that has nothing to do
+/// ends.
+pub const THREADS: usize = CONTENT
+    + MOUNTS
+    + SNAPSHOTTER * SNAPSHOTTERS
+    + PROXY * PROXIES
+    + PROGRAMS
+    + LAYERS
+    + RUNTIME
+    + HISTORY
+    + TRANSFERS * TRANSFER
+    + OTHERS;
 
 /// The way to the threads for the work on one backend. Clones are the same lane.
 #[derive(Debug, Clone)]
@@ -59,6 +72,16 @@ impl Lane {
     /// A lane for one snapshotter.
     pub fn snapshotter() -> Lane {
         Lane::new(SNAPSHOTTER)
+    }
+
+    /// A lane for one snapshotter in another process.
+    pub fn proxy() -> Lane {
+        Lane::new(PROXY)
+    }
+
+    /// A lane for layers that go through programs of others.
+    pub fn programs() -> Lane {
+        Lane::new(PROGRAMS)
     }
 
     /// A lane for layers: two more than there are CPUs, because some wait for the disk.

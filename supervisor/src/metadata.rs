@@ -219,7 +219,13 @@ impl Metadata {
         // looks everywhere.
         let dirty =
             Dirty { content: true, mounts: true, snapshotters: snapshotters.keys().cloned().collect() };
-        let lanes = snapshotters.keys().map(|name| (name.clone(), Lane::snapshotter())).collect();
+        let lanes = snapshotters
+            .iter()
+            .map(|(name, backend)| {
+                let lane = if is_process(backend) { Lane::proxy() } else { Lane::snapshotter() };
+                (name.clone(), lane)
+            })
+            .collect();
         let inner = Inner {
             db,
             store,
@@ -343,7 +349,17 @@ impl Metadata {
     }
 }
 
+/// Whether a snapshotter is in another process.
+fn is_process(snapshotter: &Arc<dyn Snapshotter>) -> bool {
+    snapshotter.in_namespace("").is_some()
+}
+
 impl Inner {
+    /// Whether the snapshotter of a name is in another process.
+    fn is_process(&self, name: &str) -> bool {
+        self.snapshotters.get(name).is_some_and(is_process)
+    }
+
     fn follow(&self, namespace: &str, effects: Effects) {
         let Effects { event, removed, dirty } = effects;
         self.mark_dirty(dirty);

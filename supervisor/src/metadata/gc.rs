@@ -36,6 +36,9 @@ pub(super) use schedule::Schedule;
 /// The label with the time (RFC 3339) from which on a lease or image protects nothing.
 pub const LABEL_EXPIRE: &str = "containerd.io/gc.expire";
 
+/// How long a collection waits for snapshotters in other processes.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// What a collection did.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Stats {
@@ -102,8 +105,10 @@ impl Metadata {
             };
             backends.spawn(async move { lane.run(work).await });
         }
+        let mut processes = JoinSet::new();
         for name in dirty.snapshotters {
             let Some(lane) = self.inner.lanes.get(&name).cloned() else { continue };
+            let backends = if self.inner.is_process(&name) { &mut processes } else { &mut backends };
             let metadata = self.clone();
             let work = move || {
                 if let Err(error) = sweep::snapshots(&metadata, &name) {
@@ -116,6 +121,11 @@ impl Metadata {
         }
         while let Some(ended) = backends.join_next().await {
             ended.and_then(|ended| ended).map_err(|source| Error::Interrupted { source })?;
+        }
+        // What another process is slow at goes on by itself: it must not keep all others from being collected.
+        let all = async { while processes.join_next().await.is_some() {} };
+        if tokio::time::timeout(PATIENCE, all).await.is_err() {
+            processes.detach_all();
         }
         Ok(stats)
     }

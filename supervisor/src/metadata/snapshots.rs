@@ -15,8 +15,8 @@ use std::sync::Arc;
 
 use davit_metadata::Txn;
 use davit_model::filter::{Adaptor, Filter, label_field};
-use davit_model::{Labels, Mount};
-use davit_snapshotter::{Error as BackendError, Kind, Snapshotter, Usage};
+use davit_model::{Coded, ErrorCode, Labels, Mount};
+use davit_snapshotter::{Kind, Snapshotter, TARGET_LABEL, Usage};
 
 pub use davit_snapshotter::Info as SnapshotInfo;
 
@@ -24,10 +24,6 @@ use super::error::{Error, Object};
 use super::schema::{self, SnapshotRecord, child_key, snapshot_key, time};
 use super::{Effects, Metadata, Scope, blocking, leases};
 use crate::lane::Lane;
-
-/// The label with the name that an unpacked layer will be committed under. A snapshotter that can fetch the layer
-/// by itself answers Prepare with "already exists", and has it.
-const LABEL_TARGET: &str = "containerd.io/snapshot.ref";
 
 /// Labels that begin so are meant for the snapshotter.
 const LABEL_PREFIX: &str = "containerd.io/snapshot/";
@@ -64,6 +60,7 @@ impl Snapshots {
         backend: Arc<dyn Snapshotter>,
         lane: Lane,
     ) -> Snapshots {
+        let backend = backend.in_namespace(scope.namespace()).unwrap_or(backend);
         Snapshots { metadata, scope, name: Arc::from(name), backend, lane }
     }
 
@@ -112,7 +109,7 @@ impl Snapshots {
                 let info = match backend.stat(&record.backend) {
                     Ok(info) => overlay(info, &String::from_utf8_lossy(&key[prefix.len()..]), record),
                     // Removed in this moment, or lost.
-                    Err(BackendError::NotFound { .. }) => continue,
+                    Err(error) if error.code() == ErrorCode::NotFound => continue,
                     Err(error) => return Err(error.into()),
                 };
                 if filter.matches(&Selectable(&info)) {
@@ -257,7 +254,7 @@ fn some(text: Option<&str>) -> Option<&str> {
 
 /// The labels that the snapshotter is to know.
 fn for_backend(labels: &Labels) -> Labels {
-    let wanted = |label: &str| label == LABEL_TARGET || label.starts_with(LABEL_PREFIX);
+    let wanted = |label: &str| label == TARGET_LABEL || label.starts_with(LABEL_PREFIX);
     labels
         .iter()
         .filter(|(label, _)| wanted(label))

@@ -9,8 +9,7 @@ use std::collections::{HashMap, HashSet};
 use bytes::Bytes;
 use davit_content_store::Error as StoreError;
 use davit_metadata::{Txn, View};
-use davit_model::Digest;
-use davit_snapshotter::Error as BackendError;
+use davit_model::{Coded, Digest, ErrorCode};
 
 use crate::metadata::error::Error;
 use crate::metadata::event::Event;
@@ -204,7 +203,12 @@ pub(super) fn snapshots(metadata: &Metadata, name: &str) -> Result<(), Error> {
         }
         match backend.remove(&info.name) {
             Ok(()) => tracing::debug!(snapshotter = name, snapshot.key = info.name, "removed a snapshot"),
-            Err(BackendError::NotFound { .. }) => {}
+            Err(error) if error.code() == ErrorCode::NotFound => {}
+            // One that does not answer gets its time once, and not for each snapshot.
+            Err(error) if matches!(error.code(), ErrorCode::DeadlineExceeded | ErrorCode::Unavailable) => {
+                inner.mark_dirty(Dirty { snapshotters: [name.to_owned()].into(), ..Dirty::default() });
+                return Err(error.into());
+            }
             // One failure must not keep all others from being removed.
             Err(error) => {
                 tracing::warn!(%error, snapshotter = name, snapshot.key = info.name, "cannot remove a snapshot");

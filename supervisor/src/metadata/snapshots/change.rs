@@ -4,14 +4,14 @@ use std::time::SystemTime;
 
 use davit_metadata::Txn;
 use davit_model::{Coded, ErrorCode, Labels, Mount};
-use davit_snapshotter::Kind;
+use davit_snapshotter::{Kind, TARGET_LABEL};
 
 use crate::metadata::error::{Error, Object};
 use crate::metadata::event::Event;
 use crate::metadata::schema::{self, SnapshotRecord, timestamp};
 use crate::metadata::{Effects, Scope, fields, leases};
 
-use super::{LABEL_TARGET, SnapshotInfo, Snapshots, for_backend, overlay};
+use super::{SnapshotInfo, Snapshots, for_backend, overlay};
 
 impl Snapshots {
     pub(super) fn create_blocking(
@@ -24,7 +24,7 @@ impl Snapshots {
         self.check_name(&key)?;
         fields::check_labels("info.Labels", &labels)?;
         fields::drop_empty(&mut labels);
-        let target = labels.get(LABEL_TARGET).cloned();
+        let target = labels.get(TARGET_LABEL).cloned();
         let inner = &self.metadata.inner;
         let _names =
             inner.snapshot_claims.take_two(&self.claim(&key), &self.claim(target.as_deref().unwrap_or(&key)));
@@ -111,7 +111,7 @@ impl Snapshots {
     ) -> Result<Error, Error> {
         let found = self.backend.list()?.into_iter().find(|info| {
             info.kind == Kind::Committed
-                && info.labels.get(LABEL_TARGET).is_some_and(|name| name == target)
+                && info.labels.get(TARGET_LABEL).is_some_and(|name| name == target)
                 && info.parent.as_deref() == backend_parent
         });
         let lost = || Error::not_found(Object::LostTarget(target.to_owned()));

@@ -1,0 +1,63 @@
+//! Proxy plugins: snapshotters, content stores, differs and sandbox controllers that other processes serve on unix sockets,
+//! by the same services as this daemon.
+//!
+//! ```text
+//!   Snapshots ─▶ metadata ─▶ dyn Snapshotter ─┬─▶ overlayfs, native, …
+//!                                             └─▶ proxy ─▶ unix socket ─▶ containerd.services.snapshots.v1
+//! ```
+//!
+//! A plugin takes the place of what is built in below the metadata: names, labels, leases and collection stay here, and
+//! the plugin sees the keys of the metadata, `NAMESPACE/NUMBER/KEY`. One whose name a built-in one has takes its
+//! place; a content store takes that of the local store, because there can be one only. (containerd wants the
+//! built-in ones disabled then, and fails to start otherwise.)
+//!
+//! Nothing is asked of a plugin when the daemon starts: the connection is made by the first call, and made again by
+//! the first call after it broke. A plugin that is slow, gone, or says nonsense fails the calls on itself: each has
+//! a deadline, an answer has a bounded size, and the error names the plugin and has the plugin's own code.
+
+mod connection;
+mod snapshots;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use davit_snapshotter::Snapshotter;
+
+use crate::config::{ProxyKind, ProxyPlugin};
+use crate::plugins::Plugin;
+use connection::Connection;
+use snapshots::ProxySnapshotter;
+
+/// The plugins of a configuration.
+#[derive(Default)]
+pub struct Proxies {
+    /// The snapshotters by name.
+    pub snapshotters: BTreeMap<String, Arc<dyn Snapshotter>>,
+    /// What clients are told of all of them.
+    pub entries: Vec<Plugin>,
+}
+
+impl Proxies {
+    /// The plugins of `config`, none of which is asked anything yet. Needs the runtime; plugins on one socket share a
+    /// connection.
+    pub fn open(config: &BTreeMap<String, ProxyPlugin>) -> Proxies {
+        let mut channels = BTreeMap::<PathBuf, _>::new();
+        let mut proxies = Proxies::default();
+        for (name, plugin) in config {
+            let channel =
+                channels.entry(plugin.socket()).or_insert_with_key(|socket| connection::channel(socket));
+            let connection = Connection::new(name, channel.clone());
+            match plugin.kind {
+                ProxyKind::Snapshot => {
+                    let (capabilities, exports) = (plugin.capabilities.clone(), plugin.exports());
+                    let snapshotter = ProxySnapshotter::new(connection, capabilities, exports);
+                    proxies.snapshotters.insert(name.clone(), Arc::new(snapshotter));
+                }
+                ProxyKind::Content | ProxyKind::Diff | ProxyKind::Sandbox => {}
+            }
+            proxies.entries.push(Plugin::proxy(name, plugin));
+        }
+        proxies
+    }
+}

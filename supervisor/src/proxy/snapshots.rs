@@ -1,0 +1,317 @@
+//! A snapshotter in another process.
+//!
+//! The plugin is told the namespace of each call that a client makes, as containerd tells it. The collector has none;
+//! where the key says one, that is told. A plugin that is a whole daemon (another containerd, or another davitd) answers
+//! no call without a namespace: it is asked for its namespaces, and of each what is ours in it, by the form of the
+//! keys. So that its own collector leaves our snapshots alone, each is labelled as a root there.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::sync::Arc;
+use std::time::{Duration, Instant, UNIX_EPOCH};
+
+use davit_model::{Coded, ErrorCode, Labels, Mount};
+use davit_proto::containerd::services::namespaces::v1::ListNamespacesRequest;
+use davit_proto::containerd::services::namespaces::v1::namespaces_client::NamespacesClient;
+use davit_proto::containerd::services::snapshots::v1 as wire;
+use davit_proto::containerd::services::snapshots::v1::snapshots_client::SnapshotsClient;
+use davit_proto::containerd::types;
+use davit_snapshotter::{Error, Info, Kind, Snapshotter, TARGET_LABEL, Usage};
+use prost::Message;
+use prost_types::FieldMask;
+use tonic::transport::Channel;
+
+use super::connection::{CHANGE, Connection, Failure, LOOK, MAX_MESSAGE};
+use crate::grpc::convert::{mount_from_wire, time_from_wire};
+
+/// The most bytes that a list of snapshots may take. A walk that does not end ends here.
+const MAX_LIST: usize = 64 << 20;
+
+/// How long all of a list may take, and the count of a snapshot's files.
+const WALK: Duration = CHANGE;
+
+/// How long the plugin may take to delete files.
+const CLEANUP: Duration = Duration::from_secs(600);
+
+/// The label of a root, by which a daemon's collector keeps a snapshot.
+const ROOT_LABEL: &str = "containerd.io/gc.root";
+
+/// A snapshotter behind a socket.
+pub(super) struct ProxySnapshotter {
+    connection: Connection,
+    /// That of the client whose calls these are.
+    namespace: Option<Arc<str>>,
+    capabilities: Vec<String>,
+    exports: BTreeMap<String, String>,
+}
+
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Error {
+        Error::Remote { code: failure.code(), message: failure.to_string() }
+    }
+}
+
+/// The namespace in a key of the metadata, `NAMESPACE/NUMBER/KEY`.
+fn namespace_of(key: &str) -> Option<&str> {
+    let (namespace, rest) = key.split_once('/')?;
+    let (number, _) = rest.split_once('/')?;
+    let is_number = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
+    (is_number && !namespace.is_empty()).then_some(namespace)
+}
+
+/// The labels for the plugin.
+fn rooted(labels: &Labels) -> Labels {
+    let mut labels = labels.clone();
+    labels.insert(ROOT_LABEL.to_owned(), "davit".to_owned());
+    labels
+}
+
+impl ProxySnapshotter {
+    /// The snapshotter of a plugin that can do and tells what its configuration says.
+    pub(super) fn new(
+        connection: Connection,
+        capabilities: Vec<String>,
+        exports: BTreeMap<String, String>,
+    ) -> ProxySnapshotter {
+        ProxySnapshotter { connection, namespace: None, capabilities, exports }
+    }
+
+    fn client(&self) -> SnapshotsClient<Channel> {
+        SnapshotsClient::new(self.connection.channel())
+            .max_decoding_message_size(MAX_MESSAGE)
+            .max_encoding_message_size(MAX_MESSAGE)
+    }
+
+    fn name(&self) -> String {
+        self.connection.plugin().to_string()
+    }
+
+    /// A request about a key.
+    fn about<T>(&self, key: &str, limit: Duration, message: T) -> tonic::Request<T> {
+        let namespace = self.namespace.as_deref().or_else(|| namespace_of(key));
+        self.connection.request(namespace, limit, message)
+    }
+
+    /// What the plugin says of a snapshot, which must be the one that it was asked for.
+    fn info(&self, key: &str, info: Option<wire::Info>) -> Result<Info, Error> {
+        let info = self.convert(info.unwrap_or_default())?;
+        if info.name != key {
+            return Err(self.connection.nonsense(format!("asked for {key:?}, got {:?}", info.name)).into());
+        }
+        Ok(info)
+    }
+
+    fn convert(&self, info: wire::Info) -> Result<Info, Error> {
+        let kind = match info.kind() {
+            wire::Kind::View => Kind::View,
+            wire::Kind::Active => Kind::Active,
+            wire::Kind::Committed => Kind::Committed,
+            wire::Kind::Unknown => {
+                return Err(self
+                    .connection
+                    .nonsense(format!("snapshot {:?} is of no kind", info.name))
+                    .into());
+            }
+        };
+        let time = |time: Option<prost_types::Timestamp>| time.and_then(time_from_wire).unwrap_or(UNIX_EPOCH);
+        let mut labels = info.labels;
+        labels.remove(ROOT_LABEL);
+        Ok(Info {
+            kind,
+            name: info.name,
+            parent: Some(info.parent).filter(|parent| !parent.is_empty()),
+            labels,
+            created: time(info.created_at),
+            updated: time(info.updated_at),
+        })
+    }
+
+    /// All snapshots that the plugin lists in a namespace, of those that `filters` name; by name, each once.
+    fn walk(&self, namespace: Option<&str>, filters: &[String]) -> Result<BTreeMap<String, Info>, Failure> {
+        let connection = &self.connection;
+        let message = wire::ListSnapshotsRequest { snapshotter: self.name(), filters: filters.to_vec() };
+        let request = connection.request(namespace, WALK, message);
+        let walk = async {
+            let mut pages = self.client().list(request).await?.into_inner();
+            let (mut found, mut size) = (Vec::new(), 0);
+            while let Some(page) = pages.message().await? {
+                size += page.encoded_len();
+                if size > MAX_LIST {
+                    let text = format!("the list of snapshots has more than {MAX_LIST} bytes");
+                    return Err(tonic::Status::resource_exhausted(text));
+                }
+                found.extend(page.info);
+            }
+            Ok(found)
+        };
+        let mut infos = BTreeMap::new();
+        for info in connection.wait(WALK, walk)? {
+            // One that is nonsense must not hide the others from the collector.
+            let Ok(info) = self.convert(info) else { continue };
+            if let Entry::Vacant(place) = infos.entry(info.name.clone()) {
+                place.insert(info);
+            }
+        }
+        Ok(infos)
+    }
+
+    /// The namespaces of a plugin that is a daemon.
+    fn namespaces(&self) -> Result<Vec<String>, Failure> {
+        let request = self.connection.request(None, LOOK, ListNamespacesRequest::default());
+        let mut client = NamespacesClient::new(self.connection.channel());
+        let listed = self.connection.wait(LOOK, client.list(request))?;
+        Ok(listed.into_inner().namespaces.into_iter().map(|namespace| namespace.name).collect())
+    }
+
+    fn mounts_of(mounts: Vec<types::Mount>) -> Vec<Mount> {
+        mounts.into_iter().map(mount_from_wire).collect()
+    }
+}
+
+impl Snapshotter for ProxySnapshotter {
+    fn stat(&self, key: &str) -> Result<Info, Error> {
+        let message = wire::StatSnapshotRequest { snapshotter: self.name(), key: key.to_owned() };
+        let answer = self.connection.wait(LOOK, self.client().stat(self.about(key, LOOK, message)))?;
+        self.info(key, answer.into_inner().info)
+    }
+
+    fn update(&self, name: &str, labels: &Labels, fields: &[String]) -> Result<Info, Error> {
+        let info = wire::Info { name: name.to_owned(), labels: rooted(labels), ..Default::default() };
+        let mask = FieldMask { paths: fields.to_vec() };
+        let message = wire::UpdateSnapshotRequest {
+            snapshotter: self.name(),
+            info: Some(info),
+            update_mask: (!fields.is_empty()).then_some(mask),
+        };
+        let answer = self.connection.wait(CHANGE, self.client().update(self.about(name, CHANGE, message)))?;
+        self.info(name, answer.into_inner().info)
+    }
+
+    fn usage(&self, key: &str) -> Result<Usage, Error> {
+        let message = wire::UsageRequest { snapshotter: self.name(), key: key.to_owned() };
+        let answer = self.connection.wait(WALK, self.client().usage(self.about(key, WALK, message)))?;
+        let wire::UsageResponse { size, inodes } = answer.into_inner();
+        if size < 0 || inodes < 0 {
+            return Err(self.connection.nonsense(format!("a usage of {size} bytes, {inodes} inodes")).into());
+        }
+        Ok(Usage { size, inodes })
+    }
+
+    fn mounts(&self, key: &str) -> Result<Vec<Mount>, Error> {
+        let message = wire::MountsRequest { snapshotter: self.name(), key: key.to_owned() };
+        let answer = self.connection.wait(CHANGE, self.client().mounts(self.about(key, CHANGE, message)))?;
+        Ok(ProxySnapshotter::mounts_of(answer.into_inner().mounts))
+    }
+
+    fn prepare(&self, key: &str, parent: Option<&str>, labels: &Labels) -> Result<Vec<Mount>, Error> {
+        let message = wire::PrepareSnapshotRequest {
+            snapshotter: self.name(),
+            key: key.to_owned(),
+            parent: parent.unwrap_or_default().to_owned(),
+            labels: rooted(labels),
+        };
+        let answer = self.connection.wait(CHANGE, self.client().prepare(self.about(key, CHANGE, message)))?;
+        Ok(ProxySnapshotter::mounts_of(answer.into_inner().mounts))
+    }
+
+    fn view(&self, key: &str, parent: Option<&str>, labels: &Labels) -> Result<Vec<Mount>, Error> {
+        let message = wire::ViewSnapshotRequest {
+            snapshotter: self.name(),
+            key: key.to_owned(),
+            parent: parent.unwrap_or_default().to_owned(),
+            labels: rooted(labels),
+        };
+        let answer = self.connection.wait(CHANGE, self.client().view(self.about(key, CHANGE, message)))?;
+        Ok(ProxySnapshotter::mounts_of(answer.into_inner().mounts))
+    }
+
+    fn commit(&self, name: &str, key: &str, labels: &Labels, parent: Option<&str>) -> Result<(), Error> {
+        let message = wire::CommitSnapshotRequest {
+            snapshotter: self.name(),
+            name: name.to_owned(),
+            key: key.to_owned(),
+            labels: rooted(labels),
+            parent: parent.unwrap_or_default().to_owned(),
+        };
+        self.connection.wait(CHANGE, self.client().commit(self.about(name, CHANGE, message)))?;
+        Ok(())
+    }
+
+    fn remove(&self, key: &str) -> Result<(), Error> {
+        let message = wire::RemoveSnapshotRequest { snapshotter: self.name(), key: key.to_owned() };
+        self.connection.wait(CHANGE, self.client().remove(self.about(key, CHANGE, message)))?;
+        Ok(())
+    }
+
+    fn list(&self) -> Result<Vec<Info>, Error> {
+        let failure = match self.walk(self.namespace.as_deref(), &[]) {
+            Ok(infos) => return Ok(infos.into_values().collect()),
+            Err(failure) => failure,
+        };
+        // "namespace is required" (containerd `pkg/namespaces`): this plugin is a daemon.
+        if failure.code != ErrorCode::FailedPrecondition || !failure.text.contains("namespace is required") {
+            return Err(failure.into());
+        }
+        let begun = Instant::now();
+        let mut infos = BTreeMap::new();
+        for namespace in self.namespaces()? {
+            if begun.elapsed() > WALK {
+                let text = format!("no whole list within {} seconds", WALK.as_secs());
+                return Err(self.connection.error(ErrorCode::DeadlineExceeded, text).into());
+            }
+            let found = self.walk(Some(&namespace), &[])?;
+            // What has other names there belongs to others.
+            infos.extend(found.into_iter().filter(|(name, _)| namespace_of(name) == Some(&namespace)));
+        }
+        Ok(infos.into_values().collect())
+    }
+
+    fn find_target(&self, target: &str, parent: Option<&str>) -> Result<Option<Info>, Error> {
+        let parent_word = parent.unwrap_or_default();
+        let filter = format!("labels.{TARGET_LABEL:?}=={target:?},parent=={parent_word:?}");
+        let found = self.walk(self.namespace.as_deref(), &[filter])?.into_values();
+        // Not every plugin heeds filters.
+        let mut fitting = found.filter(|info| info.is_target(target, parent));
+        Ok(fitting.next())
+    }
+
+    fn cleanup(&self) -> Result<(), Error> {
+        let message = wire::CleanupRequest { snapshotter: self.name() };
+        let request = self.connection.request(self.namespace.as_deref(), CLEANUP, message);
+        match self.connection.wait(CLEANUP, self.client().cleanup(request)) {
+            // Most have nothing to clean up, and a daemon does it by itself.
+            Err(failure) if failure.code == ErrorCode::Unimplemented => Ok(()),
+            answer => Ok(answer.map(drop)?),
+        }
+    }
+
+    fn capabilities(&self) -> Vec<String> {
+        self.capabilities.clone()
+    }
+
+    fn exports(&self) -> BTreeMap<String, String> {
+        self.exports.clone()
+    }
+
+    fn in_namespace(&self, namespace: &str) -> Option<Arc<dyn Snapshotter>> {
+        Some(Arc::new(ProxySnapshotter {
+            connection: self.connection.clone(),
+            namespace: Some(Arc::from(namespace)),
+            capabilities: self.capabilities.clone(),
+            exports: self.exports.clone(),
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_of_ours_says_its_namespace() {
+        assert_eq!(namespace_of("default/17/extract-1 sha256:a/b"), Some("default"));
+        for other in ["sha256:abc", "default/x/y", "default//y", "/1/y", "default/1"] {
+            assert_eq!(namespace_of(other), None, "{other}");
+        }
+    }
+}
