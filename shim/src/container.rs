@@ -24,6 +24,7 @@ use davit_proto::containerd::task::v3::{CheckpointTaskRequest, CreateTaskRequest
 use davit_shim_protocol::journal::{self, ExitRecord, StartRecord};
 
 use crate::cgroup::{Cgroup, oom};
+use crate::checkpoint;
 use crate::console::ConsoleSocket;
 use crate::deadline::Deadline;
 use crate::error::TaskError;
@@ -38,6 +39,7 @@ use crate::rootfs;
 use crate::runtime::{ChildStdio, Runtime, read_pid_file};
 use crate::shim::Shim;
 use crate::spec::Specification;
+use crate::state;
 use crate::stdio::{Owner, Request, Streams};
 use crate::sync::{Condition, Lock};
 
@@ -57,6 +59,8 @@ pub(crate) struct Container {
     pub(crate) bundle: PathBuf,
     /// Its init process.
     pub(crate) init: Rc<Process>,
+    /// What its start restores it from. Until then it has no process, and the runtime does not know it.
+    checkpoint: RefCell<Option<state::Checkpoint>>,
     shim: Rc<Shim>,
     runtime: Runtime,
     /// Its journal of exits and events.
@@ -84,9 +88,6 @@ impl Container {
         request: &CreateTaskRequest,
         deadline: Deadline,
     ) -> Result<Rc<Container>, TaskError> {
-        if !request.checkpoint.is_empty() {
-            return Err(TaskError::Unsupported { what: "restore of a checkpoint" });
-        }
         let options = options::from_request(request.options.as_ref())?;
         let bundle = PathBuf::from(&request.bundle);
         options::write(&bundle, &options).map_err(|source| TaskError::Io {
@@ -104,6 +105,7 @@ impl Container {
         let container = Rc::new(Container {
             id: request.id.clone(),
             init: Rc::new(Process::new(request.id.clone(), stdio, Vec::new())),
+            checkpoint: RefCell::new(checkpoint::of_request(request, &options)),
             shim: shim.clone(),
             runtime: options::runtime(&options, &bundle, &shim.namespace, shim.oom_score_adj),
             journal: Rc::new(ContainerJournal::create(&bundle.join(journal::FILE_NAME))?),
@@ -124,6 +126,9 @@ impl Container {
             let mounted = deadline.bound(rootfs::mount(mounts(request), rootfs)).await;
             mounted.unwrap_or(Err(TaskError::TimedOut { what: "mount of rootfs" }))?;
         }
+        if container.checkpoint.borrow().is_some() {
+            return Ok(container);
+        }
         let mut flags = Vec::new();
         if options.no_pivot_root {
             flags.push("--no-pivot");
@@ -143,22 +148,33 @@ impl Container {
     }
 
     async fn create_init(self: &Rc<Container>, flags: &[&str], deadline: Deadline) -> Result<(), TaskError> {
+        let runtime = self.runtime.until(deadline);
+        let create = async |pid_file: &Path, socket: Option<&Path>, ends| {
+            Ok(runtime.create(&self.id, pid_file, socket, flags, ends).await?)
+        };
+        self.make_init(create).await
+    }
+
+    /// Brings the container and its init process to life by `make`, a call of the runtime.
+    async fn make_init(
+        self: &Rc<Container>,
+        make: impl AsyncFnOnce(&Path, Option<&Path>, ChildStdio) -> Result<(), TaskError>,
+    ) -> Result<(), TaskError> {
         let pid_file = self.bundle.join("init.pid");
         let (console, streams, ends) = self.open_streams(&self.init).await?;
         // Not before: a logger may take long to be ready, and orphans are not reaped meanwhile.
         let starting = Starting::begin();
         let socket = console.as_ref().map(ConsoleSocket::path);
-        let runtime = self.runtime.until(deadline);
-        let created = match runtime.create(&self.id, &pid_file, socket, flags, ends).await {
+        let made = match make(&pid_file, socket, ends).await {
             Ok(()) => self.take_init(&pid_file, console, streams).await,
             Err(error) => {
                 if let Some(streams) = streams {
                     streams.close();
                 }
-                Err(error.into())
+                Err(error)
             }
         };
-        if let Err(error) = created {
+        if let Err(error) = made {
             self.undo_create(&pid_file, &error).await;
             return Err(error);
         }
@@ -329,17 +345,48 @@ impl Container {
         process.set_ended(ended);
     }
 
-    /// Starts init. Its start is published before its end can be.
-    pub(crate) async fn start(&self, deadline: Deadline) -> Result<u32, TaskError> {
+    /// Starts init, or restores it. Its start is published before its end can be.
+    pub(crate) async fn start(self: &Rc<Container>, deadline: Deadline) -> Result<u32, TaskError> {
         let _alone = self.lifecycle.lock().await;
         let _announcing = self.init.announcing.lock().await;
         self.expect(&[State::Created], "start", "process")?;
-        let start = ["start", &self.id].map(OsStr::new);
-        self.runtime.until(deadline).simple("OCI runtime start failed", &start).await?;
+        let checkpoint = self.checkpoint.borrow().clone();
+        if let Some(checkpoint) = &checkpoint {
+            self.revive(checkpoint, deadline).await?;
+        } else {
+            let start = ["start", &self.id].map(OsStr::new);
+            self.runtime.until(deadline).simple("OCI runtime start failed", &start).await?;
+        }
         self.init.set_state(State::Running);
         let pid = self.init.pid().unsigned_abs();
         self.publish("/tasks/start", &events::TaskStart { container_id: self.id.clone(), pid });
+        if checkpoint.is_some()
+            && let Some(awaited) = self.init.awaited()
+        {
+            self.watch_init(awaited);
+        }
         Ok(pid)
+    }
+
+    /// Restores init from a checkpoint. After a failure the container is as it was, and this can be tried again.
+    async fn revive(
+        self: &Rc<Container>,
+        checkpoint: &state::Checkpoint,
+        deadline: Deadline,
+    ) -> Result<(), TaskError> {
+        let runtime = self.runtime.until(deadline);
+        let restore = async |pid_file: &Path, socket: Option<&Path>, ends| {
+            checkpoint::restore(&runtime, &self.id, checkpoint, pid_file, socket, ends).await
+        };
+        let revived = self.make_init(restore).await;
+        match &revived {
+            Ok(()) => *self.checkpoint.borrow_mut() = None,
+            Err(_) => {
+                self.init.disown();
+                self.journal.forget(&self.id);
+            }
+        }
+        revived
     }
 
     async fn open_streams(
@@ -478,7 +525,7 @@ impl Container {
     ) -> Result<(), TaskError> {
         let _alone = self.lifecycle.lock().await;
         self.expect(&[State::Running, State::Paused], "checkpoint", "container")?;
-        crate::checkpoint::run(&self.runtime.until(deadline), &self.id, request).await?;
+        checkpoint::run(&self.runtime.until(deadline), &self.id, request).await?;
         let done =
             events::TaskCheckpointed { container_id: self.id.clone(), checkpoint: request.path.clone() };
         self.publish("/tasks/checkpointed", &done);
@@ -491,10 +538,11 @@ impl Container {
     }
 
     /// Deletes the container, which must not run. Who comes second, having waited for who was first, gets the same answer.
-    pub(crate) async fn delete(&self, deadline: Deadline) -> Result<Ended, TaskError> {
+    /// `None` for one that was never restored from its checkpoint, and so never had a process.
+    pub(crate) async fn delete(&self, deadline: Deadline) -> Result<Option<Ended>, TaskError> {
         let _alone = self.lifecycle.lock().await;
-        if let (State::Deleted, Some(ended)) = (self.init.state(), self.init.ended()) {
-            return Ok(ended);
+        if self.init.state() == State::Deleted && (self.init.pid() == 0 || self.init.ended().is_some()) {
+            return Ok(self.init.ended());
         }
         self.expect(&[State::Created, State::Stopped], "delete", "process")?;
         if let (State::Stopped, Some(streams)) = (self.init.state(), self.init.streams())
@@ -502,6 +550,34 @@ impl Container {
         {
             log::warn(format_args!("output of {} did not end in time", self.id));
         }
+        let ended = if self.checkpoint.borrow().is_some() {
+            // Nothing of it is there, and whoever waits for it waits for nothing.
+            self.init.set_failed(true);
+            None
+        } else {
+            Some(self.delete_from_runtime(deadline).await?)
+        };
+        if let Some(streams) = self.init.streams() {
+            streams.close();
+        }
+        if let Some(rootfs) = &self.rootfs {
+            let unmounted = deadline.bound(rootfs::unmount(rootfs)).await;
+            unmounted.unwrap_or(Err(TaskError::TimedOut { what: "unmount of rootfs" }))?;
+        }
+        self.init.set_state(State::Deleted);
+        self.shim.remove(&self.id);
+        let deleted = events::TaskDelete {
+            container_id: self.id.clone(),
+            pid: self.init.pid().unsigned_abs(),
+            exit_status: ended.map_or(0, |ended| ended.status),
+            exited_at: ended.map(|ended| ended.timestamp()),
+            id: String::new(),
+        };
+        self.publish("/tasks/delete", &deleted);
+        Ok(ended)
+    }
+
+    async fn delete_from_runtime(&self, deadline: Deadline) -> Result<Ended, TaskError> {
         // What was never started, as far as anybody was told, is killed, also if a start that failed did start it.
         let mut delete = vec!["delete"];
         if self.init.state() == State::Created {
@@ -519,30 +595,12 @@ impl Container {
             return Err(TaskError::TimedOut { what: "removal of what the OCI runtime has left" });
         }
         // The runtime kills what was created and never started: that end is seen and published as any other.
-        let ended = match race(self.init.wait(), crate::reactor::sleep(Duration::from_secs(10))).await {
-            Either::First(Some(ended)) => ended,
+        match race(self.init.wait(), crate::reactor::sleep(Duration::from_secs(10))).await {
+            Either::First(Some(ended)) => Ok(ended),
             Either::First(None) | Either::Second(()) => {
-                Ended { status: UNKNOWN_STATUS, at: SystemTime::now() }
+                Ok(Ended { status: UNKNOWN_STATUS, at: SystemTime::now() })
             }
-        };
-        if let Some(streams) = self.init.streams() {
-            streams.close();
         }
-        if let Some(rootfs) = &self.rootfs {
-            let unmounted = deadline.bound(rootfs::unmount(rootfs)).await;
-            unmounted.unwrap_or(Err(TaskError::TimedOut { what: "unmount of rootfs" }))?;
-        }
-        self.init.set_state(State::Deleted);
-        self.shim.remove(&self.id);
-        let deleted = events::TaskDelete {
-            container_id: self.id.clone(),
-            pid: self.init.pid().unsigned_abs(),
-            exit_status: ended.status,
-            exited_at: Some(ended.timestamp()),
-            id: String::new(),
-        };
-        self.publish("/tasks/delete", &deleted);
-        Ok(ended)
     }
 
     /// All processes of the container, as the host numbers them.

@@ -25,12 +25,6 @@ pub(crate) enum TaskError {
         /// The method.
         method: String,
     },
-    /// A feature that is not built.
-    #[error("{what}")]
-    Unsupported {
-        /// The feature.
-        what: &'static str,
-    },
     /// A message that is none.
     #[error("unmarshal {what}")]
     Decode {
@@ -83,6 +77,9 @@ pub(crate) enum TaskError {
         /// The exec's id.
         id: String,
     },
+    /// The last container of the shim is gone, and soon it is too.
+    #[error("the shim is ending")]
+    Ending,
     /// The container is on its way out.
     #[error("container {id} init process is not running")]
     InitNotRunning {
@@ -168,7 +165,7 @@ pub(crate) enum TaskError {
 impl Coded for TaskError {
     fn code(&self) -> ErrorCode {
         match self {
-            TaskError::Unimplemented { .. } | TaskError::Unsupported { .. } => ErrorCode::Unimplemented,
+            TaskError::Unimplemented { .. } => ErrorCode::Unimplemented,
             TaskError::Decode { .. }
             | TaskError::Json { .. }
             | TaskError::Identifier(_)
@@ -184,6 +181,7 @@ impl Coded for TaskError {
             TaskError::State { .. } | TaskError::InitNotRunning { .. } | TaskError::ProcessNotStarted => {
                 ErrorCode::FailedPrecondition
             }
+            TaskError::Ending => ErrorCode::Unavailable,
             TaskError::TimedOut { .. } => ErrorCode::DeadlineExceeded,
             TaskError::Runtime(error) => error.code(),
             TaskError::Stdio(error) => error.code(),

@@ -146,6 +146,13 @@ impl Process {
         *self.awaited.borrow_mut() = Some(awaited);
     }
 
+    /// Forgets a process that was killed before anybody was told of it.
+    pub(crate) fn disown(&self) {
+        self.pid.set(0);
+        self.awaited.borrow_mut().take();
+        self.streams.borrow_mut().take();
+    }
+
     /// The process in the kernel, while it is waited for.
     pub(crate) fn awaited(&self) -> Option<Rc<Awaited>> {
         self.awaited.borrow().clone()

@@ -19,7 +19,7 @@ use serde::Deserialize;
 
 use crate::deadline::Deadline;
 use crate::quiesce::Busy;
-use crate::reaper::Awaited;
+use crate::reaper::{Awaited, KilledOnDrop};
 
 /// Where runtimes keep their state unless the options name another folder (containerd `process.RuncRoot`).
 pub(crate) const DEFAULT_ROOT: &str = "/run/containerd/runc";
@@ -182,18 +182,45 @@ impl Runtime {
         flags: &[&str],
         stdio: ChildStdio,
     ) -> Result<(), RuntimeError> {
-        let mut arguments: Vec<OsString> = vec!["create".into(), "--bundle".into(), (&self.bundle).into()];
-        arguments.extend(["--pid-file".into(), pid_file.into()]);
+        let mut arguments: Vec<OsString> = vec!["create".into()];
+        arguments.extend(flags.iter().map(OsString::from));
+        self.make("OCI runtime create failed", arguments, id, pid_file, console_socket, stdio).await
+    }
+
+    /// `restore`: leaves the init process behind, running; its pid is in the pid file.
+    pub(crate) async fn restore(
+        &self,
+        id: &str,
+        pid_file: &Path,
+        console_socket: Option<&Path>,
+        flags: &[OsString],
+        stdio: ChildStdio,
+    ) -> Result<(), RuntimeError> {
+        // Its own process is to be nobody's subreaper: what it leaves is ours.
+        let mut arguments: Vec<OsString> = ["restore", "--detach", "--no-subreaper"].map(Into::into).into();
+        arguments.extend_from_slice(flags);
+        self.make("OCI runtime restore failed", arguments, id, pid_file, console_socket, stdio).await
+    }
+
+    /// A call that makes a container and leaves its init process behind.
+    async fn make(
+        &self,
+        action: &'static str,
+        mut arguments: Vec<OsString>,
+        id: &str,
+        pid_file: &Path,
+        console_socket: Option<&Path>,
+        stdio: ChildStdio,
+    ) -> Result<(), RuntimeError> {
+        arguments.extend(["--bundle".into(), (&self.bundle).into(), "--pid-file".into(), pid_file.into()]);
         // Whatever it holds is the pid of another process.
         let _ = std::fs::remove_file(pid_file);
         if let Some(socket) = console_socket {
             arguments.extend(["--console-socket".into(), socket.into()]);
         }
-        arguments.extend(flags.iter().map(OsString::from));
         arguments.push(id.into());
         let io = if console_socket.is_some() { Io::Captured { input: None } } else { Io::Container(stdio) };
-        self.call("OCI runtime create failed", &self.bundle.join("log.json"), &arguments, io).await?;
-        Ok(())
+        self.call(action, &self.bundle.join("log.json"), &arguments, io).await
     }
 
     /// `exec --detach`: leaves a further process behind; its pid is in the pid file.
@@ -305,13 +332,13 @@ impl Runtime {
         // The ends of the container must not stay open here, or nobody ever sees them closed.
         drop(io);
         // Whoever gives this call up wants it to have no effect any more.
-        let child = KilledOnDrop(Awaited::child(child).map_err(failed("watch the runtime"))?);
+        let child = KilledOnDrop::new(Awaited::child(child).map_err(failed("watch the runtime"))?);
         let begun = Instant::now();
-        let Some(ended) = self.deadline.bound(child.0.exit()).await else {
-            let (binary, limit, state) = (self.binary.clone(), begun.elapsed(), state_of(child.0.pid));
-            let _ = child.0.signal(nix::libc::SIGKILL);
+        let Some(ended) = self.deadline.bound(child.exit()).await else {
+            let (binary, limit, state) = (self.binary.clone(), begun.elapsed(), state_of(child.pid));
+            let _ = child.signal(nix::libc::SIGKILL);
             // Gone before anybody looks at what it has left, unless it sleeps in the kernel.
-            let _ = Deadline::within(DEATH).bound(child.0.exit()).await;
+            let _ = Deadline::within(DEATH).bound(child.exit()).await;
             return Err(RuntimeError::TimedOut { action, binary, limit, state });
         };
         let (exit, _) = ended.map_err(failed("wait for the runtime"))?;
@@ -363,15 +390,6 @@ impl Runtime {
             Ok(None) => ended,
             Err(error) => format!("unable to retrieve OCI runtime error ({error}): {ended}"),
         }
-    }
-}
-
-/// A runtime at work. One that has ended cannot be killed any more, whoever has its pid by then.
-struct KilledOnDrop(Awaited);
-
-impl Drop for KilledOnDrop {
-    fn drop(&mut self) {
-        let _ = self.0.signal(nix::libc::SIGKILL);
     }
 }
 

@@ -156,7 +156,7 @@ async fn delete(shim: &Shim, deadline: Deadline, request: DeleteRequest) -> Resu
     let container = shim.container(&request.id)?;
     let process = container.process(&request.exec_id)?;
     let ended = if request.exec_id.is_empty() {
-        Some(container.delete(deadline).await?)
+        container.delete(deadline).await?
     } else {
         container.delete_exec(&process).await?;
         process.ended()

@@ -174,6 +174,26 @@ pub(crate) struct Container {
     /// The kills that have been reported, on the second version.
     #[prost(uint64, optional, tag = "14")]
     pub(crate) oom_reported: Option<u64>,
+    /// What its start restores it from, if it is to be restored.
+    #[prost(message, optional, tag = "15")]
+    pub(crate) checkpoint: Option<Checkpoint>,
+}
+
+/// A checkpoint from which a container is to be restored.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(crate) struct Checkpoint {
+    /// The folder of its images.
+    #[prost(string, tag = "1")]
+    pub(crate) image: String,
+    /// That of the checkpoint before it, relative to the first; empty for none.
+    #[prost(string, tag = "2")]
+    pub(crate) parent: String,
+    /// Where criu is to work; empty for a folder in the bundle.
+    #[prost(string, tag = "3")]
+    pub(crate) work: String,
+    /// Whether the root filesystem is not to be entered by pivot_root(2).
+    #[prost(bool, tag = "4")]
+    pub(crate) no_pivot: bool,
 }
 
 /// A folder of a cgroup.

@@ -10,6 +10,8 @@ mod support;
 
 #[path = "runner/actions.rs"]
 mod actions;
+#[path = "runner/checkpoint.rs"]
+mod checkpoint;
 #[path = "runner/events.rs"]
 mod events;
 #[path = "runner/isolation.rs"]

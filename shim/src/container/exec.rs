@@ -17,7 +17,8 @@ impl Container {
     /// Registers an exec.
     pub(crate) fn add_exec(&self, exec: Process) -> Result<(), TaskError> {
         match self.init.state() {
-            State::Created | State::Running => {}
+            State::Created if self.checkpoint.borrow().is_none() => {}
+            State::Running => {}
             state => return Err(TaskError::State { operation: "exec in", state, what: "state" }),
         }
         let mut execs = self.execs.borrow_mut();

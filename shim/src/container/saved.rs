@@ -41,6 +41,7 @@ impl Container {
             cgroup: self.cgroup.borrow().as_ref().map(Cgroup::save).unwrap_or_default(),
             oom_event,
             oom_reported,
+            checkpoint: self.checkpoint.borrow().clone(),
         }
     }
 
@@ -81,6 +82,7 @@ impl Container {
             execs: RefCell::new(execs),
             init_dead: Cell::new(init.recorded().is_some()),
             init: Rc::new(init),
+            checkpoint: RefCell::new(saved.checkpoint),
             pausing: Cell::new(false),
             oom_event: Cell::new(0),
             changed: Condition::default(),
