@@ -7,6 +7,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::time::Duration;
 
 use davit_model::{Coded, ErrorCode};
@@ -14,11 +15,11 @@ use davit_sys::process::{Command, SpawnError};
 use nix::fcntl::OFlag;
 use nix::unistd::{pipe2, read};
 
-use crate::executor::{Either, race};
+use crate::executor::{Either, JoinHandle, race, spawn};
 use crate::log;
 use crate::quiesce::Busy;
 use crate::reactor::{Async, sleep};
-use crate::reaper::Awaited;
+use crate::reaper::{Awaited, KilledOnDrop};
 
 /// The time to end by itself, once all output has been written and the container is deleted.
 const FINISH: Duration = Duration::from_secs(10);
@@ -118,10 +119,22 @@ pub(crate) fn decode(text: &str) -> String {
 
 /// A running logger.
 pub(crate) struct Logger {
-    process: Awaited,
+    process: Rc<Awaited>,
+    /// It may end long before the container does.
+    end: JoinHandle<()>,
 }
 
 impl Logger {
+    fn of(process: Awaited) -> Logger {
+        let process = Rc::new(process);
+        let awaited = process.clone();
+        let end = spawn(async move {
+            // It has no reason to fail for a child of ours.
+            let _ = awaited.exit().await;
+        });
+        Logger { process, end }
+    }
+
     /// Starts the program and waits until it is ready. Returns the writing ends for standard output and
     /// error.
     pub(crate) async fn start(
@@ -153,14 +166,12 @@ impl Logger {
         };
         drop((out_reader, err_reader, ready));
         let watch = |step| move |source| LoggerError::Pipe { step, source };
-        let process = Awaited::child(child).map_err(watch("watch logging binary"))?;
+        let process = KilledOnDrop::new(Awaited::child(child).map_err(watch("watch logging binary"))?);
         let ready = wait_ready(ready_reader).await.map_err(watch("read from logging binary"))?;
         if program.strict && !ready {
-            let _ = process.signal(nix::libc::SIGKILL);
-            let _ = process.exit().await;
             return Err(LoggerError::NotReady);
         }
-        Ok((Logger { process }, out, err))
+        Ok((Logger::of(process.spare()), out, err))
     }
 
     /// The logger of this pid, which an earlier shim started.
@@ -168,32 +179,29 @@ impl Logger {
     /// # Errors
     /// There is no such process.
     pub(crate) fn adopted(pid: i32) -> io::Result<Logger> {
-        Ok(Logger { process: Awaited::adopted(pid)? })
+        Ok(Logger::of(Awaited::adopted(pid)?))
     }
 
-    /// Its pid.
+    /// Its pid, 0 when it has ended.
     pub(crate) fn pid(&self) -> i32 {
-        self.process.pid
+        if self.process.is_reaped() { 0 } else { self.process.pid }
     }
 
     /// Waits for the end of the program, which comes by itself when all writers have closed the pipes; asks
     /// for it after some time, and enforces it after some more.
-    pub(crate) async fn stop(self) {
+    pub(crate) async fn stop(mut self) {
         // Who ends it must not be lost in an upgrade.
         let _busy = Busy::begin();
-        let process = &self.process;
-        let ended =
-            |limit| async move { matches!(race(process.exit(), sleep(limit)).await, Either::First(_)) };
-        if ended(FINISH).await {
+        if let Either::First(()) = race(&mut self.end, sleep(FINISH)).await {
             return;
         }
-        let _ = process.signal(nix::libc::SIGTERM);
-        if ended(TERMINATE).await {
+        let _ = self.process.signal(nix::libc::SIGTERM);
+        if let Either::First(()) = race(&mut self.end, sleep(TERMINATE)).await {
             return;
         }
         log::warn("failed to wait for the logging binary to exit, killing it");
-        let _ = process.signal(nix::libc::SIGKILL);
-        let _ = process.exit().await;
+        let _ = self.process.signal(nix::libc::SIGKILL);
+        self.end.await;
     }
 }
 

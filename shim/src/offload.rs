@@ -52,7 +52,8 @@ pub(crate) struct Quiet {
     gate: &'static Gate,
 }
 
-/// Waits until no helper is at work, and holds new work back until the guard is dropped.
+/// Waits until no helper is at work, and holds new work back until the guard is dropped: `execve` ends all other threads. A
+/// disk that does not answer makes this take as long.
 pub(crate) async fn quiesce() -> Quiet {
     let gate = GATE.with(|gate| *gate);
     gate.closed.set(gate.closed.get() + 1);

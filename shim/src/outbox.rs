@@ -207,6 +207,8 @@ impl Outbox {
             // What the daemon is being told is not told again by the program after an upgrade.
             let busy = Busy::admitted().await;
             let Some(event) = self.first() else { continue };
+            // Before the attempt: a daemon that comes while an old one keeps us waiting is a reason for another one.
+            self.poked.set(false);
             let request = ForwardRequest { envelope: Some(envelope(event)) };
             let forwarded = publisher.forward(&request.encode_to_vec()).await;
             drop(busy);
@@ -223,7 +225,6 @@ impl Outbox {
                 }
                 Err(error) => {
                     log::debug(format_args!("forward event: {error}"));
-                    self.poked.set(false);
                     let poked = self.changed.until(|| self.poked.get());
                     if let Either::First(()) = race(poked, sleep(retry)).await {
                         retry = FIRST_RETRY;
@@ -275,5 +276,56 @@ fn envelope(event: EventRecord) -> Envelope {
         namespace: event.namespace,
         topic: event.topic,
         event: Some(Any { type_url: event.type_url, value: event.value }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixListener;
+    use std::sync::mpsc;
+
+    use davit_proto::containerd::events::TaskStart;
+    use davit_shim_protocol::journal;
+
+    use super::*;
+    use crate::executor::{run, spawn};
+    use crate::offload;
+
+    /// A daemon that comes while the shim is still waiting for the answer of one that is going. If nobody noticed, eight
+    /// rounds would take a minute and a half.
+    #[test]
+    fn a_daemon_that_comes_during_an_attempt_is_told_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("events");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let (asked, attempts) = mpsc::channel();
+        let (hang_up, wait) = mpsc::channel::<()>();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                stream.read_exact(&mut [0; 10]).unwrap();
+                if asked.send(()).is_err() || wait.recv().is_err() {
+                    return;
+                }
+            }
+        });
+        let path = folder.path().join(journal::FILE_NAME);
+        let address = socket.display().to_string();
+        let begun = std::time::Instant::now();
+        run(async move {
+            let outbox = Rc::new(Outbox::new("ns".to_owned()));
+            let journal = Rc::new(ContainerJournal::create(&path).unwrap());
+            outbox.publish(&journal, "/tasks/start", &TaskStart::default());
+            spawn(outbox.clone().run(Publisher::new(&address, "ns".to_owned())));
+            let attempts = std::sync::Arc::new(std::sync::Mutex::new(attempts));
+            for _ in 0..8 {
+                let attempts = attempts.clone();
+                offload::wait_for(move || attempts.lock().unwrap().recv().unwrap()).await;
+                outbox.poke();
+                hang_up.send(()).unwrap();
+            }
+        });
+        assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", begun.elapsed());
     }
 }

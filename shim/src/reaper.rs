@@ -1,13 +1,14 @@
 //! Waits for children, and buries the orphans that come to us as their subreaper.
 //!
-//! A process that somebody waits for is reaped through its own pidfd, by that waiter alone. All others are
-//! orphans: processes of containers whose parents have died. They are reaped when `SIGCHLD` says that there
+//! A process that somebody waits for is reaped through its own pidfd, by that waiter alone, who must do so as soon as it is
+//! dead: the kernel shows one dead child at a time, and behind one that stays no other is seen. All others are orphans: processes of containers whose parents have died. They are reaped when `SIGCHLD` says that there
 //! may be one, but not while a runtime is starting a process: the new process is an orphan too until its pid
 //! file has been read, and it must stay a zombie until then, so that its pid is not given to another one.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::io;
+use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::SystemTime;
 
@@ -101,6 +102,11 @@ impl Awaited {
         self.pidfd.get().as_fd()
     }
 
+    /// Whether its end has been seen, and its pid may be another one's.
+    pub(crate) fn is_reaped(&self) -> bool {
+        !self.claimed.get()
+    }
+
     /// Sends a signal to exactly this process.
     pub(crate) fn signal(&self, signal: i32) -> io::Result<()> {
         process::pidfd_send_signal(self.pidfd.get().as_fd(), signal)
@@ -135,6 +141,38 @@ impl Awaited {
 impl Drop for Awaited {
     fn drop(&mut self) {
         self.give_up();
+    }
+}
+
+/// A child that is of no use to anybody when this is dropped. One that has ended cannot be killed any more, whoever has its
+/// pid by then.
+pub(crate) struct KilledOnDrop(Option<Awaited>);
+
+impl KilledOnDrop {
+    /// Kills this one.
+    pub(crate) fn new(child: Awaited) -> KilledOnDrop {
+        KilledOnDrop(Some(child))
+    }
+
+    /// Lets it live.
+    pub(crate) fn spare(mut self) -> Awaited {
+        self.0.take().expect("only this takes it, and that once")
+    }
+}
+
+impl Deref for KilledOnDrop {
+    type Target = Awaited;
+
+    fn deref(&self) -> &Awaited {
+        self.0.as_ref().expect("it is taken by what consumes this")
+    }
+}
+
+impl Drop for KilledOnDrop {
+    fn drop(&mut self) {
+        if let Some(child) = &self.0 {
+            let _ = child.signal(nix::libc::SIGKILL);
+        }
     }
 }
 

@@ -70,8 +70,11 @@ impl Shim {
         self.containers.borrow().values().cloned().collect()
     }
 
-    /// Reserves an id for a new container.
+    /// Reserves an id for a new container. A shim that is about to end makes none: it would leave the container alone.
     pub(crate) fn reserve(&self, id: &str) -> Result<Reservation<'_>, TaskError> {
+        if self.stopping.get() {
+            return Err(TaskError::Ending);
+        }
         let mut creating = self.creating.borrow_mut();
         if self.containers.borrow().contains_key(id) || creating.iter().any(|other| other == id) {
             return Err(TaskError::ContainerExists { id: id.to_owned() });

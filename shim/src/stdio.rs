@@ -36,7 +36,6 @@ use crate::log;
 use crate::log_file::LogFile;
 use crate::log_sink::Log;
 use crate::logger::{self, Logger};
-use crate::offload;
 use crate::reactor::{Async, sleep};
 use crate::runtime::ChildStdio;
 use crate::spool::Spool;
@@ -110,9 +109,6 @@ pub(crate) struct Counters {
     pub(crate) stalled: Duration,
 }
 
-/// While one lives, no helper thread is at work, see [`Streams::quiesce`].
-pub(crate) type Quiet = offload::Quiet;
-
 impl Streams {
     fn new() -> Streams {
         Streams {
@@ -137,33 +133,43 @@ impl Streams {
         owner: &Owner<'_>,
     ) -> Result<(Streams, ChildStdio), StdioError> {
         let streams = Streams::new();
+        match streams.open_pipes(request, owner).await {
+            Ok(ends) => Ok((streams, ends)),
+            Err(error) => {
+                streams.close();
+                Err(error)
+            }
+        }
+    }
+
+    async fn open_pipes(&self, request: &Request, owner: &Owner<'_>) -> Result<ChildStdio, StdioError> {
         let mut ends = ChildStdio::default();
         let blocking = open::is_blocking(request, owner.bundle)?;
         match Address::parse(&request.stdout)? {
             Address::Logger(program) => {
-                let (out, err) = streams.start_logger(&program, owner).await?;
+                let (out, err) = self.start_logger(&program, owner).await?;
                 if blocking {
                     (ends.stdout, ends.stderr) = (Some(out), Some(err));
                 } else {
                     let sink = |end| open::pipe_sink(end, PipeKind::Logger);
-                    ends.stdout = Some(streams.copy_pipe("stdout", sink(out)?, owner)?);
-                    ends.stderr = Some(streams.copy_pipe("stderr", sink(err)?, owner)?);
+                    ends.stdout = Some(self.copy_pipe("stdout", sink(out)?, owner)?);
+                    ends.stderr = Some(self.copy_pipe("stderr", sink(err)?, owner)?);
                 }
             }
             Address::Log(path, format) => {
-                let log = streams.add_log(open::log(path, format).await?, owner, blocking);
-                ends.stdout = Some(streams.copy_pipe("stdout", log_sink(&log, "stdout"), owner)?);
+                let log = self.add_log(open::log(path, format).await?, owner, blocking);
+                ends.stdout = Some(self.copy_pipe("stdout", log_sink(&log, "stdout"), owner)?);
                 if !request.stderr.is_empty() {
-                    ends.stderr = Some(streams.copy_pipe("stderr", log_sink(&log, "stderr"), owner)?);
+                    ends.stderr = Some(self.copy_pipe("stderr", log_sink(&log, "stderr"), owner)?);
                 }
             }
             stdout @ (Address::Null | Address::Path(_)) => {
                 let stderr = Address::parse(&request.stderr)?;
-                if let Some(sink) = streams.sink("stdout", stdout, owner, blocking).await? {
-                    ends.stdout = Some(streams.copy_pipe("stdout", sink, owner)?);
+                if let Some(sink) = self.sink("stdout", stdout, owner, blocking).await? {
+                    ends.stdout = Some(self.copy_pipe("stdout", sink, owner)?);
                 }
-                if let Some(sink) = streams.sink("stderr", stderr, owner, blocking).await? {
-                    ends.stderr = Some(streams.copy_pipe("stderr", sink, owner)?);
+                if let Some(sink) = self.sink("stderr", stderr, owner, blocking).await? {
+                    ends.stderr = Some(self.copy_pipe("stderr", sink, owner)?);
                 }
             }
         }
@@ -171,10 +177,10 @@ impl Streams {
             let (reader, writer) = open::pipe(owner)?;
             open::set_nonblocking(&writer)?;
             let sink = Async::for_writing(writer).map_err(open::pipe_error("watch input pipe"))?;
-            *streams.stdin_sink.borrow_mut() = Some(sink);
+            *self.stdin_sink.borrow_mut() = Some(sink);
             ends.stdin = Some(reader);
         }
-        Ok((streams, ends))
+        Ok(ends)
     }
 
     /// Starts to copy between a terminal and its addresses.
@@ -184,31 +190,45 @@ impl Streams {
         master: OwnedFd,
     ) -> Result<Streams, StdioError> {
         let streams = Streams::new();
+        match streams.open_terminal(request, owner, master).await {
+            Ok(()) => Ok(streams),
+            Err(error) => {
+                streams.close();
+                Err(error)
+            }
+        }
+    }
+
+    async fn open_terminal(
+        &self,
+        request: &Request,
+        owner: &Owner<'_>,
+        master: OwnedFd,
+    ) -> Result<(), StdioError> {
         let blocking = open::is_blocking(request, owner.bundle)?;
         open::set_nonblocking(&master)?;
         let master = Rc::new(Async::new(master).map_err(open::pipe_error("watch terminal"))?);
         let sink = match Address::parse(&request.stdout)? {
             Address::Logger(program) => {
-                let (out, _) = streams.start_logger(&program, owner).await?;
+                let (out, _) = self.start_logger(&program, owner).await?;
                 let kind = if blocking { PipeKind::Blocking } else { PipeKind::Logger };
                 open::pipe_sink(out, kind)?
             }
             Address::Log(path, format) => {
-                let log = streams.add_log(open::log(path, format).await?, owner, blocking);
+                let log = self.add_log(open::log(path, format).await?, owner, blocking);
                 log_sink(&log, "stdout")
             }
             // Somebody must read, or the process stops when the terminal's buffer is full.
-            other => streams.sink("stdout", other, owner, blocking).await?.unwrap_or(Sink::Null),
+            other => self.sink("stdout", other, owner, blocking).await?.unwrap_or(Sink::Null),
         };
-        streams.add_output("stdout", master.clone(), true, sink, owner);
+        self.add_output("stdout", master.clone(), true, sink, owner);
         if !request.stdin.is_empty() {
-            let source = streams.hold_stdin(&request.stdin)?;
+            let source = self.hold_stdin(&request.stdin)?;
             let input = Input::new(source, InputSink::Terminal(master.clone()), Vec::new());
-            *streams.input.borrow_mut() = Some(Rc::new(input));
+            *self.input.borrow_mut() = Some(Rc::new(input));
         }
-        *streams.terminal.borrow_mut() = Some(master);
-        streams.start("")?;
-        Ok(streams)
+        *self.terminal.borrow_mut() = Some(master);
+        self.start("")
     }
 
     async fn start_logger(
@@ -283,14 +303,15 @@ impl Streams {
         Async::new(reader).map_err(open::pipe_error("watch standard input"))
     }
 
-    /// Begins to copy. Each copy runs until it ends by itself or its process is deleted.
+    /// Begins to copy. Each copy runs until it ends by itself or its process is deleted. Closes all if it fails.
     ///
     /// The FIFO of standard input is opened only now: a client's own opening of it waits for ours, and with
     /// that its reading of its input, so that it cannot reach its end and close it before the process is
     /// there.
     pub(crate) fn start(&self, stdin: &str) -> Result<(), StdioError> {
-        if let Some(sink) = self.stdin_sink.borrow_mut().take() {
-            let input = Input::new(self.hold_stdin(stdin)?, InputSink::Pipe(sink), Vec::new());
+        if let Some(sink) = self.stdin_sink.take() {
+            let source = self.hold_stdin(stdin).inspect_err(|_| self.close())?;
+            let input = Input::new(source, InputSink::Pipe(sink), Vec::new());
             *self.input.borrow_mut() = Some(Rc::new(input));
         }
         self.started.set(true);
@@ -381,7 +402,7 @@ impl Streams {
         counters
     }
 
-    /// Describes the streams for [`Streams::restore`]. To be called under the guard of [`Streams::quiesce`], with no
+    /// Describes the streams for [`Streams::restore`]. To be called under the guard of [`crate::offload::quiesce`], with no
     /// `.await` from then on. `fds` takes note of a descriptor that must stay open and gives it a number, not 0.
     pub(crate) fn save(&self, fds: &mut dyn FnMut(BorrowedFd<'_>) -> u32) -> Saved {
         let mut number = |fd: Option<BorrowedFd<'_>>| fd.map_or(0, &mut *fds);
@@ -448,12 +469,6 @@ impl Streams {
             streams.run();
         }
         Ok(streams)
-    }
-
-    /// Waits until no helper thread writes to a log, and holds new ones back as long as the guard lives: `execve` ends all
-    /// other threads. A disk that does not answer makes this take as long.
-    pub(crate) async fn quiesce(&self) -> Quiet {
-        offload::quiesce().await
     }
 
     /// Lets go of everything, and stops the logger, which has some time for that. What was dropped is said now.

@@ -47,13 +47,13 @@ use nix::unistd::execveat;
 
 use crate::arguments::Arguments;
 use crate::executor::{Either, alone, race};
+use crate::offload::Quiet;
 use crate::outbox::Journals;
 use crate::quiesce::{self, Closed};
 use crate::reactor::sleep;
 use crate::rpc::{Connection, Server};
 use crate::state::{self, State};
-use crate::stdio::Quiet;
-use crate::{identity, log};
+use crate::{identity, log, offload};
 
 pub(crate) use handed::Handed;
 use program::Program;
@@ -168,7 +168,7 @@ pub(crate) async fn run(
     program.check(&sealed_file(&empty)?, &empty).await?;
 
     let closed = quiesce::close();
-    let _quiet = match race(settle(server, &closed), sleep(QUIET_LIMIT)).await {
+    let _quiet = match race(settle(&closed), sleep(QUIET_LIMIT)).await {
         Either::First(quiet) => quiet,
         Either::Second(()) => return Err(UpgradeError::Busy { limit: QUIET_LIMIT }),
     };
@@ -184,21 +184,14 @@ pub(crate) async fn run(
     Err(execute(&program, &server.arguments, &file, &lent))
 }
 
-/// Waits until nothing is under way and no stream has a helper at work. None begins as long as the guards live.
-async fn settle(server: &Server, closed: &Closed) -> Vec<Quiet> {
+/// Waits until nothing is under way and no helper at work. None begins as long as the guard lives.
+async fn settle(closed: &Closed) -> Quiet {
     loop {
         closed.quiet().await;
-        let mut guards = Vec::new();
-        for container in server.shim.containers() {
-            for process in container.all_processes() {
-                if let Some(streams) = process.streams() {
-                    guards.push(streams.quiesce().await);
-                }
-            }
-        }
+        let quiet = offload::quiesce().await;
         // An exit that was seen meanwhile may have called a runtime.
         if closed.is_quiet() {
-            return guards;
+            return quiet;
         }
     }
 }

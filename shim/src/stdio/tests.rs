@@ -52,7 +52,7 @@ async fn one_shim(saved: Saved, fds: Vec<OwnedFd>, time: Duration) -> Left {
 }
 
 async fn save(streams: &Streams) -> Left {
-    let _quiet = streams.quiesce().await;
+    let _quiet = crate::offload::quiesce().await;
     let mut kept: Vec<OwnedFd> = Vec::new();
     let saved = streams.save(&mut |fd| {
         kept.push(fd.try_clone_to_owned().unwrap());

@@ -14,9 +14,7 @@ use nix::unistd::Pid;
 use prost::Message;
 
 use crate::events::delete_action;
-use crate::support::{Bundle, Client, Host, cannot_run, eventually};
-
-const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-davit-v2");
+use crate::support::{Bundle, Client, Host, SHIM, cannot_run, eventually};
 
 #[test]
 fn every_daemon_learns_the_address_in_its_own_way() {

@@ -22,9 +22,7 @@ fn events_wait_for_the_daemon() {
     }
     let host = Host::new();
     let bundle = host.bundle("box", "sleep 1000", |_| ());
-    let client = host.start(&bundle);
-    client.create(&host.create_request(&bundle)).unwrap();
-    client.start(&bundle.id, "").unwrap();
+    let client = host.launch(&bundle, &host.create_request(&bundle));
     client.exec(&bundle.id, "e1", "exit 4").unwrap();
     client.start(&bundle.id, "e1").unwrap();
     client.wait(&bundle.id, "e1").unwrap();
@@ -50,9 +48,7 @@ fn a_daemon_that_comes_and_goes_misses_nothing() {
     }
     let host = Host::new();
     let bundle = host.bundle("box", "sleep 1000", |_| ());
-    let client = host.start(&bundle);
-    client.create(&host.create_request(&bundle)).unwrap();
-    client.start(&bundle.id, "").unwrap();
+    let client = host.launch(&bundle, &host.create_request(&bundle));
     let mut received = Vec::new();
     for round in 0..6 {
         let exec = format!("e{round}");

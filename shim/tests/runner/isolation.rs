@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-use davit_proto::containerd::runc::v1::Options;
 use davit_proto::containerd::task::v3::{CreateTaskRequest, ExecProcessRequest};
 
 use crate::support::{Bundle, Client, Host, cannot_run, eventually};
@@ -238,9 +237,7 @@ fn the_runtime_has_nothing_of_the_shims() {
         records.display()
     );
     let client = host.start_in(&bundle, &surroundings);
-    let mut request = host.create_request(&bundle);
-    let options = Options { binary_name: runtime.display().to_string(), ..host.options() };
-    request.options = Some(davit_proto::any::pack(&options));
+    let request = host.create_request_by(&bundle, &runtime);
     client.create(&request).unwrap();
     client.start(&bundle.id, "").unwrap();
     client.exec(&bundle.id, "e", "true").unwrap();

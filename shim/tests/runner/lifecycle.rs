@@ -4,14 +4,12 @@ use std::path::Path;
 use std::time::Duration;
 
 use davit_model::ErrorCode;
-use davit_proto::any;
-use davit_proto::containerd::runc::v1::Options;
 use davit_proto::containerd::task::v3::{
     DeleteRequest, DeleteResponse, KillRequest, PauseRequest, ResumeRequest, StateRequest, StateResponse,
 };
 use davit_proto::containerd::v1::types::Status;
 
-use crate::support::{Client, Host, cannot_run, eventually};
+use crate::support::{Client, Host, cannot_run, children, eventually};
 
 #[test]
 fn a_container_lives_and_dies() {
@@ -50,9 +48,7 @@ fn signals_become_statuses() {
     }
     let host = Host::new();
     let bundle = host.bundle("box", "sleep 1000", |_| ());
-    let client = host.start(&bundle);
-    client.create(&host.create_request(&bundle)).unwrap();
-    client.start(&bundle.id, "").unwrap();
+    let client = host.launch(&bundle, &host.create_request(&bundle));
     client.kill(&bundle.id, "", 9).unwrap();
     assert_eq!(client.wait(&bundle.id, "").unwrap().exit_status, 137);
     let error = client.kill(&bundle.id, "", 9).unwrap_err();
@@ -71,9 +67,7 @@ fn execs_run_beside_each_other() {
     let host = Host::new();
     let events = host.receive_events();
     let bundle = host.bundle("box", "sleep 1000", |_| ());
-    let client = host.start(&bundle);
-    client.create(&host.create_request(&bundle)).unwrap();
-    client.start(&bundle.id, "").unwrap();
+    let client = host.launch(&bundle, &host.create_request(&bundle));
     std::thread::scope(|scope| {
         for number in 0..8u32 {
             let (client, id) = (client.again(), bundle.id.clone());
@@ -128,9 +122,7 @@ fn the_exit_of_init_is_the_last() {
     let host = Host::new();
     let events = host.receive_events();
     let bundle = host.bundle("box", "sleep 1000", |_| ());
-    let client = host.start(&bundle);
-    client.create(&host.create_request(&bundle)).unwrap();
-    client.start(&bundle.id, "").unwrap();
+    let client = host.launch(&bundle, &host.create_request(&bundle));
     for exec in ["e1", "e2", "e3"] {
         client.exec(&bundle.id, exec, "sleep 1000").unwrap();
         client.start(&bundle.id, exec).unwrap();
@@ -226,9 +218,7 @@ fn kill_reaches_all_processes() {
     }
     let host = Host::new();
     let bundle = host.bundle("box", "sleep 1000 & wait", |_| ());
-    let client = host.start(&bundle);
-    client.create(&host.create_request(&bundle)).unwrap();
-    client.start(&bundle.id, "").unwrap();
+    let client = host.launch(&bundle, &host.create_request(&bundle));
     client.exec(&bundle.id, "e1", "sleep 1000").unwrap();
     let error = client.kill(&bundle.id, "e1", 9).unwrap_err();
     assert_eq!(
@@ -250,9 +240,7 @@ fn an_exec_is_signalled_alone() {
     }
     let host = Host::new();
     let bundle = host.bundle("box", "sleep 1000", |_| ());
-    let client = host.start(&bundle);
-    client.create(&host.create_request(&bundle)).unwrap();
-    client.start(&bundle.id, "").unwrap();
+    let client = host.launch(&bundle, &host.create_request(&bundle));
     client.exec(&bundle.id, "e1", "exec sleep 1000").unwrap();
     client.start(&bundle.id, "e1").unwrap();
     client.kill(&bundle.id, "e1", 15).unwrap();
@@ -352,9 +340,7 @@ fn an_exec_that_is_being_started_cannot_be_deleted() {
     let bundle = host.bundle("box", "sleep 1000", |_| ());
     let client = host.start(&bundle);
     let id = bundle.id.as_str();
-    let mut request = host.create_request(&bundle);
-    let options = Options { binary_name: slow.display().to_string(), ..host.options() };
-    request.options = Some(any::pack(&options));
+    let request = host.create_request_by(&bundle, &slow);
     client.create(&request).unwrap();
     client.start(id, "").unwrap();
     client.exec(id, "e1", "exec sleep 1000").unwrap();
@@ -384,9 +370,7 @@ fn a_deadline_ends_the_waiting_alone() {
     }
     let host = Host::new();
     let bundle = host.bundle("box", "sleep 1000", |_| ());
-    let client = host.start(&bundle);
-    client.create(&host.create_request(&bundle)).unwrap();
-    client.start(&bundle.id, "").unwrap();
+    let client = host.launch(&bundle, &host.create_request(&bundle));
     let request = StateRequest { id: bundle.id.clone(), exec_id: String::new() };
     let short = Some(Duration::from_millis(20));
     let waited: Result<(), _> = client.call_version("containerd.task.v3.Task", "Wait", &request, short);
@@ -436,9 +420,7 @@ fn runtimes_that_misbehave_are_explained() {
         (&logging, "OCI runtime create failed: deep reason"),
         (&absent, "executable file not found in $PATH"),
     ] {
-        let mut request = host.create_request(&bundle);
-        let options = Options { binary_name: binary.display().to_string(), ..host.options() };
-        request.options = Some(any::pack(&options));
+        let request = host.create_request_by(&bundle, binary);
         let error = client.create(&request).unwrap_err();
         assert!(error.message.ends_with(expected), "{error}");
     }
@@ -452,9 +434,7 @@ fn a_failed_exec_is_explained_and_can_be_deleted() {
     }
     let host = Host::new();
     let bundle = host.bundle("box", "sleep 1000", |_| ());
-    let client = host.start(&bundle);
-    client.create(&host.create_request(&bundle)).unwrap();
-    client.start(&bundle.id, "").unwrap();
+    let client = host.launch(&bundle, &host.create_request(&bundle));
     let mut request = Client::exec_request(&bundle.id, "e1", "");
     request.spec.as_mut().unwrap().value =
         br#"{"args":["no-such-program"],"cwd":"/","env":["PATH=/bin"],"user":{"uid":0,"gid":0}}"#.to_vec();
@@ -512,9 +492,6 @@ fn the_shim_is_one_thread_and_leaves_no_zombies() {
     client.start(&bundle.id, "e1").unwrap();
     client.wait(&bundle.id, "e1").unwrap();
     assert_eq!(std::fs::read_dir(format!("/proc/{shim}/task")).unwrap().count(), 1);
-    eventually("only init is left", || {
-        let children = std::fs::read_to_string(format!("/proc/{shim}/task/{shim}/children")).unwrap();
-        children.split_whitespace().eq([pid.to_string().as_str()])
-    });
+    eventually("only init is left", || children(shim) == [pid]);
     client.finish(&bundle.id);
 }

@@ -30,9 +30,7 @@ fn statistics_and_limits_are_those_of_the_container() {
     let bundle = host.bundle("box", "sleep 1000", |config| {
         config["linux"]["resources"] = serde_json::json!({"pids": {"limit": 50}});
     });
-    let client = host.start(&bundle);
-    client.create(&host.create_request(&bundle)).unwrap();
-    client.start(&bundle.id, "").unwrap();
+    let client = host.launch(&bundle, &host.create_request(&bundle));
     let request = StatsRequest { id: bundle.id.clone() };
     let stats = || client.call::<StatsResponse>("Stats", &request).unwrap().stats.unwrap();
     let (limit, memory) = pids_limit_and_memory(&stats());
@@ -85,9 +83,7 @@ fn running_out_of_memory_is_told_before_the_exit() {
             {"destination": "/dev/zero", "type": "bind", "source": "/dev/zero", "options": ["bind"]}
         ));
     });
-    let client = host.start(&bundle);
-    client.create(&host.create_request(&bundle)).unwrap();
-    client.start(&bundle.id, "").unwrap();
+    let client = host.launch(&bundle, &host.create_request(&bundle));
     assert_eq!(client.wait(&bundle.id, "").unwrap().exit_status, 137);
     let events = events.until("exit box 137");
     let position = |wanted: &str| events.iter().position(|event| event == wanted);

@@ -16,7 +16,7 @@ use davit_shim_protocol::bootstrap::{Generation, RUNC_OPTIONS, StartInput};
 use davit_shim_protocol::frame;
 use prost::Message;
 
-use crate::support::{Bundle, Client, Host, NAMESPACE, PATIENCE, SHIM, cannot_run, eventually};
+use crate::support::{Bundle, Client, Host, NAMESPACE, PATIENCE, SHIM, cannot_run, eventually, reader};
 
 /// A file that nothing may change, and a way to tell.
 struct Canary {
@@ -141,9 +141,7 @@ fn files_are_private_whatever_the_umask() {
     );
     let bundle = host.bundle("box", "sleep 1000", |_| ());
     let client = host.start_in(&bundle, "umask 0");
-    let mut request = host.create_request(&bundle);
-    let options = Options { binary_name: runtime.display().to_string(), ..host.options() };
-    request.options = Some(any::pack(&options));
+    let request = host.create_request_by(&bundle, &runtime);
     client.create(&request).unwrap();
     client.start(&bundle.id, "").unwrap();
     let exec = ExecProcessRequest {
@@ -206,9 +204,7 @@ fn links_in_a_bundle_lead_nowhere() {
             canary
         })
         .collect();
-    let client = host.start(&bundle);
-    client.create(&host.create_request(&bundle)).unwrap();
-    client.start(&bundle.id, "").unwrap();
+    let client = host.launch(&bundle, &host.create_request(&bundle));
     client.exec(&bundle.id, "e", "exit 3").unwrap();
     client.start(&bundle.id, "e").unwrap();
     assert_eq!(client.wait(&bundle.id, "e").unwrap().exit_status, 3);
@@ -381,9 +377,7 @@ fn nothing_is_waited_for_in_the_streams() {
 }
 
 fn open_reader(address: &str) -> std::fs::File {
-    use std::os::unix::fs::OpenOptionsExt;
-    let path = address.split_once("://").map_or(address, |(_, path)| path);
-    std::fs::File::options().read(true).custom_flags(nix::libc::O_NONBLOCK).open(path).unwrap()
+    reader(address.split_once("://").map_or(address, |(_, path)| path))
 }
 
 /// CVE-2022-4318 and its kin (class T): ids that are no names. They become parts of file names in the bundle, and of the
@@ -395,9 +389,7 @@ fn ids_are_names() {
     }
     let host = Host::new();
     let bundle = host.bundle("box", "sleep 1000", |_| ());
-    let client = host.start(&bundle);
-    client.create(&host.create_request(&bundle)).unwrap();
-    client.start(&bundle.id, "").unwrap();
+    let client = host.launch(&bundle, &host.create_request(&bundle));
     let before = census(&bundle.path);
     let long = "x".repeat(77);
     for id in ["", ".", "..", "../x", "a/b", "/etc/x", "a\0b", "a\nb", "--help", "-e", "a b", "ä", &long] {
@@ -547,9 +539,7 @@ fn a_log_line_is_one_line() {
     // The runtime's words come out of the container's configuration.
     let runtime = host
         .script("runtime", "#!/bin/sh\nprintf '\\nlevel=fatal msg=\"all is lost\"\\r\\033[2J' >&2; exit 1\n");
-    let mut request = host.create_request(&bundle);
-    let options = Options { binary_name: runtime.display().to_string(), ..host.options() };
-    request.options = Some(any::pack(&options));
+    let request = host.create_request_by(&bundle, &runtime);
     client.create(&request).unwrap_err();
     client.shutdown();
     let mut text = String::new();
@@ -602,9 +592,7 @@ fn no_other_process_is_taken_for_the_containers() {
         );
         let bundle = host.bundle("box", "true", |_| ());
         let client = host.start(&bundle);
-        let mut request = host.create_request(&bundle);
-        let options = Options { binary_name: runtime.display().to_string(), ..host.options() };
-        request.options = Some(any::pack(&options));
+        let request = host.create_request_by(&bundle, &runtime);
         assert!(client.create(&request).is_err(), "{pid}");
         client.shutdown();
         run_delete(&bundle);
@@ -627,9 +615,7 @@ fn a_container_cannot_fill_the_journal() {
     let bundle = host.bundle("box", script, |config| {
         config["linux"]["resources"] = serde_json::json!({"memory": {"limit": 12 << 20}});
     });
-    let client = host.start(&bundle);
-    client.create(&host.create_request(&bundle)).unwrap();
-    client.start(&bundle.id, "").unwrap();
+    let client = host.launch(&bundle, &host.create_request(&bundle));
     eventually("it has run out of memory often enough", || host.path("done").exists());
     answers(&client);
     let control = Path::new("/sys/fs/cgroup/memory").join(&bundle.id).join("memory.oom_control");

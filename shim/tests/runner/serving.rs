@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use davit_model::ErrorCode;
+
 use crate::support::{Host, NAMESPACE, cannot_run, eventually};
 
 /// It is found by the command line that operators and daemons know, and has nothing of `start` but the memory.
@@ -44,4 +46,29 @@ fn the_serving_process_is_one_of_its_own() {
 
     client.shutdown();
     eventually("the shim ends", || !std::path::Path::new(&format!("/proc/{pid}")).exists());
+}
+
+/// It waits a while for the daemon to take its last events. Whoever has it create something meanwhile would find the
+/// container alone soon after.
+#[test]
+fn a_shim_that_is_ending_makes_no_container() {
+    if cannot_run() {
+        return;
+    }
+    let host = Host::new();
+    let bundle = host.bundle("box", "sleep 1000", |_| ());
+    // Nobody takes its events.
+    let client = host.launch(&bundle, &host.create_request(&bundle));
+    let late = client.again();
+    let pid = late.connect_call(&bundle.id).shim_pid;
+    client.finish(&bundle.id);
+    let error = late.create(&host.create_request(&bundle)).unwrap_err();
+    assert_eq!(
+        (error.code, error.message.as_str()),
+        (ErrorCode::Unavailable, "the shim is ending: unavailable")
+    );
+    let events = host.receive_events();
+    drop((client, late));
+    eventually("the shim ends", || !std::path::Path::new(&format!("/proc/{pid}")).exists());
+    drop(events);
 }

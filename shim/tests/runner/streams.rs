@@ -2,18 +2,12 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::time::{Duration, Instant};
 
 use davit_model::ErrorCode;
 use davit_proto::containerd::task::v3::{CloseIoRequest, CreateTaskRequest, ResizePtyRequest};
 
-use crate::support::{Client, Host, PATIENCE, cannot_run, eventually};
-
-/// Opens a FIFO for reading, whether there is a writer or not.
-fn reader(path: &str) -> File {
-    File::options().read(true).custom_flags(nix::fcntl::OFlag::O_NONBLOCK.bits()).open(path).unwrap()
-}
+use crate::support::{Client, Host, PATIENCE, cannot_run, eventually, reader};
 
 /// Reads from a FIFO until `enough`.
 #[track_caller]
@@ -105,9 +99,7 @@ fn a_reader_that_does_not_read_stops_its_own_process_alone() {
     }
     let host = Host::new();
     let bundle = host.bundle("box", "sleep 1000", |_| ());
-    let client = host.start(&bundle);
-    client.create(&host.create_request(&bundle)).unwrap();
-    client.start(&bundle.id, "").unwrap();
+    let client = host.launch(&bundle, &host.create_request(&bundle));
     let exec = |name: &str, script: &str| {
         let mut request = Client::exec_request(&bundle.id, name, script);
         request.stdout = host.fifo(name);
@@ -263,9 +255,7 @@ fn an_exec_can_have_a_terminal() {
     }
     let host = Host::new();
     let bundle = host.bundle("box", "sleep 1000", |_| ());
-    let client = host.start(&bundle);
-    client.create(&host.create_request(&bundle)).unwrap();
-    client.start(&bundle.id, "").unwrap();
+    let client = host.launch(&bundle, &host.create_request(&bundle));
     let mut request = Client::exec_request(&bundle.id, "e1", "tty; sleep 1000 & exit 3");
     request.terminal = true;
     request.stdout = host.fifo("out");
@@ -288,9 +278,7 @@ fn deleting_waits_for_output_but_not_for_ever() {
     }
     let host = Host::new();
     let bundle = host.bundle("box", "sleep 1000", |_| ());
-    let client = host.start(&bundle);
-    client.create(&host.create_request(&bundle)).unwrap();
-    client.start(&bundle.id, "").unwrap();
+    let client = host.launch(&bundle, &host.create_request(&bundle));
     // The process that is left behind holds the pipe.
     let mut request = Client::exec_request(&bundle.id, "e1", "sleep 1000 & echo done");
     request.stdout = host.fifo("out");

@@ -7,7 +7,8 @@ use std::time::Duration;
 use davit_proto::containerd::task::v3::CreateTaskRequest;
 use serde_json::Value;
 
-use crate::support::{Bundle, Client, Host, cannot_run, eventually};
+use crate::support::{Bundle, Client, Host, cannot_run, children, eventually};
+use crate::upgrade::Programs;
 use crate::writer::Writer;
 
 /// What unmounts, or thaws, at the end of a test.
@@ -34,11 +35,8 @@ fn run(command: &[&str]) -> bool {
 }
 
 fn launch(host: &Host, bundle: &Bundle, stdout: String) -> Client {
-    let client = host.start(bundle);
     let request = CreateTaskRequest { stderr: stdout.clone(), stdout, ..host.create_request(bundle) };
-    client.create(&request).unwrap();
-    client.start(&bundle.id, "").unwrap();
-    client
+    host.launch(bundle, &request)
 }
 
 /// The objects of a json log, but for a last one that is just being written.
@@ -202,6 +200,55 @@ fn a_logger_that_is_dead_stops_nobody() {
     assert_eq!(client.wait(&bundle.id, "").unwrap().exit_status, 4);
     writer.print_stall(&host, "a logger that is dead");
     client.finish(&bundle.id);
+}
+
+/// The kernel shows one dead child at a time: one that nobody buries hides all that die after it.
+#[test]
+fn a_logger_that_is_dead_hides_no_orphans_and_is_not_missed_after_an_upgrade() {
+    if cannot_run() {
+        return;
+    }
+    let (host, programs) = (Host::new(), Programs::new());
+    let logger = host.script("logger", "#!/bin/sh\nexec 5>&-\nexit 1\n");
+    let script = "for number in 1 2 3; do (sleep 0.01 &); done; : >/host/done; \
+                  while [ ! -e /host/go ]; do sleep 0.05; done; echo more && exit 7";
+    // Of a pid namespace of its own the container's init would be the parent of all orphans.
+    let bundle = host.bundle("box", script, |config| {
+        config["linux"]["namespaces"].as_array_mut().unwrap().retain(|namespace| namespace["type"] != "pid");
+    });
+    let client = launch(&host, &bundle, format!("binary://{}", logger.display()));
+    let connected = client.connect_call(&bundle.id);
+    eventually("all orphans are there", || host.path("done").exists());
+    eventually("the dead are buried", || children(connected.shim_pid) == [connected.task_pid]);
+    client.upgrade(&programs.builds()[1]).unwrap();
+    std::fs::write(host.path("go"), "").unwrap();
+    assert_eq!(client.wait(&bundle.id, "").unwrap().exit_status, 7, "the output has somewhere to go");
+    client.finish(&bundle.id);
+}
+
+#[test]
+fn a_logger_of_what_never_ran_is_ended() {
+    if cannot_run() {
+        return;
+    }
+    let host = Host::new();
+    let logger = format!("#!/bin/sh\nexec 5>&-\necho $$ >{}\nexec sleep 1000\n", host.path("pid").display());
+    let logger = host.script("logger", &logger);
+    let bundle = host.bundle("box", "true", |_| ());
+    let client = host.start(&bundle);
+    let stdout = format!("binary://{}", logger.display());
+    let stdin = "/nonexistent".to_owned();
+    let request = CreateTaskRequest { stdin, stdout, ..host.create_request(&bundle) };
+    client.create(&request).unwrap_err();
+    let pid = || std::fs::read_to_string(host.path("pid")).ok()?.trim().parse::<u32>().ok();
+    let mut logger = None;
+    eventually("the logger runs", || {
+        logger = pid();
+        logger.is_some()
+    });
+    let gone = format!("/proc/{}", logger.unwrap());
+    eventually("the logger is ended", || !Path::new(&gone).exists());
+    client.shutdown();
 }
 
 #[test]

@@ -1,18 +1,12 @@
 //! Output that nobody takes, or not at once: what is kept, what is dropped, and that the container goes on.
 
 use std::io::Read;
-use std::os::unix::fs::OpenOptionsExt;
 use std::time::Instant;
 
 use davit_proto::containerd::task::v3::CreateTaskRequest;
 
-use crate::support::{Client, Host, PATIENCE, cannot_run, eventually};
+use crate::support::{Client, Host, PATIENCE, cannot_run, eventually, reader};
 use crate::writer::Writer;
-
-/// A FIFO opened for reading without waiting.
-fn open(path: &str) -> std::fs::File {
-    std::fs::File::options().read(true).custom_flags(nix::libc::O_NONBLOCK).open(path).unwrap()
-}
 
 /// Reads until `enough`, or to the end of the FIFO.
 fn read_while(reader: &mut std::fs::File, text: &mut Vec<u8>, mut enough: impl FnMut(&[u8]) -> bool) {
@@ -39,13 +33,6 @@ fn fifo_request(host: &Host, bundle: &crate::support::Bundle) -> CreateTaskReque
     CreateTaskRequest { stdout: host.fifo("out"), ..host.create_request(bundle) }
 }
 
-fn launch(host: &Host, bundle: &crate::support::Bundle, request: &CreateTaskRequest) -> Client {
-    let client = host.start(bundle);
-    client.create(request).unwrap();
-    client.start(&bundle.id, "").unwrap();
-    client
-}
-
 #[test]
 fn a_reader_that_is_there_gets_everything() {
     if cannot_run() {
@@ -55,8 +42,8 @@ fn a_reader_that_is_there_gets_everything() {
     let writer = Writer { lines: 20_000 };
     let bundle = host.bundle("box", &writer.script(), |_| ());
     let request = fifo_request(&host, &bundle);
-    let mut reader = open(&request.stdout);
-    let client = launch(&host, &bundle, &request);
+    let mut reader = reader(&request.stdout);
+    let client = host.launch(&bundle, &request);
     let mut text = Vec::new();
     // Nothing is written yet, maybe: a FIFO without a writer looks like one at its end.
     while text.is_empty() {
@@ -77,10 +64,10 @@ fn without_a_reader_the_last_megabyte_is_kept() {
     let writer = Writer { lines: 20_000 };
     let bundle = host.bundle("box", &writer.script(), |_| ());
     let request = fifo_request(&host, &bundle);
-    let client = launch(&host, &bundle, &request);
+    let client = host.launch(&bundle, &request);
     assert_eq!(client.wait(&bundle.id, "").unwrap().exit_status, 0);
     writer.print_stall(&host, "a FIFO that nobody reads");
-    let mut reader = open(&request.stdout);
+    let mut reader = reader(&request.stdout);
     let mut text = Vec::new();
     to_end(&mut reader, &mut text);
     let numbers = writer.numbers(&text);
@@ -102,12 +89,12 @@ fn a_reader_that_leaves_and_comes_back_misses_nothing() {
     let writer = Writer { lines: 20_000 };
     let bundle = host.bundle("box", &writer.script(), |_| ());
     let request = fifo_request(&host, &bundle);
-    let client = launch(&host, &bundle, &request);
+    let client = host.launch(&bundle, &request);
     let mut text = Vec::new();
     let mut visits = 0;
     let last = writer.line(writer.lines - 1);
     while !text.ends_with(last.as_bytes()) {
-        let mut reader = open(&request.stdout);
+        let mut reader = reader(&request.stdout);
         let size = text.len();
         read_while(&mut reader, &mut text, |text| text.len() >= size + 300_000);
         visits += 1;
@@ -128,8 +115,8 @@ fn two_readers_share_what_there_is() {
     let writer = Writer { lines: 10_000 };
     let bundle = host.bundle("box", &writer.script(), |_| ());
     let request = fifo_request(&host, &bundle);
-    let readers = [open(&request.stdout), open(&request.stdout)];
-    let client = launch(&host, &bundle, &request);
+    let readers = [reader(&request.stdout), reader(&request.stdout)];
+    let client = host.launch(&bundle, &request);
     let reading = readers.map(|mut reader| {
         std::thread::spawn(move || {
             let mut text = Vec::new();
@@ -160,9 +147,9 @@ fn the_blocking_mode_waits_for_a_reader() {
         config["annotations"] = serde_json::json!({"io.davit.stdio.mode": "blocking"});
     });
     let request = fifo_request(&host, &bundle);
-    let client = launch(&host, &bundle, &request);
+    let client = host.launch(&bundle, &request);
     eventually("the container runs", || host.path("begun").exists());
-    let mut reader = open(&request.stdout);
+    let mut reader = reader(&request.stdout);
     let mut text = Vec::new();
     to_end(&mut reader, &mut text);
     assert_eq!(writer.numbers(&text), (0..writer.lines).collect::<Vec<_>>());
@@ -176,9 +163,7 @@ fn deleting_does_not_wait_for_readers_that_are_not_there() {
     }
     let host = Host::new();
     let bundle = host.bundle("box", "sleep 1000", |_| ());
-    let client = host.start(&bundle);
-    client.create(&host.create_request(&bundle)).unwrap();
-    client.start(&bundle.id, "").unwrap();
+    let client = host.launch(&bundle, &host.create_request(&bundle));
     let mut quickest = PATIENCE;
     for number in 0..3 {
         let name = format!("e{number}");

@@ -1,14 +1,13 @@
 //! Terminals on a machine that is too busy to be on time.
 
 use std::io::Read;
-use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use davit_proto::containerd::task::v3::CreateTaskRequest;
 
-use crate::support::{Client, Host, PATIENCE, cannot_run};
+use crate::support::{Client, Host, PATIENCE, cannot_run, reader};
 
 /// Threads that take all the processors' time until this is dropped.
 struct Load {
@@ -42,8 +41,7 @@ impl Drop for Load {
 
 /// Reads to the end of a FIFO that the shim has open.
 fn read_all(path: &str) -> String {
-    let mut reader =
-        std::fs::File::options().read(true).custom_flags(nix::libc::O_NONBLOCK).open(path).unwrap();
+    let mut reader = reader(path);
     let mut text = Vec::new();
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -64,9 +62,7 @@ fn the_words_of_a_process_that_ends_at_once_are_not_lost() {
     }
     let host = Host::new();
     let bundle = host.bundle("box", "sleep 1000", |_| ());
-    let client = host.start(&bundle);
-    client.create(&host.create_request(&bundle)).unwrap();
-    client.start(&bundle.id, "").unwrap();
+    let client = host.launch(&bundle, &host.create_request(&bundle));
     let _load = Load::start();
     for number in 0..20 {
         // Every other time a process is left behind that keeps the terminal open.

@@ -1,7 +1,8 @@
 //! A daemon of a few lines: bundles, the start of a shim, a blocking ttrpc client, and a receiver of events.
 
+use std::fs::File;
 use std::io::{Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -47,6 +48,17 @@ pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
         assert!(Instant::now() < deadline, "never happened: {what}");
         std::thread::sleep(Duration::from_millis(2));
     }
+}
+
+/// The processes that a shim has not buried, dead or alive.
+pub(crate) fn children(shim: u32) -> Vec<u32> {
+    let children = std::fs::read_to_string(format!("/proc/{shim}/task/{shim}/children")).unwrap();
+    children.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
+}
+
+/// Opens a FIFO for reading, whether there is a writer or not.
+pub(crate) fn reader(path: &str) -> File {
+    File::options().read(true).custom_flags(nix::libc::O_NONBLOCK).open(path).unwrap()
 }
 
 /// A folder for a test, with a root filesystem in it, and what runs in it: on drop everything is cleaned up.
@@ -218,6 +230,20 @@ impl Host {
             options: Some(any::pack(&self.options())),
             ..CreateTaskRequest::default()
         }
+    }
+
+    /// The same by another runtime.
+    pub(crate) fn create_request_by(&self, bundle: &Bundle, runtime: &Path) -> CreateTaskRequest {
+        let options = Options { binary_name: runtime.display().to_string(), ..self.options() };
+        CreateTaskRequest { options: Some(any::pack(&options)), ..self.create_request(bundle) }
+    }
+
+    /// Starts a shim, and in it the container that the request describes.
+    pub(crate) fn launch(&self, bundle: &Bundle, request: &CreateTaskRequest) -> Client {
+        let client = self.start(bundle);
+        client.create(request).unwrap();
+        client.start(&bundle.id, "").unwrap();
+        client
     }
 
     /// Starts a receiver of events where shims of this host send them.

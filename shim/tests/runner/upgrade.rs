@@ -16,11 +16,10 @@ use davit_shim_protocol::frame::{self, Decoder, Received, RpcError};
 use davit_shim_protocol::journal;
 use prost::Message;
 
-use crate::support::{Client, Host, PATIENCE, cannot_run, eventually};
+use crate::support::{Client, Host, PATIENCE, SHIM, cannot_run, eventually};
 
 const SERVICE: &str = "davit.shim.v1.Shim";
 pub(crate) const NAME: &str = "containerd-shim-davit-v2";
-pub(crate) const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-davit-v2");
 
 /// Programs to upgrade to, in a folder that only root can write to.
 pub(crate) struct Programs {
@@ -266,9 +265,7 @@ fn open_calls_and_half_frames_go_on() {
     let (host, programs) = (Host::new(), Programs::new());
     let builds = programs.builds();
     let bundle = host.bundle("box", "sleep 1000", |_| ());
-    let client = host.start(&bundle);
-    client.create(&host.create_request(&bundle)).unwrap();
-    client.start(&bundle.id, "").unwrap();
+    let client = host.launch(&bundle, &host.create_request(&bundle));
     let mut raw = Raw::connect(client.socket());
     let wait = WaitRequest { id: bundle.id.clone(), ..WaitRequest::default() };
     let state = StateRequest { id: bundle.id.clone(), ..StateRequest::default() };
@@ -372,9 +369,7 @@ fn running_out_of_memory_is_still_told() {
             {"destination": "/dev/zero", "type": "bind", "source": "/dev/zero", "options": ["bind"]}
         ));
     });
-    let client = host.start(&bundle);
-    client.create(&host.create_request(&bundle)).unwrap();
-    client.start(&bundle.id, "").unwrap();
+    let client = host.launch(&bundle, &host.create_request(&bundle));
     for round in 0..3 {
         client.upgrade(&builds[round % 2]).unwrap();
     }
@@ -409,12 +404,7 @@ fn an_upgrade_waits_for_calls_but_not_for_ever() {
         ),
     );
     let client = host.start(&bundle);
-    let mut request = host.create_request(&bundle);
-    let options = davit_proto::containerd::runc::v1::Options {
-        binary_name: runtime.display().to_string(),
-        ..host.options()
-    };
-    request.options = Some(davit_proto::any::pack(&options));
+    let request = host.create_request_by(&bundle, &runtime);
     client.create(&request).unwrap();
     client.start(&bundle.id, "").unwrap();
     let hang = || {

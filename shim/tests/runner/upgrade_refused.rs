@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use davit_model::ErrorCode;
 
-use crate::support::{Host, cannot_run};
-use crate::upgrade::{NAME, Programs, SHIM, executed_by, wait_in_thread};
+use crate::support::{Host, SHIM, cannot_run};
+use crate::upgrade::{NAME, Programs, executed_by, wait_in_thread};
 
 #[test]
 fn what_is_not_a_safe_and_working_shim_is_refused() {
@@ -16,9 +16,7 @@ fn what_is_not_a_safe_and_working_shim_is_refused() {
     let (host, programs) = (Host::new(), Programs::new());
     let good = programs.copy(&format!("good/{NAME}"), Path::new(SHIM));
     let bundle = host.bundle("box", "sleep 1000", |_| ());
-    let client = host.start(&bundle);
-    client.create(&host.create_request(&bundle)).unwrap();
-    client.start(&bundle.id, "").unwrap();
+    let client = host.launch(&bundle, &host.create_request(&bundle));
     let ended = wait_in_thread(&client, &bundle.id, "");
     // The one that was started may be replaced by a build at any time.
     client.upgrade(&good).unwrap();
