@@ -80,9 +80,6 @@ pub(crate) enum TaskError {
     /// The last container of the shim is gone, and soon it is too.
     #[error("the shim is ending")]
     Ending,
-    /// The last container of the shim is gone, and soon it is too.
-    #[error("the shim is ending")]
-    Ending,
     /// The container is on its way out.
     #[error("container {id} init process is not running")]
     InitNotRunning {
@@ -184,7 +181,6 @@ impl Coded for TaskError {
             TaskError::State { .. } | TaskError::InitNotRunning { .. } | TaskError::ProcessNotStarted => {
                 ErrorCode::FailedPrecondition
             }
-            TaskError::Ending => ErrorCode::Unavailable,
             TaskError::Ending => ErrorCode::Unavailable,
             TaskError::TimedOut { .. } => ErrorCode::DeadlineExceeded,
             TaskError::Runtime(error) => error.code(),
