@@ -1,17 +1,23 @@
 //! The daemon's configuration: a TOML file, overridden by flags. A file of containerd's is read as well (`containerd.rs`).
 
 mod containerd;
+mod proxies;
+mod sections;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use tracing_subscriber::filter::LevelFilter;
 
+pub use proxies::*;
+pub use sections::*;
+
 /// Where the daemon looks for its configuration when no flag names a file.
 pub const DEFAULT_PATH: &str = "/etc/davit/config.toml";
 
 /// The configuration, complete: what a file leaves out has its default.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// The folder of what must survive a reboot: blobs, snapshots, metadata.
@@ -30,108 +36,20 @@ pub struct Config {
     pub metrics: Metrics,
     /// How containers with a restart policy are kept running.
     pub restart: Restart,
-}
-
-/// `[grpc]`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Grpc {
-    /// The unix socket; shims report to the same path with `.ttrpc` behind it.
-    pub address: PathBuf,
-    /// The owner of the socket.
-    pub uid: u32,
-    /// The group of the socket, whose members may use it.
-    pub gid: u32,
-    /// The most bytes of a message that is received; containerd's default.
-    pub max_recv_message_size: usize,
-    /// The most bytes of a message that is sent.
-    pub max_send_message_size: usize,
-    /// Calls that one connection may have under way; streams count until they end.
-    pub max_concurrent_calls: u32,
-}
-
-/// `[log]`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Log {
-    /// `trace`, `debug`, `info`, `warn` or `error`, or a filter such as `info,davit_supervisor::runtime=debug`.
-    pub level: String,
-    /// `text` or `json`.
-    pub format: LogFormat,
-}
-
-/// The form of a log line.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LogFormat {
-    /// For people.
-    Text,
-    /// One JSON object a line.
-    Json,
-}
-
-/// `[metadata]`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Metadata {
-    /// The storage engine. It is chosen when a root is new; an existing root opens with the engine it was made with only.
-    pub engine: Engine,
-}
-
-/// The storage engines of the metadata.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Engine {
-    /// sled 0.34.
-    Sled,
-    /// redb, the default: `ARCHITECTURE.md` has the figures that decided.
-    Redb,
-}
-
-/// `[runtime]`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Runtime {
-    /// The shim that answers to `io.containerd.runc.v2` and `io.containerd.davit.v2`; empty for our own.
-    pub shim: PathBuf,
-    /// The folder of the shims' sockets; containerd's own tools look in the default.
-    pub socket_dir: PathBuf,
-    /// How long shims and OCI runtimes may take.
-    pub timeouts: Timeouts,
-}
-
-/// `[metrics]`
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Metrics {
-    /// The TCP address of `/v1/metrics`, such as `127.0.0.1:1338`; empty for none. Who can connect can read.
-    pub address: String,
-}
-
-/// `[restart]`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Restart {
-    /// How often the daemon looks for containers to restart, in seconds; containerd's default.
-    pub interval: u64,
-}
-
-/// `[runtime.timeouts]`, in seconds. The defaults are containerd's where it has a bound at all.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Timeouts {
-    /// To create a task: mounts and the OCI runtime's work.
-    pub create: u64,
-    /// Any other call that changes something. A client may of course give up earlier.
-    pub call: u64,
-    /// To answer a daemon that has just started, before a shim counts as unreachable.
-    pub load: u64,
-    /// To remove what a dead shim left, before that is tried again.
-    pub cleanup: u64,
-    /// For a shim to take note that it is not needed any more.
-    pub shutdown: u64,
-    /// To say the state of a task.
-    pub state: u64,
+    /// Where the daemon can be looked into.
+    pub diagnostics: Diagnostics,
+    /// Where spans of calls are sent.
+    pub tracing: Tracing,
+    /// What of the plugin list must be there, and what must not.
+    pub plugin_list: PluginList,
+    /// The daemon's own process.
+    pub process: Process,
+    /// The differs.
+    pub diff: Diff,
+    /// Snapshotters and the like in other processes, by name.
+    pub proxy_plugins: BTreeMap<String, ProxyPlugin>,
+    /// Programs that unpack layers of other types, by id.
+    pub stream_processors: BTreeMap<String, StreamProcessor>,
 }
 
 impl Default for Config {
@@ -145,51 +63,14 @@ impl Default for Config {
             runtime: Runtime::default(),
             metrics: Metrics::default(),
             restart: Restart::default(),
+            diagnostics: Diagnostics::default(),
+            tracing: Tracing::default(),
+            plugin_list: PluginList::default(),
+            process: Process::default(),
+            diff: Diff::default(),
+            proxy_plugins: BTreeMap::new(),
+            stream_processors: BTreeMap::new(),
         }
-    }
-}
-
-impl Default for Grpc {
-    fn default() -> Self {
-        Grpc {
-            address: PathBuf::from("/run/davit/davit.sock"),
-            uid: 0,
-            gid: 0,
-            max_recv_message_size: 16 << 20,
-            max_send_message_size: 16 << 20,
-            max_concurrent_calls: 4096,
-        }
-    }
-}
-
-impl Default for Log {
-    fn default() -> Self {
-        Log { level: "info".into(), format: LogFormat::Text }
-    }
-}
-
-impl Default for Metadata {
-    fn default() -> Self {
-        Metadata { engine: Engine::Redb }
-    }
-}
-
-impl Default for Restart {
-    fn default() -> Self {
-        Restart { interval: 10 }
-    }
-}
-
-impl Default for Runtime {
-    fn default() -> Self {
-        let socket_dir = PathBuf::from("/run/containerd/s");
-        Runtime { shim: PathBuf::new(), socket_dir, timeouts: Timeouts::default() }
-    }
-}
-
-impl Default for Timeouts {
-    fn default() -> Self {
-        Timeouts { create: 240, call: 120, load: 5, cleanup: 5, shutdown: 3, state: 2 }
     }
 }
 
@@ -233,7 +114,7 @@ pub enum ConfigError {
 }
 
 /// A configuration that was read.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Loaded {
     /// What it says.
     pub config: Config,
@@ -297,10 +178,53 @@ impl Config {
             let reason = "want trace, debug, info, warn, error, or a filter with `=`";
             return Err(ConfigError::Value { key, value, reason });
         }
-        let metrics = &self.metrics.address;
-        if !metrics.is_empty() && metrics.parse::<std::net::SocketAddr>().is_err() {
-            let reason = "want an address and a port, such as 127.0.0.1:1338";
-            return Err(ConfigError::Value { key: "metrics.address", value: metrics.clone(), reason });
+        let tcp = &self.grpc.tcp;
+        for (key, address) in [("metrics.address", &self.metrics.address), ("grpc.tcp.address", &tcp.address)]
+        {
+            if !address.is_empty() && address.parse::<std::net::SocketAddr>().is_err() {
+                let reason = "want an address and a port, such as 127.0.0.1:1338";
+                return Err(ConfigError::Value { key, value: address.clone(), reason });
+            }
+        }
+        // Whoever may call is root on this host. On the loopback that would be each of its users, and each container in
+        // its network namespace.
+        if !tcp.address.is_empty() {
+            for (key, path) in
+                [("grpc.tcp.cert", &tcp.cert), ("grpc.tcp.key", &tcp.key), ("grpc.tcp.ca", &tcp.ca)]
+            {
+                if path.as_os_str().is_empty() {
+                    let reason = "the API is served over TCP with mutual TLS only: want cert, key and ca";
+                    return Err(ConfigError::Value { key, value: String::new(), reason });
+                }
+            }
+        }
+        let diagnostics = &self.diagnostics.address;
+        if !diagnostics.as_os_str().is_empty() && !diagnostics.is_absolute() {
+            let (key, value) = ("diagnostics.address", diagnostics.display().to_string());
+            return Err(ConfigError::Value { key, value, reason: "want the absolute path of a unix socket" });
+        }
+        for name in self.plugin_list.required.iter().chain(&self.plugin_list.disabled) {
+            if !name.contains('.') {
+                let reason = "want a type and an id, such as io.containerd.snapshotter.v1.native";
+                return Err(ConfigError::Value { key: "plugin_list", value: name.clone(), reason });
+            }
+        }
+        if !(-1000..=1000).contains(&self.process.oom_score) {
+            let (key, value) = ("process.oom_score", self.process.oom_score.to_string());
+            return Err(ConfigError::Value { key, value, reason: "want from -1000 to 1000" });
+        }
+        let temp = &self.process.temp;
+        if !temp.as_os_str().is_empty() && !temp.is_absolute() {
+            let (key, value) = ("process.temp", temp.display().to_string());
+            return Err(ConfigError::Value { key, value, reason: "want an absolute path" });
+        }
+        if let Some(wrong) = self.runtime.environment.iter().find(|variable| !is_variable(variable)) {
+            let (key, value) = ("runtime.environment", wrong.clone());
+            return Err(ConfigError::Value { key, value, reason: "want NAME=value" });
+        }
+        if !(0.0..=1.0).contains(&self.tracing.sampling_ratio) {
+            let (key, value) = ("tracing.sampling_ratio", self.tracing.sampling_ratio.to_string());
+            return Err(ConfigError::Value { key, value, reason: "want from 0 to 1" });
         }
         let timeouts = &self.runtime.timeouts;
         for (key, seconds) in [
@@ -310,6 +234,7 @@ impl Config {
             ("runtime.timeouts.cleanup", timeouts.cleanup),
             ("runtime.timeouts.shutdown", timeouts.shutdown),
             ("runtime.timeouts.state", timeouts.state),
+            ("runtime.timeouts.stats", timeouts.stats),
             ("restart.interval", self.restart.interval),
         ] {
             if !(1..=86400).contains(&seconds) {
@@ -322,7 +247,7 @@ impl Config {
             let value = self.grpc.address.display().to_string();
             return Err(ConfigError::Value { key: "grpc.address", value, reason: "want at most 98 bytes" });
         }
-        Ok(())
+        proxies::validate(self)
     }
 
     /// The socket that shims report to.
@@ -336,6 +261,11 @@ impl Config {
     pub fn to_toml(&self) -> String {
         toml::to_string_pretty(self).expect("the configuration holds nothing that TOML cannot say")
     }
+}
+
+/// Whether a text is `NAME=value`, as environ(7) has it.
+fn is_variable(text: &str) -> bool {
+    text.split_once('=').is_some_and(|(name, value)| !name.is_empty() && !value.contains('\0'))
 }
 
 #[cfg(test)]
@@ -375,5 +305,39 @@ mod tests {
         let mut config = Config::default();
         config.runtime.timeouts.call = 0;
         assert!(config.validate().unwrap_err().to_string().contains("runtime.timeouts.call"));
+    }
+
+    #[test]
+    fn tcp_without_mutual_tls_is_refused() {
+        let tcp = |rest: &str| {
+            let text = format!("[grpc.tcp]\naddress = \"127.0.0.1:7777\"\n{rest}");
+            toml::from_str::<Config>(&text).unwrap().validate().map_err(|error| error.to_string())
+        };
+        for (given, missing) in [
+            ("", "grpc.tcp.cert"),
+            ("cert = \"/c\"\n", "grpc.tcp.key"),
+            ("cert = \"/c\"\nkey = \"/k\"\n", "grpc.tcp.ca"),
+            ("ca = \"/a\"\n", "grpc.tcp.cert"),
+        ] {
+            let error = tcp(given).unwrap_err();
+            assert!(error.starts_with(missing) && error.contains("mutual TLS only"), "{given}: {error}");
+        }
+        tcp("cert = \"/c\"\nkey = \"/k\"\nca = \"/a\"\n").unwrap();
+    }
+
+    #[test]
+    fn values_that_cannot_work_are_refused_and_named() {
+        for (text, words) in [
+            ("[grpc.tcp]\naddress = \"localhost\"", "grpc.tcp.address = \"localhost\": want an address"),
+            ("[diagnostics]\naddress = \"127.0.0.1:6060\"", "diagnostics.address"),
+            ("[plugin_list]\nrequired = [\"cri\"]", "plugin_list = \"cri\": want a type and an id"),
+            ("[process]\noom_score = 1001", "process.oom_score"),
+            ("[process]\ntemp = \"tmp\"", "process.temp"),
+            ("[runtime]\nenvironment = [\"A\"]", "runtime.environment"),
+            ("[tracing]\nsampling_ratio = 1.5", "tracing.sampling_ratio"),
+        ] {
+            let error = toml::from_str::<Config>(text).unwrap().validate().unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
+        }
     }
 }

@@ -225,7 +225,7 @@ fn open_runtime(config: &Config, hub: &Hub) -> Result<Tasks> {
     let daemon_binary = std::env::current_exe().context("no path of the daemon's own program")?;
     let shim_directory = daemon_binary.parent().map(Path::to_owned).unwrap_or_default();
     let own = |path: &Path| (!path.as_os_str().is_empty()).then(|| path.to_owned());
-    let config::Timeouts { create, call, load, cleanup, shutdown, state } = config.runtime.timeouts;
+    let config::Timeouts { create, call, load, cleanup, shutdown, state, stats } = config.runtime.timeouts;
     let timeouts = runtime::Timeouts {
         create: Duration::from_secs(create),
         call: Duration::from_secs(call),
@@ -233,6 +233,7 @@ fn open_runtime(config: &Config, hub: &Hub) -> Result<Tasks> {
         cleanup: Duration::from_secs(cleanup),
         shutdown: Duration::from_secs(shutdown),
         state: Duration::from_secs(state),
+        stats: Duration::from_secs(stats),
         ..runtime::Timeouts::default()
     };
     let config = runtime::Config {

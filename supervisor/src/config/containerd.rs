@@ -2,21 +2,19 @@
 //! there: Docker Engine writes one for the containerd that it starts, and distributions ship one.
 //!
 //! What such a file says and this daemon has is honoured; all else is named, once, and has no effect, as containerd does
-//! with keys that it does not know. Files that it imports are read after it, each over those before: a value replaces a
-//! value, lists are united, tables are merged. The defaults are then containerd's own, for the places as well.
+//! with keys that it does not know. The defaults are then containerd's own, for the places as well.
 
-use std::collections::{BTreeSet, VecDeque};
-use std::path::{Component, Path, PathBuf};
+mod files;
+mod proxies;
+
+use std::path::{Path, PathBuf};
 
 use toml::{Table, Value};
 
-use super::{Config, ConfigError, LogFormat};
-
-/// The newest version of the file that is understood.
-const NEWEST: i64 = 4;
+use super::{Config, ConfigError, LogFormat, Sharing, TracingProtocol};
 
 /// Keys that only containerd's files have, at their top.
-const MARKS: [&str; 13] = [
+const MARKS: [&str; 11] = [
     "version",
     "temp",
     "debug",
@@ -25,10 +23,8 @@ const MARKS: [&str; 13] = [
     "plugins",
     "oom_score",
     "cgroup",
-    "proxy_plugins",
     "timeouts",
     "imports",
-    "stream_processors",
     "ttrpc",
 ];
 
@@ -44,114 +40,26 @@ pub(super) fn is_one(file: &Table) -> bool {
 /// # Errors
 /// A file that cannot be read, is of a newer version, or has a value that cannot be what its key needs.
 pub(super) fn read(path: &Path, file: Table) -> Result<(Config, Vec<String>), ConfigError> {
-    let mut merged = Table::new();
-    let mut seen = BTreeSet::from([clean(path)]);
-    let mut pending = VecDeque::from([(path.to_owned(), file)]);
-    let mut root_version = None;
-    while let Some((path, mut file)) = pending.pop_front() {
-        let version = version(&path, &file)?;
-        let root_version = *root_version.get_or_insert(version);
-        if version > root_version {
-            let rule =
-                format!("drop-in config version {version} higher than root config version {root_version}");
-            return Err(ConfigError::Containerd { path, rule });
-        }
-        file.remove("version");
-        let imports = file.remove("imports");
-        for import in imports.iter().filter_map(Value::as_array).flatten().filter_map(Value::as_str) {
-            for import in resolve(&path, import)? {
-                if seen.insert(import.clone()) {
-                    let table = super::parse(&super::read_file(&import)?, &import)?;
-                    pending.push_back((import, table));
-                }
-            }
-        }
-        if version < 2 {
-            rename_plugins(&mut file);
-        }
-        merge(&mut merged, file);
-    }
+    let merged = files::merged(path, file)?;
     let mut reader = Reader { path, ignored: Vec::new() };
     let config = reader.config(merged)?;
     Ok((config, reader.ignored))
 }
 
-fn version(path: &Path, file: &Table) -> Result<i64, ConfigError> {
-    let version = file.get("version").map_or(Some(0), Value::as_integer);
-    match version {
-        Some(version @ 0..=NEWEST) => Ok(version),
-        Some(version) => {
-            let rule = format!(
-                "expected containerd config version equal to or less than `{NEWEST}`, got `{version}`"
-            );
-            Err(ConfigError::Containerd { path: path.to_owned(), rule })
-        }
-        None => Err(ConfigError::Containerd { path: path.to_owned(), rule: "version is no number".into() }),
-    }
+/// Where version 4 has the settings of a server, and where the older ones do.
+#[derive(Clone, Copy)]
+enum Place {
+    /// At the top of the file.
+    Top(&'static str),
+    /// Below `plugins`.
+    Plugin(&'static str),
 }
 
-/// The files that an import names: relative to the folder of the file that imports, with `*` in the last part.
-fn resolve(from: &Path, import: &str) -> Result<Vec<PathBuf>, ConfigError> {
-    let folder = from.parent().unwrap_or(Path::new("/"));
-    let path = clean(&folder.join(import));
-    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    if !import.contains('*') {
-        return Ok(vec![path]);
-    }
-    let parent = path.parent().unwrap_or(folder);
-    if parent.display().to_string().contains('*') {
-        let rule = format!("import {import:?} has a `*` in the name of a folder");
-        return Err(ConfigError::Containerd { path: from.to_owned(), rule });
-    }
-    // A folder that is not there holds nothing that matches.
-    let entries = std::fs::read_dir(parent).into_iter().flatten().flatten();
-    let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
-    let mut names: Vec<String> = names.filter(|found| matches(name, found)).collect();
-    names.sort();
-    Ok(names.into_iter().map(|name| parent.join(name)).collect())
-}
-
-/// Whether a name is of a pattern in which each `*` stands for any text.
-fn matches(pattern: &str, name: &str) -> bool {
-    match pattern.split_once('*') {
-        None => pattern == name,
-        Some((before, after)) => name.strip_prefix(before).is_some_and(|rest| {
-            rest.char_indices().map(|(at, _)| at).chain([rest.len()]).any(|at| matches(after, &rest[at..]))
-        }),
-    }
-}
-
-/// Lays one file over what was read before.
-fn merge(into: &mut Table, from: Table) {
-    for (key, value) in from {
-        match (into.get_mut(&key), value) {
-            (Some(Value::Table(old)), Value::Table(new)) => merge(old, new),
-            (Some(Value::Array(old)), Value::Array(new)) => {
-                for item in new {
-                    if !old.contains(&item) {
-                        old.push(item);
-                    }
-                }
-            }
-            (_, new) => {
-                into.insert(key, new);
-            }
-        }
-    }
-}
-
-/// Gives the plugins of a file without version their full names. Of those that matter here only these had settings.
-fn rename_plugins(file: &mut Table) {
-    let full = |name: &str| match name {
-        "restart" => "io.containerd.internal.v1.restart".to_owned(),
-        "cri" => "io.containerd.grpc.v1.cri".to_owned(),
-        "linux" => "io.containerd.runtime.v1.linux".to_owned(),
-        "scheduler" => "io.containerd.gc.v1.scheduler".to_owned(),
-        other => other.to_owned(),
-    };
-    if let Some(Value::Table(plugins)) = file.get_mut("plugins") {
-        *plugins = std::mem::take(plugins).into_iter().map(|(name, table)| (full(&name), table)).collect();
-    }
+/// A table that is being read: what is taken out of it is honoured, and the rest is named in the end.
+struct Section {
+    /// What stands before each key when it is named.
+    prefix: String,
+    table: Table,
 }
 
 /// Takes the settings out of a file, and keeps a list of what is left.
@@ -161,7 +69,7 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn config(&mut self, mut file: Table) -> Result<Config, ConfigError> {
+    fn config(&mut self, file: Table) -> Result<Config, ConfigError> {
         let mut config = Config {
             root: PathBuf::from("/var/lib/containerd"),
             state: PathBuf::from("/run/containerd"),
@@ -169,118 +77,268 @@ impl Reader<'_> {
         };
         config.grpc.address = PathBuf::from("/run/containerd/containerd.sock");
 
-        self.path_of(&mut file, "", "root", &mut config.root)?;
-        self.path_of(&mut file, "", "state", &mut config.state)?;
-        let mut plugins = self.table(&mut file, "plugins")?;
-        // Where version 4 has the settings of the server, and where the others do.
-        for (name, of_plugins) in [("grpc", false), ("io.containerd.server.v1.grpc", true)] {
-            let (from, prefix) = match of_plugins {
-                true => (&mut plugins, format!("plugins.{name:?}.")),
-                false => (&mut file, format!("{name}.")),
-            };
-            let mut grpc = self.table(from, name)?;
-            self.path_of(&mut grpc, &prefix, "address", &mut config.grpc.address)?;
-            self.number(&mut grpc, &prefix, "uid", &mut config.grpc.uid)?;
-            self.number(&mut grpc, &prefix, "gid", &mut config.grpc.gid)?;
-            let mut sizes = [0_usize; 2];
-            self.number(&mut grpc, &prefix, "max_recv_message_size", &mut sizes[0])?;
-            self.number(&mut grpc, &prefix, "max_send_message_size", &mut sizes[1])?;
-            // Nothing is what a file says that leaves it to the daemon.
-            for (size, to) in sizes
-                .iter()
-                .zip([&mut config.grpc.max_recv_message_size, &mut config.grpc.max_send_message_size])
-            {
-                if *size > 0 {
-                    *to = *size;
-                }
-            }
-            self.ignore_rest(&prefix, grpc);
-        }
-        for (name, of_plugins) in [("ttrpc", false), ("io.containerd.server.v1.ttrpc", true)] {
-            let (from, prefix) = match of_plugins {
-                true => (&mut plugins, format!("plugins.{name:?}.")),
-                false => (&mut file, format!("{name}.")),
-            };
-            let mut ttrpc = self.table(from, name)?;
-            // Shims find it beside the other socket, and there it is.
-            let mut address = PathBuf::new();
-            self.path_of(&mut ttrpc, &prefix, "address", &mut address)?;
-            if !address.as_os_str().is_empty() && address != config.ttrpc_address() {
-                self.ignored.push(format!("{prefix}address"));
-            }
-            // Only root may report events: the socket is its alone.
-            self.ignore_rest(&prefix, ttrpc);
-        }
-        self.log(&mut file, &mut config)?;
-        self.restart(&mut plugins, &mut config)?;
-        self.timeouts(&mut file, &mut config)?;
-        for (name, of_plugins) in [("metrics", false), ("io.containerd.server.v1.metrics", true)] {
-            let (from, prefix) = match of_plugins {
-                true => (&mut plugins, format!("plugins.{name:?}.")),
-                false => (&mut file, format!("{name}.")),
-            };
-            let mut metrics = self.table(from, name)?;
-            if let Some(address) = self.text(&mut metrics, &prefix, "address")? {
-                config.metrics.address = address;
-            }
-            self.ignore_rest(&prefix, metrics);
-        }
-        let mut shims = self.table(&mut plugins, "io.containerd.shim.v1.manager")?;
-        let prefix = "plugins.\"io.containerd.shim.v1.manager\".";
-        self.path_of(&mut shims, prefix, "socket_dir", &mut config.runtime.socket_dir)?;
-        self.ignore_rest(prefix, shims);
+        let mut file = Section { prefix: String::new(), table: file };
+        self.path_of(&mut file, "root", &mut config.root)?;
+        self.path_of(&mut file, "state", &mut config.state)?;
+        self.path_of(&mut file, "temp", &mut config.process.temp)?;
+        self.number(&mut file, "oom_score", &mut config.process.oom_score)?;
+        let mut plugins = Section {
+            prefix: "plugins.".to_owned(),
+            table: self.table(&mut file.table, "plugins", "plugins")?,
+        };
 
-        // What is not there needs not be disabled.
-        file.remove("disabled_plugins");
-        if file.get("oom_score").is_some_and(|score| score.as_integer() == Some(0)) {
-            file.remove("oom_score");
-        }
-        self.ignored.extend(plugins.into_iter().map(|(name, _)| format!("plugins.{name:?}")));
-        self.ignore_rest("", file);
+        config.plugin_list.required = self.list(&mut file, "required_plugins")?;
+        config.plugin_list.disabled = self.list(&mut file, "disabled_plugins")?;
+        self.grpc(&mut file, &mut plugins, &mut config)?;
+        self.ttrpc(&mut file, &mut plugins, &config)?;
+        self.tcp(&mut plugins, &mut config)?;
+        self.debug(&mut file, &mut plugins, &mut config)?;
+        self.metrics(&mut file, &mut plugins, &mut config)?;
+        self.tracing(&mut plugins, &mut config)?;
+        self.metadata(&mut plugins, &mut config)?;
+        self.runtime(&mut file, &mut plugins, &mut config)?;
+        self.proxies(&mut file, &mut plugins, &mut config)?;
+        self.ignored.extend(plugins.table.into_iter().map(|(name, _)| format!("plugins.{name:?}")));
+        self.ignore_rest(file);
         self.ignored.sort();
         Ok(config)
     }
 
-    fn log(&mut self, file: &mut Table, config: &mut Config) -> Result<(), ConfigError> {
-        let mut debug = self.table(file, "debug")?;
-        if let Some(level) = self.text(&mut debug, "debug.", "level")? {
+    fn grpc(
+        &mut self,
+        file: &mut Section,
+        plugins: &mut Section,
+        config: &mut Config,
+    ) -> Result<(), ConfigError> {
+        for place in [Place::Top("grpc"), Place::Plugin("io.containerd.server.v1.grpc")] {
+            let mut grpc = self.section(file, plugins, place)?;
+            self.path_of(&mut grpc, "address", &mut config.grpc.address)?;
+            self.number(&mut grpc, "uid", &mut config.grpc.uid)?;
+            self.number(&mut grpc, "gid", &mut config.grpc.gid)?;
+            self.some_number(&mut grpc, "max_recv_message_size", &mut config.grpc.max_recv_message_size)?;
+            self.some_number(&mut grpc, "max_send_message_size", &mut config.grpc.max_send_message_size)?;
+            if matches!(place, Place::Top(_)) {
+                self.tcp_keys(&mut grpc, "tcp_", config)?;
+            }
+            self.ignore_rest(grpc);
+        }
+        Ok(())
+    }
+
+    fn tcp(&mut self, plugins: &mut Section, config: &mut Config) -> Result<(), ConfigError> {
+        let mut tcp = self.plugin(plugins, "io.containerd.server.v1.grpc-tcp")?;
+        self.tcp_keys(&mut tcp, "", config)?;
+        // There is one API, and so one size; another one here would have no effect.
+        for (key, ours) in [
+            ("max_recv_message_size", config.grpc.max_recv_message_size),
+            ("max_send_message_size", config.grpc.max_send_message_size),
+        ] {
+            let mut size = ours;
+            self.some_number(&mut tcp, key, &mut size)?;
+            if size != ours {
+                self.ignored.push(format!("{}{key}", tcp.prefix));
+            }
+        }
+        self.ignore_rest(tcp);
+        Ok(())
+    }
+
+    /// The settings of the server on TCP. That of its name in the certificate store of Windows (`tls_common_name`) has no
+    /// effect in containerd on Linux either; it says nothing of who may call.
+    fn tcp_keys(
+        &mut self,
+        section: &mut Section,
+        before: &str,
+        config: &mut Config,
+    ) -> Result<(), ConfigError> {
+        let tcp = &mut config.grpc.tcp;
+        if let Some(address) = self.text(section, &format!("{before}address"))? {
+            // Go listens on all addresses where none stands before the port.
+            tcp.address = if address.starts_with(':') { format!("[::]{address}") } else { address };
+        }
+        self.path_of(section, &format!("{before}tls_ca"), &mut tcp.ca)?;
+        self.path_of(section, &format!("{before}tls_cert"), &mut tcp.cert)?;
+        self.path_of(section, &format!("{before}tls_key"), &mut tcp.key)
+    }
+
+    fn ttrpc(
+        &mut self,
+        file: &mut Section,
+        plugins: &mut Section,
+        config: &Config,
+    ) -> Result<(), ConfigError> {
+        for place in [Place::Top("ttrpc"), Place::Plugin("io.containerd.server.v1.ttrpc")] {
+            let mut ttrpc = self.section(file, plugins, place)?;
+            // Shims find it beside the other socket, and there it is.
+            let mut address = PathBuf::new();
+            self.path_of(&mut ttrpc, "address", &mut address)?;
+            if !address.as_os_str().is_empty() && address != config.ttrpc_address() {
+                self.ignored.push(format!("{}address", ttrpc.prefix));
+            }
+            // Only root may report events: the socket is its alone.
+            self.ignore_rest(ttrpc);
+        }
+        Ok(())
+    }
+
+    fn debug(
+        &mut self,
+        file: &mut Section,
+        plugins: &mut Section,
+        config: &mut Config,
+    ) -> Result<(), ConfigError> {
+        for place in [Place::Top("debug"), Place::Plugin("io.containerd.server.v1.debug")] {
+            let mut debug = self.section(file, plugins, place)?;
+            if matches!(place, Place::Top(_)) {
+                self.log(&mut debug, config)?;
+            }
+            if let Some(address) = self.text(&mut debug, "address")? {
+                // Go would listen on TCP, where every user of the host may look.
+                if address.starts_with('/') {
+                    config.diagnostics.address = PathBuf::from(address);
+                } else {
+                    self.ignored.push(format!("{}address", debug.prefix));
+                }
+            }
+            self.number(&mut debug, "uid", &mut config.diagnostics.uid)?;
+            self.number(&mut debug, "gid", &mut config.diagnostics.gid)?;
+            self.ignore_rest(debug);
+        }
+        Ok(())
+    }
+
+    fn log(&mut self, debug: &mut Section, config: &mut Config) -> Result<(), ConfigError> {
+        if let Some(level) = self.text(debug, "level")? {
             config.log.level = match level.as_str() {
                 "fatal" | "panic" => "error".into(),
                 "warning" => "warn".into(),
                 _ => level,
             };
         }
-        match self.text(&mut debug, "debug.", "format")?.as_deref() {
+        match self.text(debug, "format")?.as_deref() {
             Some("json") => config.log.format = LogFormat::Json,
             Some("text") | None => {}
-            Some(_) => self.ignored.push("debug.format".into()),
+            Some(_) => return Err(self.wrong("debug.format".to_owned(), "text or json")),
         }
-        self.ignore_rest("debug.", debug);
         Ok(())
     }
 
-    fn restart(&mut self, plugins: &mut Table, config: &mut Config) -> Result<(), ConfigError> {
+    fn metrics(
+        &mut self,
+        file: &mut Section,
+        plugins: &mut Section,
+        config: &mut Config,
+    ) -> Result<(), ConfigError> {
+        let places = [
+            Place::Top("metrics"),
+            Place::Plugin("io.containerd.server.v1.metrics"),
+            Place::Plugin("io.containerd.metrics.v1.grpc-prometheus"),
+        ];
+        for place in places {
+            let mut metrics = self.section(file, plugins, place)?;
+            if let Some(address) = self.text(&mut metrics, "address")? {
+                config.metrics.address =
+                    if address.starts_with(':') { format!("[::]{address}") } else { address };
+            }
+            self.truth(&mut metrics, "grpc_histogram", &mut config.metrics.grpc_histogram)?;
+            self.ignore_rest(metrics);
+        }
+        let tasks = "io.containerd.monitor.task.v1.cgroups";
+        for name in ["io.containerd.monitor.v1.cgroups", tasks] {
+            let mut monitor = self.plugin(plugins, name)?;
+            let mut none = false;
+            self.truth(&mut monitor, "no_prometheus", &mut none)?;
+            if none {
+                config.plugin_list.disabled.push(tasks.to_owned());
+            }
+            self.ignore_rest(monitor);
+        }
+        Ok(())
+    }
+
+    fn tracing(&mut self, plugins: &mut Section, config: &mut Config) -> Result<(), ConfigError> {
+        let mut otlp = self.plugin(plugins, "io.containerd.tracing.processor.v1.otlp")?;
+        let mut insecure = false;
+        self.truth(&mut otlp, "insecure", &mut insecure)?;
+        match self.text(&mut otlp, "protocol")?.as_deref() {
+            Some("grpc") => config.tracing.protocol = TracingProtocol::Grpc,
+            Some("http/protobuf") | None => {}
+            Some(_) => return Err(self.wrong(format!("{}protocol", otlp.prefix), "http/protobuf or grpc")),
+        }
+        if let Some(endpoint) = self.text(&mut otlp, "endpoint")? {
+            let scheme = if insecure { "http" } else { "https" };
+            config.tracing.endpoint =
+                if endpoint.contains("://") { endpoint } else { format!("{scheme}://{endpoint}") };
+        }
+        self.ignore_rest(otlp);
+        let mut tracing = self.plugin(plugins, "io.containerd.internal.v1.tracing")?;
+        if let Some(name) = self.text(&mut tracing, "service_name")? {
+            config.tracing.service_name = name;
+        }
+        self.fraction(&mut tracing, "sampling_ratio", &mut config.tracing.sampling_ratio)?;
+        self.ignore_rest(tracing);
+        Ok(())
+    }
+
+    fn metadata(&mut self, plugins: &mut Section, config: &mut Config) -> Result<(), ConfigError> {
+        let mut bolt = self.plugin(plugins, "io.containerd.metadata.v1.bolt")?;
+        match self.text(&mut bolt, "content_sharing_policy")?.as_deref() {
+            Some("isolated") => config.metadata.sharing = Sharing::Isolated,
+            Some("shared") | None => {}
+            Some(_) => {
+                let key = format!("{}content_sharing_policy", bolt.prefix);
+                return Err(self.wrong(key, "shared or isolated"));
+            }
+        }
+        self.ignore_rest(bolt);
+        let mut scheduler = self.plugin(plugins, "io.containerd.gc.v1.scheduler")?;
+        let gc = &mut config.metadata.gc;
+        self.fraction(&mut scheduler, "pause_threshold", &mut gc.pause_threshold)?;
+        self.number(&mut scheduler, "deletion_threshold", &mut gc.deletion_threshold)?;
+        self.number(&mut scheduler, "mutation_threshold", &mut gc.mutation_threshold)?;
+        for (key, to) in
+            [("schedule_delay", &mut gc.schedule_delay_ms), ("startup_delay", &mut gc.startup_delay_ms)]
+        {
+            if let Some(seconds) = self.duration(&mut scheduler, key)? {
+                *to = (seconds * 1e3) as u64;
+            }
+        }
+        self.ignore_rest(scheduler);
+        Ok(())
+    }
+
+    fn runtime(
+        &mut self,
+        file: &mut Section,
+        plugins: &mut Section,
+        config: &mut Config,
+    ) -> Result<(), ConfigError> {
+        let mut shims = self.plugin(plugins, "io.containerd.shim.v1.manager")?;
+        self.path_of(&mut shims, "socket_dir", &mut config.runtime.socket_dir)?;
+        config.runtime.environment = self.list(&mut shims, "env")?;
+        self.ignore_rest(shims);
         for name in ["io.containerd.internal.v1.restart", "io.containerd.monitor.container.v1.restart"] {
-            let mut restart = self.table(plugins, name)?;
-            let prefix = format!("plugins.{name:?}.");
-            self.seconds(&mut restart, &prefix, "interval", &mut config.restart.interval)?;
-            self.ignore_rest(&prefix, restart);
+            let mut restart = self.plugin(plugins, name)?;
+            self.seconds(&mut restart, "interval", &mut config.restart.interval)?;
+            self.ignore_rest(restart);
         }
-        Ok(())
-    }
-
-    fn timeouts(&mut self, file: &mut Table, config: &mut Config) -> Result<(), ConfigError> {
-        let mut timeouts = self.table(file, "timeouts")?;
+        let mut timeouts = self.section(file, plugins, Place::Top("timeouts"))?;
         let ours = &mut config.runtime.timeouts;
         for (key, to) in [
             ("io.containerd.timeout.shim.load", &mut ours.load),
             ("io.containerd.timeout.shim.cleanup", &mut ours.cleanup),
             ("io.containerd.timeout.shim.shutdown", &mut ours.shutdown),
             ("io.containerd.timeout.task.state", &mut ours.state),
+            ("io.containerd.timeout.metrics.shimstats", &mut ours.stats),
         ] {
-            self.seconds(&mut timeouts, "timeouts.", key, to)?;
+            self.seconds(&mut timeouts, key, to)?;
         }
-        self.ignored.extend(timeouts.into_iter().map(|(key, _)| format!("timeouts.{key:?}")));
+        // One that is no time is refused as well when nothing is bound by it.
+        let names: Vec<String> = timeouts.table.keys().cloned().collect();
+        for name in names {
+            self.duration(&mut timeouts, &name)?;
+            self.ignored.push(format!("timeouts.{name:?}"));
+        }
         Ok(())
     }
 
@@ -288,69 +346,123 @@ impl Reader<'_> {
         ConfigError::Containerd { path: self.path.to_owned(), rule: format!("{key}: want {wanted}") }
     }
 
+    fn section(
+        &self,
+        file: &mut Section,
+        plugins: &mut Section,
+        place: Place,
+    ) -> Result<Section, ConfigError> {
+        match place {
+            Place::Plugin(name) => self.plugin(plugins, name),
+            Place::Top(name) => {
+                let table = self.table(&mut file.table, name, name)?;
+                Ok(Section { prefix: format!("{name}."), table })
+            }
+        }
+    }
+
+    fn plugin(&self, plugins: &mut Section, name: &str) -> Result<Section, ConfigError> {
+        let shown = format!("plugins.{name:?}");
+        let table = self.table(&mut plugins.table, name, &shown)?;
+        Ok(Section { prefix: format!("{shown}."), table })
+    }
+
     /// Takes a table out of another; an empty one if it is not there.
-    fn table(&self, from: &mut Table, key: &str) -> Result<Table, ConfigError> {
+    fn table(&self, from: &mut Table, key: &str, shown: &str) -> Result<Table, ConfigError> {
         match from.remove(key) {
             None => Ok(Table::new()),
             Some(Value::Table(table)) => Ok(table),
-            Some(_) => Err(self.wrong(key.to_owned(), "a table")),
+            Some(_) => Err(self.wrong(shown.to_owned(), "a table")),
         }
     }
 
     /// Takes a text; none for an empty one, which stands for the default.
-    fn text(&self, from: &mut Table, prefix: &str, key: &str) -> Result<Option<String>, ConfigError> {
-        match from.remove(key) {
+    fn text(&self, from: &mut Section, key: &str) -> Result<Option<String>, ConfigError> {
+        match from.table.remove(key) {
             None => Ok(None),
             Some(Value::String(text)) => Ok(Some(text).filter(|text| !text.is_empty())),
-            Some(_) => Err(self.wrong(format!("{prefix}{key}"), "a text")),
+            Some(_) => Err(self.wrong(format!("{}{key}", from.prefix), "a text")),
         }
     }
 
-    fn path_of(
-        &self,
-        from: &mut Table,
-        prefix: &str,
-        key: &str,
-        to: &mut PathBuf,
-    ) -> Result<(), ConfigError> {
-        if let Some(path) = self.text(from, prefix, key)? {
+    fn path_of(&self, from: &mut Section, key: &str, to: &mut PathBuf) -> Result<(), ConfigError> {
+        if let Some(path) = self.text(from, key)? {
             *to = PathBuf::from(path);
         }
         Ok(())
     }
 
-    fn number<N: TryFrom<i64>>(
-        &self,
-        from: &mut Table,
-        prefix: &str,
-        key: &str,
-        to: &mut N,
-    ) -> Result<(), ConfigError> {
-        if let Some(value) = from.remove(key) {
-            let number = value.as_integer().and_then(|number| N::try_from(number).ok());
-            *to = number
-                .ok_or_else(|| self.wrong(format!("{prefix}{key}"), "a number that is not negative"))?;
-        }
-        Ok(())
-    }
-
-    /// Takes a duration; what is less than a second counts as one, and nothing is the default.
-    fn seconds(&self, from: &mut Table, prefix: &str, key: &str, to: &mut u64) -> Result<(), ConfigError> {
-        if let Some(text) = self.text(from, prefix, key)? {
-            let seconds = seconds(&text);
-            let seconds =
-                seconds.ok_or_else(|| self.wrong(format!("{prefix}{key}"), "a time such as \"10s\""))?;
-            if seconds > 0.0 {
-                *to = seconds.ceil() as u64;
+    /// Takes a list of texts; an empty one if it is not there.
+    fn list(&self, from: &mut Section, key: &str) -> Result<Vec<String>, ConfigError> {
+        let wrong = || self.wrong(format!("{}{key}", from.prefix), "a list of texts");
+        match from.table.remove(key) {
+            None => Ok(Vec::new()),
+            Some(Value::Array(list)) => {
+                list.into_iter().map(|item| item.as_str().map(str::to_owned).ok_or_else(wrong)).collect()
             }
+            Some(_) => Err(wrong()),
+        }
+    }
+
+    fn truth(&self, from: &mut Section, key: &str, to: &mut bool) -> Result<(), ConfigError> {
+        match from.table.remove(key) {
+            None => Ok(()),
+            Some(Value::Boolean(truth)) => {
+                *to = truth;
+                Ok(())
+            }
+            Some(_) => Err(self.wrong(format!("{}{key}", from.prefix), "true or false")),
+        }
+    }
+
+    fn fraction(&self, from: &mut Section, key: &str, to: &mut f64) -> Result<(), ConfigError> {
+        if let Some(value) = from.table.remove(key) {
+            let number = value.as_float().or(value.as_integer().map(|number| number as f64));
+            *to = number.ok_or_else(|| self.wrong(format!("{}{key}", from.prefix), "a number"))?;
         }
         Ok(())
     }
 
-    fn ignore_rest(&mut self, prefix: &str, rest: Table) {
+    fn number<N: TryFrom<i64>>(&self, from: &mut Section, key: &str, to: &mut N) -> Result<(), ConfigError> {
+        if let Some(value) = from.table.remove(key) {
+            let number = value.as_integer().and_then(|number| N::try_from(number).ok());
+            let wrong = || self.wrong(format!("{}{key}", from.prefix), "a number that is not negative");
+            *to = number.ok_or_else(wrong)?;
+        }
+        Ok(())
+    }
+
+    /// Takes a number; nothing is what a file says that leaves it to the daemon.
+    fn some_number(&self, from: &mut Section, key: &str, to: &mut usize) -> Result<(), ConfigError> {
+        let mut number = 0;
+        self.number(from, key, &mut number)?;
+        if number > 0 {
+            *to = number;
+        }
+        Ok(())
+    }
+
+    /// Takes a duration, in seconds.
+    fn duration(&self, from: &mut Section, key: &str) -> Result<Option<f64>, ConfigError> {
+        let Some(text) = self.text(from, key)? else { return Ok(None) };
+        let wrong = || self.wrong(format!("{}{key}", from.prefix), "a time such as \"10s\"");
+        seconds(&text).map(Some).ok_or_else(wrong)
+    }
+
+    /// Takes a duration in whole seconds; what is less than one counts as one, and nothing is the default.
+    fn seconds(&self, from: &mut Section, key: &str, to: &mut u64) -> Result<(), ConfigError> {
+        if let Some(seconds) = self.duration(from, key)?
+            && seconds > 0.0
+        {
+            *to = seconds.ceil() as u64;
+        }
+        Ok(())
+    }
+
+    fn ignore_rest(&mut self, rest: Section) {
         // What says nothing has no effect in containerd either.
-        let rest = rest.into_iter().filter(|(_, value)| says_something(value));
-        self.ignored.extend(rest.map(|(key, _)| format!("{prefix}{key}")));
+        let said = rest.table.into_iter().filter(|(_, value)| says_something(value));
+        self.ignored.extend(said.map(|(key, _)| format!("{}{key}", rest.prefix)));
     }
 }
 
@@ -364,21 +476,6 @@ fn says_something(value: &Value) -> bool {
         Value::Boolean(truth) => *truth,
         Value::Float(_) | Value::Datetime(_) => true,
     }
-}
-
-/// A path without `.` and `..`, by its letters, as Go cleans it: a file is read once by whatever way it is named.
-fn clean(path: &Path) -> PathBuf {
-    let mut cleaned = PathBuf::new();
-    for component in path.components() {
-        match component {
-            Component::CurDir => {}
-            Component::ParentDir => {
-                cleaned.pop();
-            }
-            Component::Prefix(_) | Component::RootDir | Component::Normal(_) => cleaned.push(component),
-        }
-    }
-    cleaned
 }
 
 /// A duration as Go writes it, such as `1h30m` or `1.5s`, in seconds.
@@ -408,136 +505,4 @@ fn seconds(text: &str) -> Option<f64> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn load(text: &str) -> Result<(Config, Vec<String>), ConfigError> {
-        let file: Table = toml::from_str(text).unwrap();
-        assert!(is_one(&file), "{text}");
-        read(Path::new("/etc/containerd/config.toml"), file)
-    }
-
-    /// What Docker Engine 20.10 writes for the containerd that it starts.
-    #[test]
-    fn a_file_without_version_is_understood() {
-        let text = r#"
-            disabled_plugins = ["cri"]
-            oom_score = 0
-            root = "/var/lib/docker/containerd/daemon"
-            state = "/var/run/docker/containerd/daemon"
-            [grpc]
-              address = "/var/run/docker/containerd/containerd.sock"
-              gid = 5
-              max_recv_message_size = 16777216
-            [debug]
-              address = "/var/run/docker/containerd/containerd-debug.sock"
-              level = "warning"
-              uid = 0
-            [metrics]
-              address = ""
-              grpc_histogram = false
-            [plugins]
-              [plugins.linux]
-                shim = "containerd-shim"
-              [plugins.restart]
-                interval = "1m"
-        "#;
-        let (config, ignored) = load(text).unwrap();
-        assert_eq!(config.root, Path::new("/var/lib/docker/containerd/daemon"));
-        assert_eq!(config.grpc.address, Path::new("/var/run/docker/containerd/containerd.sock"));
-        assert_eq!((config.grpc.uid, config.grpc.gid), (0, 5));
-        assert_eq!((config.log.level.as_str(), config.restart.interval), ("warn", 60));
-        assert_eq!(ignored, ["debug.address", "plugins.\"io.containerd.runtime.v1.linux\""]);
-        config.validate().unwrap();
-    }
-
-    #[test]
-    fn the_newest_version_has_its_settings_elsewhere() {
-        let text = r#"
-            version = 4
-            [debug]
-              format = "json"
-            [timeouts]
-              "io.containerd.timeout.shim.load" = "1.5s"
-              "io.containerd.timeout.bolt.open" = "0s"
-            [plugins."io.containerd.server.v1.grpc"]
-              address = "/s"
-              gid = 7
-            [plugins."io.containerd.server.v1.ttrpc"]
-              address = "/s.ttrpc"
-            [plugins."io.containerd.server.v1.grpc-tcp"]
-              address = "0.0.0.0:1"
-            [plugins."io.containerd.monitor.container.v1.restart"]
-              interval = "2s"
-            [plugins."io.containerd.server.v1.metrics"]
-              address = "127.0.0.1:1338"
-            [plugins."io.containerd.shim.v1.manager"]
-              env = ["A=b"]
-              socket_dir = "/run/s"
-        "#;
-        let (config, ignored) = load(text).unwrap();
-        assert_eq!((config.grpc.address.as_path(), config.grpc.gid), (Path::new("/s"), 7));
-        assert_eq!(config.log.format, LogFormat::Json);
-        assert_eq!(config.metrics.address, "127.0.0.1:1338");
-        assert_eq!((config.runtime.timeouts.load, config.restart.interval), (2, 2));
-        assert_eq!(config.runtime.socket_dir, Path::new("/run/s"));
-        let expected = [
-            "plugins.\"io.containerd.server.v1.grpc-tcp\"",
-            "plugins.\"io.containerd.shim.v1.manager\".env",
-            "timeouts.\"io.containerd.timeout.bolt.open\"",
-        ];
-        assert_eq!(ignored, expected);
-        // The places are containerd's where the file names none.
-        assert_eq!(config.root, Path::new("/var/lib/containerd"));
-    }
-
-    #[test]
-    fn what_cannot_be_is_refused_and_named() {
-        for (text, words) in [
-            ("version = 5", "expected containerd config version equal to or less than `4`, got `5`"),
-            ("version = 2\nroot = 3", "root: want a text"),
-            ("version = 2\n[grpc]\nuid = -1", "grpc.uid: want a number that is not negative"),
-            (
-                "version = 2\n[plugins.\"io.containerd.internal.v1.restart\"]\ninterval = \"soon\"",
-                "interval: want a time",
-            ),
-            ("version = 2\nplugins = 1", "plugins: want a table"),
-        ] {
-            let error = load(text).unwrap_err().to_string();
-            assert!(error.contains(words), "{error}");
-        }
-    }
-
-    #[test]
-    fn imports_are_laid_over_what_imports_them() {
-        let folder = tempfile::tempdir().unwrap();
-        let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
-        std::fs::create_dir(folder.path().join("conf.d")).unwrap();
-        write("conf.d/a.toml", "version = 2\nroot = \"/a\"\nstate = \"/a-state\"\n");
-        write("conf.d/b.toml", "version = 2\nroot = \"/b\"\nimports = [\"../main.toml\"]\n[grpc]\ngid = 3\n");
-        write("conf.d/c.txt", "this is no TOML");
-        let main = folder.path().join("main.toml");
-        let read_main = |text: &str| read(&main, toml::from_str(text).unwrap());
-        let text = "version = 2\nroot = \"/main\"\nimports = [\"conf.d/*.toml\"]\n[grpc]\naddress = \"/s\"\ngid = 1\n";
-        let (config, ignored) = read_main(text).unwrap();
-        assert_eq!((config.root.as_path(), config.state.as_path()), (Path::new("/b"), Path::new("/a-state")));
-        assert_eq!((config.grpc.address.as_path(), config.grpc.gid), (Path::new("/s"), 3));
-        assert_eq!(ignored, [] as [&str; 0]);
-
-        let error = read_main("version = 1\nimports = [\"conf.d/a.toml\"]\n").unwrap_err().to_string();
-        assert!(error.contains("drop-in config version 2 higher than root config version 1"), "{error}");
-        assert!(read_main("version = 2\nimports = [\"absent.toml\"]\n").is_err());
-        assert!(read_main("version = 2\nimports = [\"absent/*.toml\"]\n").is_ok());
-    }
-
-    #[test]
-    fn durations_are_gos() {
-        for (text, expected) in [("10s", 10.0), ("1h30m", 5400.0), ("1.5s", 1.5), ("250ms", 0.25), ("0", 0.0)]
-        {
-            assert_eq!(seconds(text), Some(expected), "{text}");
-        }
-        for text in ["", "10", "s", "-1s", "1x", "1.1.1s"] {
-            assert_eq!(seconds(text), None, "{text}");
-        }
-    }
-}
+mod tests;
