@@ -3,6 +3,7 @@
 //! The steps are those of an OCI runtime, for at each of them a shim and a daemon wait for one: `faulty-runc` stands at the
 //! step, before it or behind it, until the test has done its harm.
 
+mod checkpoint;
 mod daemon;
 mod hangs;
 mod runtime;
@@ -51,6 +52,7 @@ impl Scene {
         daemon.import_busybox()?;
         fs::create_dir_all(daemon.path("oci/faults"))?;
         symlink(env!("CARGO_BIN_EXE_faulty-runc"), daemon.path("oci/runc"))?;
+        symlink(env!("CARGO_BIN_EXE_criuless-runc"), daemon.path("oci/next"))?;
         let canary = Command::new("/bin/sleep").arg("1000").spawn()?;
         fs::write(daemon.path("oci/faults/canary"), canary.id().to_string())?;
         let (census, rows) = (Census::take(&daemon.path("")), daemon.rows()?);

@@ -47,6 +47,7 @@ use davit_proto::davit::services::events::v1::events_server::EventsServer as His
 use davit_proto::davit::services::shims::v1::shims_server::ShimsServer;
 use tonic::service::Routes;
 
+use crate::checkpoint::Checkpoints;
 use crate::config;
 use crate::events::{History, Hub};
 use crate::lane::Lane;
@@ -101,6 +102,7 @@ pub async fn routes(parts: Parts, identity: &Path, limits: &config::Grpc) -> io:
     let routes = serve!(routes, SnapshotsServer, snapshots::SnapshotsService::new(metadata.clone()));
     let layers = Lane::layers();
     let routes = serve!(routes, DiffServer, diff::DiffService::new(metadata.clone(), layers.clone()));
+    let checkpoints = Checkpoints::new(metadata.clone(), tasks.clone(), layers.clone());
     let transfers = Transfers::new(metadata.clone(), layers);
     let transfers = transfer::TransferService::new(transfers, metadata.streams().clone());
     let routes = serve!(routes, TransferServer, transfers);
@@ -113,5 +115,5 @@ pub async fn routes(parts: Parts, identity: &Path, limits: &config::Grpc) -> io:
     let routes = serve!(routes, EventsServer, events::EventsService::new(hub));
     let routes = serve!(routes, HistoryServer, history::HistoryService::new(history));
     let routes = serve!(routes, ShimsServer, shims::ShimsService::new(tasks.clone()));
-    Ok(serve!(routes, TasksServer, tasks::TasksService::new(metadata, tasks)))
+    Ok(serve!(routes, TasksServer, tasks::TasksService::new(metadata, tasks, checkpoints)))
 }

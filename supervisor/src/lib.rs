@@ -4,9 +4,10 @@
 //! the daemon knows (namespaces, content, images, containers, snapshots, leases) and collects garbage;
 //! [`runtime`] holds what runs (shims and tasks); [`events`] tells what happened; [`grpc`] translates between all
 //! of these and the wire. [`mounts`] are made for clients; [`restart`] keeps tasks in the state that labels ask
-//! for; [`streams`] are what services and clients say
+//! for; [`checkpoint`]s of tasks become content, and content tasks; [`streams`] are what services and clients say
 //! beside calls; [`transfer`] moves images from and to registries. What blocks goes through a [`lane`].
 
+pub mod checkpoint;
 pub mod config;
 pub mod events;
 pub mod grpc;
@@ -15,6 +16,7 @@ pub mod metadata;
 pub mod metrics;
 pub mod mounts;
 pub mod plugins;
+pub mod proxy;
 pub mod publish;
 pub mod restart;
 pub mod runtime;

@@ -13,6 +13,7 @@
 //!   (asked for, or after its death), and to find it again after the daemon's restart.
 //! * `binary` runs shim binaries; `shim` speaks to a running one, and `shims` has it upgrade itself; `log` reads its log
 //!   pipe.
+//! * `checkpoint` has the folders that checkpoints are written to and restored from.
 //! * `sandbox` is the controller of sandboxes that a shim runs.
 //! * `forward` is the socket on which shims tell what happened.
 //!
@@ -20,6 +21,7 @@
 //! waits. Stopping the daemon touches no container.
 
 mod binary;
+mod checkpoint;
 mod create;
 mod error;
 mod forward;
@@ -46,6 +48,7 @@ use tracing::{Instrument, Span, warn};
 
 use crate::events::Hub;
 
+pub use checkpoint::{Checkpoint, CheckpointFolder};
 pub use error::{Error, ShimError};
 pub use load::{Loading, Records};
 pub use sandbox::{
@@ -196,9 +199,14 @@ impl Tasks {
     pub async fn start(&self, namespace: &str, id: &str, exec_id: &str) -> Result<u32, Error> {
         let task = self.task(namespace, id)?;
         let (id, exec_id) = (id.to_owned(), exec_id.to_owned());
+        let (shared, namespace) = (self.shared.clone(), namespace.to_owned());
         detached(async move {
             let shim = task.ready(&id).await?;
             let pid = shim.start(&exec_id).await?;
+            if exec_id.is_empty() && task.pid() == 0 {
+                // It had no process until now, so it was restored.
+                shared.remove_folder_later(shared.bundle(&namespace, &id).checkpoint());
+            }
             let process = if exec_id.is_empty() { id } else { exec_id };
             task.tell(owner::Message::Started { process, pid }).await;
             Ok(pid)
@@ -376,8 +384,20 @@ impl Tasks {
         detached(async move { task.ready(&id).await?.update(options).await }).await
     }
 
+    /// An empty folder for a checkpoint in this namespace.
+    ///
+    /// # Errors
+    /// [`Error::CheckpointFolder`].
+    pub async fn checkpoint_folder(&self, namespace: &str) -> Result<CheckpointFolder, Error> {
+        validate_namespace(namespace)?;
+        let (shared, namespace) = (self.shared.clone(), namespace.to_owned());
+        let make = move || CheckpointFolder::make(&shared, &namespace);
+        create::blocking(&self.shared.lane, make).await.map_err(|source| Error::CheckpointFolder { source })
+    }
+
     /// Writes a checkpoint of the container into the folder `path`. Turning it into content is the caller's
-    /// work.
+    /// work ([`Checkpoints`](crate::checkpoint::Checkpoints)). The checkpoint of a large process takes its time: there is
+    /// no bound, as in containerd.
     ///
     /// # Errors
     /// The shim's.

@@ -191,9 +191,11 @@ fn main() -> Result<ExitCode> {
     Ok(done.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
-/// The runtime that does the work.
+/// The runtime that does the work: that of the link `next` beside this one, if there is one.
 fn run(arguments: &[OsString]) -> Result<Command> {
-    let mut command = Command::new(bins::on_path("runc").context("runc is not installed")?);
+    let own = std::env::args_os().next().map(PathBuf::from).unwrap_or_default();
+    let next = Some(own.with_file_name("next")).filter(|next| next.exists());
+    let mut command = Command::new(next.or_else(|| bins::on_path("runc")).context("runc is not installed")?);
     command.args(arguments);
     Ok(command)
 }

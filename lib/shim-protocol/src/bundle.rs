@@ -7,7 +7,8 @@
 //!   <id>/                         0700; 0710 and the mapped group when the container has a user namespace
 //!     config.json                 the runtime spec, byte for byte as the client gave it
 //!     rootfs/                     0711, where the shim mounts the root filesystem
-//!     work -> <root>/<namespace>/<id>    what must outlive a reboot; 0711
+//!     work -> <root>/<namespace>/<id>    what must outlive a reboot, or be on a disk; 0711
+//!       checkpoint/                 what the container is to be restored from; 0700
 //!     log                         a FIFO: the shim's own log, to the daemon
 //!     bootstrap.json              how to reach the shim (written by the daemon)
 //!     address                     the same, by shims of containerd 1.6 and 1.7
@@ -38,6 +39,9 @@ use crate::journal;
 const MAX_SMALL_FILE: u64 = 64 * 1024;
 /// The most bytes of a `config.json`: it comes in a message of a client, of which daemons take at most 16 MiB.
 const MAX_SPEC: u64 = 32 << 20;
+
+/// How often to begin to remove a folder that others put files into meanwhile.
+const REMOVALS: usize = 100;
 
 /// The names of what is out of use and waits to be removed. No bundle and no half of one is named so: an
 /// identifier has no two separators in a row.
@@ -142,6 +146,19 @@ impl Bundle {
     /// The journal of exits that our own shim keeps.
     pub fn journal(&self) -> PathBuf {
         self.path.join(journal::FILE_NAME)
+    }
+
+    /// The checkpoint that the container is to be restored from, if it was unpacked for it.
+    pub fn checkpoint(&self) -> PathBuf {
+        self.work.join("checkpoint")
+    }
+
+    /// Moves a checkpoint in, which lies among the work folders of the same namespace.
+    ///
+    /// # Errors
+    /// It is not there, or not on the same filesystem.
+    pub fn take_checkpoint(&self, folder: &Path) -> Result<(), BundleError> {
+        fs::rename(folder, self.checkpoint()).map_err(|source| io_error("rename", folder, source))
     }
 
     fn hidden(path: &Path) -> PathBuf {
@@ -441,9 +458,16 @@ fn remove_tree(path: &Path) -> Result<(), BundleError> {
         Err(_) => davit_sys::mount::unmount_all(&rootfs)
             .map_err(|source| BundleError::Unmount { path: rootfs.clone(), source })?,
     }
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other.map_err(|source| io_error("remove", path, source)),
+    let mut tries = REMOVALS;
+    loop {
+        tries -= 1;
+        match fs::remove_dir_all(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            // Somebody who has it open still puts files into it, such as criu for a daemon that has died. Once it is
+            // removed he cannot any more.
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty && tries > 0 => {}
+            other => return other.map_err(|source| io_error("remove", path, source)),
+        }
     }
 }
 

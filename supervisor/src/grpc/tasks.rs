@@ -2,6 +2,8 @@
 
 use davit_model::Filter;
 use davit_model::filter::Adaptor;
+use davit_proto::any;
+use davit_proto::containerd::runc::v1::Options;
 use davit_proto::containerd::services::tasks::v1 as wire;
 use davit_proto::containerd::services::tasks::v1::tasks_server::Tasks as TasksApi;
 use davit_proto::containerd::{types, v1};
@@ -10,22 +12,47 @@ use tonic::{Request, Response, Status};
 
 use super::context::Context;
 use super::convert::{any_from_wire, any_to_wire, mount_from_wire, time_to_wire};
-use super::status::{from, invalid, unimplemented};
-use crate::metadata::Metadata;
+use super::status::{from, invalid};
+use crate::checkpoint::{self, Checkpoints};
+use crate::metadata::{Metadata, Scope};
 use crate::runtime::{
-    CreateOptions, ExecOptions, Process, Status as TaskStatus, Stdio, Tasks, UpdateOptions,
+    Checkpoint, CreateOptions, Error as TaskError, ExecOptions, Process, Status as TaskStatus, Stdio, Tasks,
+    UpdateOptions,
 };
+
+/// The annotation of a checkpoint's descriptor that names a folder instead of content (containerd `client.Restore`).
+const RESTORE_FROM_PATH: &str = "RestoreFromPath";
 
 /// Serves what runs.
 pub struct TasksService {
     metadata: Metadata,
     tasks: Tasks,
+    checkpoints: Checkpoints,
 }
 
 impl TasksService {
-    /// A service over `tasks`, which reads the containers' records in `metadata`.
-    pub fn new(metadata: Metadata, tasks: Tasks) -> TasksService {
-        TasksService { metadata, tasks }
+    /// A service over `tasks` and their `checkpoints`, which reads the containers' records in `metadata`.
+    pub fn new(metadata: Metadata, tasks: Tasks, checkpoints: Checkpoints) -> TasksService {
+        TasksService { metadata, tasks, checkpoints }
+    }
+
+    /// What a new task is to be restored from: a folder that its options name (`Options.criu_image_path`), a folder that
+    /// the request names, or content.
+    async fn checkpoint_of(
+        &self,
+        scope: &Scope,
+        wanted: Option<&types::Descriptor>,
+        options: &Options,
+    ) -> Result<Checkpoint, Status> {
+        if let Some(path) = wanted.and_then(|wanted| wanted.annotations.get(RESTORE_FROM_PATH)) {
+            return Ok(Checkpoint::FolderAndRootfs(path.into()));
+        }
+        if !options.criu_image_path.is_empty() {
+            return Ok(Checkpoint::Folder(options.criu_image_path.clone().into()));
+        }
+        let Some(wanted) = wanted else { return Ok(Checkpoint::None) };
+        let unpacked = self.checkpoints.unpack(scope, &wanted.media_type, &wanted.digest).await;
+        Ok(Checkpoint::Unpacked(unpacked.map_err(from)?))
     }
 }
 
@@ -78,8 +105,21 @@ impl TasksApi for TasksService {
         let scope = Context::of(&request).scope()?;
         let request = request.into_inner();
         let container = self.metadata.containers(&scope).get(&request.container_id).map_err(from)?;
-        if request.checkpoint.is_some() {
-            return Err(unimplemented("restore of a task from a checkpoint"));
+        if request.checkpoint.is_some() && self.tasks.exists(scope.namespace(), &request.container_id) {
+            return Err(from(TaskError::AlreadyExists { id: request.container_id }));
+        }
+        // What is no such message is the shim's to refuse.
+        let given = request.options.as_ref().and_then(|options| any::unpack::<Options>(options).ok()?);
+        let given = given.unwrap_or_default();
+        let checkpoint = self.checkpoint_of(&scope, request.checkpoint.as_ref(), &given).await?;
+        // Clients of containerd 2.0 and 2.1 say it in the options alone.
+        let (mut task_api_address, mut task_api_version) =
+            (request.task_api_address, request.task_api_version);
+        if task_api_address.is_empty() {
+            task_api_address = given.task_api_address;
+        }
+        if task_api_version == 0 {
+            task_api_version = given.task_api_version;
         }
         let runtime =
             if request.runtime_path.is_empty() { container.runtime.name } else { request.runtime_path };
@@ -93,13 +133,13 @@ impl TasksApi for TasksService {
                 stderr: request.stderr,
                 terminal: request.terminal,
             },
-            checkpoint: String::new(),
+            checkpoint,
             runtime,
             task_options: request.options.map(any_from_wire),
             runtime_options: container.runtime.options,
             sandbox_id: container.sandbox,
-            task_api_address: request.task_api_address,
-            task_api_version: request.task_api_version,
+            task_api_address,
+            task_api_version,
         };
         let container_id = options.container_id.clone();
         let pid = self.tasks.create(scope.namespace(), options).await.map_err(from)?;
@@ -228,8 +268,19 @@ impl TasksApi for TasksService {
         &self,
         request: Request<wire::CheckpointTaskRequest>,
     ) -> Result<Response<wire::CheckpointTaskResponse>, Status> {
-        Context::of(&request).scope()?;
-        Err(unimplemented("checkpoint of a task"))
+        let scope = Context::of(&request).scope()?;
+        let wire::CheckpointTaskRequest { container_id, options, .. } = request.into_inner();
+        let blobs =
+            self.checkpoints.take(&scope, &container_id, options.map(any_from_wire)).await.map_err(from)?;
+        let descriptor = |blob: checkpoint::Blob| types::Descriptor {
+            media_type: blob.media_type.to_owned(),
+            digest: blob.digest.to_string(),
+            size: i64::try_from(blob.size).unwrap_or(i64::MAX),
+            ..Default::default()
+        };
+        Ok(Response::new(wire::CheckpointTaskResponse {
+            descriptors: blobs.into_iter().map(descriptor).collect(),
+        }))
     }
 
     async fn update(&self, request: Request<wire::UpdateTaskRequest>) -> Result<Response<()>, Status> {

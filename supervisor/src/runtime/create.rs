@@ -7,8 +7,10 @@ use davit_model::{Any, Coded, ErrorCode, error::chain};
 use davit_shim_protocol::address;
 use davit_shim_protocol::bootstrap::{PROTOCOL_TTRPC, RUNC_OPTIONS, StartResult, VERSION_3};
 use davit_shim_protocol::bundle::BundleError;
+use davit_snapshotter::layer;
 use tracing::{Instrument, Span, debug, info, warn};
 
+use super::checkpoint::{Checkpoint, ROOTFS_DIFF};
 use super::log::Log;
 use super::owner::{Context, Message};
 use super::shim::Shim;
@@ -36,10 +38,15 @@ pub(super) async fn run(context: Context, binary: PathBuf, options: CreateOption
 async fn create(context: &Context, binary: &Path, mut options: CreateOptions) -> Result<(Shim, u32), Error> {
     let bundle_error = |source| Error::Bundle { id: context.id().to_owned(), source };
     let (bundle, spec, remembered) = (context.bundle.clone(), options.spec.take(), binary.to_owned());
+    let checkpoint = options.checkpoint.clone();
     blocking(&context.shared.lane, move || {
         bundle.create(spec.as_ref().map(|spec| spec.value.as_slice()))?;
         // From here on a daemon that finds the bundle can clean up.
-        bundle.write_binary(&remembered).inspect_err(|_| {
+        let written = bundle.write_binary(&remembered).and_then(|()| match checkpoint {
+            Checkpoint::Unpacked(folder) => bundle.take_checkpoint(folder.path()),
+            Checkpoint::None | Checkpoint::Folder(_) | Checkpoint::FolderAndRootfs(_) => Ok(()),
+        });
+        written.inspect_err(|_| {
             // The first error is the one to tell.
             let _ = bundle.delete();
         })
@@ -102,13 +109,18 @@ async fn bring_up(
     made.shim = Some(shim.clone());
     recorded.map_err(|source| start_error(ShimError::Record { source }))?;
     tokio::spawn(log.follow(shim.closed()).instrument(Span::current()));
-    let pid = shim
+    let images = match &options.checkpoint {
+        Checkpoint::None => String::new(),
+        Checkpoint::Folder(path) | Checkpoint::FolderAndRootfs(path) => path.display().to_string(),
+        Checkpoint::Unpacked(_) => context.bundle.checkpoint().display().to_string(),
+    };
+    let mut pid = shim
         .create(
             config.timeouts.create,
             context.bundle.path(),
             options.rootfs,
             options.stdio,
-            options.checkpoint,
+            images,
             shim_options,
         )
         .await
@@ -116,7 +128,30 @@ async fn bring_up(
             Error::Shim { code, message } => Error::Create { code, message },
             other => other,
         })?;
+    if let Checkpoint::FolderAndRootfs(path) = &options.checkpoint {
+        apply_rootfs_diff(context, path).await?;
+        pid = shim.start("").await?;
+    }
     Ok((shim, pid))
+}
+
+/// Puts what the container had written at its checkpoint into the root filesystem that the shim has mounted, if that lies
+/// beside the images.
+async fn apply_rootfs_diff(context: &Context, images: &Path) -> Result<(), Error> {
+    let path = images.parent().unwrap_or(images).join(ROOTFS_DIFF);
+    let rootfs = context.bundle.path().join("rootfs");
+    let (archive, lane) = (path.clone(), &context.shared.lane);
+    let apply = move || match std::fs::File::open(&archive) {
+        Ok(archive) => layer::apply_to_folder(archive, &rootfs).map(drop),
+        Err(error) => {
+            debug!(%error, path = %archive.display(), "no changes of the root filesystem");
+            Ok(())
+        }
+    };
+    match lane.run(apply).await {
+        Ok(applied) => applied.map_err(|source| Error::RootfsDiff { path, source }),
+        Err(_) => Err(Error::Stopping),
+    }
 }
 
 /// The shim that the container is to join instead of getting its own: the one that a sandbox controller

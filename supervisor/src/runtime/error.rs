@@ -128,6 +128,20 @@ pub enum Error {
         /// Why.
         source: BundleError,
     },
+    /// There is no place for a checkpoint.
+    #[error("folder for a checkpoint")]
+    CheckpointFolder {
+        /// Why.
+        source: BundleError,
+    },
+    /// What a restored container had written cannot be put into its root filesystem.
+    #[error("unpacking of rootfs-diff archive {} failed", path.display())]
+    RootfsDiff {
+        /// The archive.
+        path: PathBuf,
+        /// Why.
+        source: davit_snapshotter::layer::Error,
+    },
     /// The task of a container in a sandbox was to join a shim that cannot be reached this way.
     #[error("task API address {address:?} is not of the form ttrpc+unix://PATH")]
     TaskApiAddress {
@@ -171,7 +185,8 @@ impl Coded for Error {
             Error::Protocol { source, .. } => source.code(),
             Error::Shared { source } => source.code(),
             Error::StartShim { source } => source.code(),
-            Error::Bundle { source, .. } => source.code(),
+            Error::Bundle { source, .. } | Error::CheckpointFolder { source } => source.code(),
+            Error::RootfsDiff { source, .. } => source.code(),
         }
     }
 
@@ -198,6 +213,8 @@ impl Coded for Error {
             | Error::Create { .. }
             | Error::StartShim { .. }
             | Error::Bundle { .. }
+            | Error::CheckpointFolder { .. }
+            | Error::RootfsDiff { .. }
             | Error::TaskApiAddress { .. }
             | Error::NotUpgradable { .. }
             | Error::Stopping => None,

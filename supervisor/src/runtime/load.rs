@@ -192,6 +192,10 @@ impl Job {
                     log.until(shim.closed());
                 }
                 context.report(Message::Found { shim, pid, exit: init.exit() }).await;
+                if status != Status::Created {
+                    // An earlier daemon may not have come to it.
+                    context.shared.remove_folder_later(context.bundle.checkpoint());
+                }
                 match status {
                     _ if recorded => {}
                     Status::Created | Status::Stopped => {

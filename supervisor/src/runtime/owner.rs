@@ -178,7 +178,7 @@ impl Owner {
         create: Option<Reply<u32>>,
     ) -> Owner {
         let (owner, mailbox) = mpsc::channel(MAILBOX);
-        let bundle = Bundle::new(&shared.config.state, &shared.config.root, namespace, id);
+        let bundle = shared.bundle(namespace, id);
         let phase = machine.phase();
         let view = watch::Sender::new(View { phase, pid: 0, shim: None, delete_published: false });
         Owner {

@@ -1,11 +1,12 @@
 //! Which tasks there are, and the way to the owner of each.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use davit_model::error::chain;
-use davit_shim_protocol::bundle::PutAway;
+use davit_shim_protocol::bundle::{self, Bundle, PutAway};
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::TaskTracker;
 use tracing::{Instrument, warn};
@@ -112,6 +113,11 @@ impl Shared {
         Shared { config, hub, lane: Lane::runtime(), sandboxes, tasks, removals }
     }
 
+    /// The bundle of a container, whether or not it exists.
+    pub(super) fn bundle(&self, namespace: &str, id: &str) -> Bundle {
+        Bundle::new(&self.config.state, &self.config.root, namespace, id)
+    }
+
     pub(super) fn get(&self, namespace: &str, id: &str) -> Option<Handle> {
         self.tasks().get(&(namespace.to_owned(), id.to_owned())).cloned()
     }
@@ -158,6 +164,17 @@ impl Shared {
                     error = chain(&error),
                     "cannot remove the files of a deleted task; the next daemon will"
                 );
+            }
+        };
+        self.removals.spawn(remove.in_current_span());
+    }
+
+    /// Removes the folder of a checkpoint, in the background. It may be gone already.
+    pub(super) fn remove_folder_later(&self, path: PathBuf) {
+        let lane = self.lane.clone();
+        let remove = async move {
+            if let Err(error) = blocking(&lane, move || bundle::remove_stale(&path)).await {
+                warn!(error = chain(&error), "cannot remove a checkpoint that has served");
             }
         };
         self.removals.spawn(remove.in_current_span());

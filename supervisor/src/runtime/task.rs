@@ -5,6 +5,8 @@ use std::time::SystemTime;
 
 use davit_model::{Any, Mount};
 
+use super::checkpoint::Checkpoint;
+
 /// Where the standard streams of a process go: paths of FIFOs, or URIs (`fifo://`, `file://`, `binary://`).
 /// An empty text is `/dev/null`. The shim carries them out; the daemon only passes them on.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -31,8 +33,8 @@ pub struct CreateOptions {
     pub rootfs: Vec<Mount>,
     /// The standard streams of the init process.
     pub stdio: Stdio,
-    /// A folder with a checkpoint to restore from; empty for a fresh start.
-    pub checkpoint: String,
+    /// What it is restored from, if it is not to be started afresh.
+    pub checkpoint: Checkpoint,
     /// `io.containerd.runc.v2` and the like, or the absolute path of a shim: the container's runtime, or the
     /// request's `runtime_path` when that is not empty.
     pub runtime: String,
