@@ -17,6 +17,7 @@ pub mod metrics;
 pub mod mounts;
 pub mod plugins;
 pub mod proxy;
+pub mod proxy;
 pub mod publish;
 pub mod restart;
 pub mod runtime;

@@ -5,7 +5,9 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use davit_model::filter::Adaptor;
+use davit_oci::platform::Platform;
 
+use crate::config::{ProxyKind, ProxyPlugin};
 use crate::restart;
 
 /// One entry of the list.
@@ -17,8 +19,8 @@ pub struct Plugin {
     pub id: String,
     /// The types that it builds on.
     pub requires: Vec<String>,
-    /// True where the entry works on the platform of this machine in particular.
-    pub on_platform: bool,
+    /// The platform that the entry works on in particular: mostly that of this machine.
+    pub platform: Option<Platform>,
     /// What it can do beyond its interface.
     pub capabilities: Vec<String>,
     /// What it tells: folders, schemes.
@@ -54,8 +56,24 @@ impl Plugin {
         plugin.export("service", service)
     }
 
+    /// A proxy plugin. What its configuration says is all that is known of it.
+    pub fn proxy(name: &str, plugin: &ProxyPlugin) -> Plugin {
+        let kind = match plugin.kind {
+            ProxyKind::Snapshot => "snapshotter.v1",
+            ProxyKind::Content => "content.v1",
+            ProxyKind::Diff => "differ.v1",
+            ProxyKind::Sandbox => "sandbox.controller.v1",
+        };
+        Plugin {
+            platform: Some(plugin.platform()),
+            capabilities: plugin.capabilities.clone(),
+            exports: plugin.exports(),
+            ..Plugin::new(kind, name, &[])
+        }
+    }
+
     fn on_platform(mut self) -> Plugin {
-        self.on_platform = true;
+        self.platform = Some(Platform::host());
         self
     }
 
@@ -154,6 +172,15 @@ pub fn list(
     plugins
 }
 
+/// Puts proxy plugins into the list, each in place of what it replaces: the content store is one, others have names.
+pub fn replace(plugins: &mut Vec<Plugin>, proxies: Vec<Plugin>) {
+    for proxy in proxies {
+        let is_content = proxy.kind == "io.containerd.content.v1";
+        plugins.retain(|plugin| plugin.kind != proxy.kind || (plugin.id != proxy.id && !is_content));
+        plugins.push(proxy);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -168,7 +195,7 @@ mod tests {
             let filter = Filter::parse(&[filter.to_owned()]).unwrap();
             plugins.iter().filter(|plugin| filter.matches(*plugin)).collect::<Vec<_>>()
         };
-        assert!(find("type==io.containerd.runtime.v2").iter().all(|plugin| plugin.on_platform));
+        assert!(find("type==io.containerd.runtime.v2").iter().all(|plugin| plugin.platform.is_some()));
         assert_eq!(find("type==io.containerd.snapshotter.v1, id==overlayfs").len(), 1);
         assert_eq!(
             find("type==io.containerd.snapshotter.v1,id==native")[0].init_error.as_deref(),

@@ -35,7 +35,8 @@ use crate::grpc::{self, notice};
 use crate::metadata::{Metadata, Parts, Scope, Sharing, gc};
 use crate::metrics::{self, Source};
 use crate::mounts::Targets;
-use crate::plugins::{self, SnapshotterEntry};
+use crate::plugins::{self, Plugin, SnapshotterEntry};
+use crate::proxy::Proxies;
 use crate::restart::Monitor;
 use crate::runtime::{self, Sandboxes, Tasks};
 use authority::AnyAuthority;
@@ -86,7 +87,7 @@ pub async fn run(config: Config) -> Result<()> {
     }
 
     let opening = config.clone();
-    let Stores { db, history, hub, metadata, snapshotters: entries } =
+    let Stores { db, history, hub, metadata, snapshotters: entries, proxies } =
         tokio::task::spawn_blocking(move || open_stores(&opening)).await??;
     let stop = CancellationToken::new();
     let collector = tokio::spawn(metadata.clone().run_collector(gc::Config::default(), stop.clone()));
@@ -122,7 +123,8 @@ pub async fn run(config: Config) -> Result<()> {
     tokio::spawn(loading.finished());
 
     let (content, logs) = (text(&config.root.join(CONTENT)), text(&config.root.join(LOGS)));
-    let plugins = plugins::list(&content, &logs, tasks.starts_own_shims(), entries);
+    let mut plugins = plugins::list(&content, &logs, tasks.starts_own_shims(), entries);
+    plugins::replace(&mut plugins, proxies);
     if let Some(listener) = metrics_listener {
         let version = grpc::version::told();
         let source = Source { metadata: metadata.clone(), tasks: tasks.clone(), version, started };
@@ -170,6 +172,7 @@ struct Stores {
     hub: Hub,
     metadata: Metadata,
     snapshotters: Vec<SnapshotterEntry>,
+    proxies: Vec<Plugin>,
 }
 
 /// Opens what is on disk. Blocks.
@@ -184,14 +187,16 @@ fn open_stores(config: &Config) -> Result<Stores> {
     let history = History::open(&root.join(EVENTS), Limits::default())?;
     let hub = Hub::with_history(notice::READING, history.clone());
     let store = Store::open(&root.join(CONTENT)).context("cannot open the content store")?;
-    let (snapshotters, entries) = open_snapshotters(root, &db);
+    let (mut snapshotters, entries) = open_snapshotters(root, &db);
+    let proxies = Proxies::open(&config.proxy_plugins);
+    snapshotters.extend(proxies.snapshotters);
     let telling = hub.clone();
     let events = Arc::new(move |namespace: &str, event| telling.publish(notice::envelope(namespace, event)));
     let mounts = Targets::open(&config.state.join(MOUNTS).join("t"), root)
         .context("cannot open the folder of mounts")?;
     let parts = Parts { db: db.clone(), store, snapshotters, mounts, sharing: Sharing::Shared, events };
     let metadata = Metadata::open(parts).context("cannot open the metadata")?;
-    Ok(Stores { db, history, hub, metadata, snapshotters: entries })
+    Ok(Stores { db, history, hub, metadata, snapshotters: entries, proxies: proxies.entries })
 }
 
 type Snapshotters = BTreeMap<String, Arc<dyn Snapshotter>>;

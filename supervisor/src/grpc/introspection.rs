@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use davit_model::{ErrorCode, Filter};
+use davit_oci::platform;
 use davit_proto::any;
 use davit_proto::containerd::services::introspection::v1 as wire;
 use davit_proto::containerd::services::introspection::v1::introspection_server::Introspection;
@@ -71,23 +72,18 @@ impl IntrospectionService {
     }
 }
 
-/// The name that Go, and so the wire, has for the architecture of this machine.
-fn architecture() -> &'static str {
-    match std::env::consts::ARCH {
-        "x86_64" => "amd64",
-        "aarch64" => "arm64",
-        other => other,
-    }
-}
-
 fn to_wire(plugin: &Plugin) -> wire::Plugin {
-    let platform =
-        Platform { os: "linux".into(), architecture: architecture().into(), ..Platform::default() };
+    let platform = |platform: &platform::Platform| Platform {
+        os: platform.os.clone(),
+        architecture: platform.architecture.clone(),
+        variant: platform.variant.clone(),
+        ..Platform::default()
+    };
     wire::Plugin {
         r#type: plugin.kind.clone(),
         id: plugin.id.clone(),
         requires: plugin.requires.clone(),
-        platforms: if plugin.on_platform { vec![platform] } else { Vec::new() },
+        platforms: plugin.platform.iter().map(platform).collect(),
         exports: plugin.exports.clone(),
         capabilities: plugin.capabilities.clone(),
         init_err: plugin.init_error.as_ref().map(|text| rpc::Status {

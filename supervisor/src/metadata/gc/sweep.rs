@@ -206,7 +206,6 @@ pub(super) fn snapshots(metadata: &Metadata, name: &str) -> Result<(), Error> {
             Err(error) if error.code() == ErrorCode::NotFound => {}
             // One that does not answer gets its time once, and not for each snapshot.
             Err(error) if matches!(error.code(), ErrorCode::DeadlineExceeded | ErrorCode::Unavailable) => {
-                inner.mark_dirty(Dirty { snapshotters: [name.to_owned()].into(), ..Dirty::default() });
                 return Err(error.into());
             }
             // One failure must not keep all others from being removed.
