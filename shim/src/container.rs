@@ -46,6 +46,8 @@ use crate::sync::{Condition, Lock};
 /// The status of a process whose end could not be observed (containerd `UnknownExitStatus`).
 const UNKNOWN_STATUS: u32 = 255;
 
+const STREAMS_TIMED_OUT: TaskError = TaskError::TimedOut { what: "opening of the streams" };
+
 /// The time for a call of the runtime that no client waits for, but the news of an exit.
 const OWN_CALL: Duration = Duration::from_secs(10);
 /// The time for removing by force what a runtime has left.
@@ -152,21 +154,23 @@ impl Container {
         let create = async |pid_file: &Path, socket: Option<&Path>, ends| {
             Ok(runtime.create(&self.id, pid_file, socket, flags, ends).await?)
         };
-        self.make_init(create).await
+        self.make_init(create, deadline).await
     }
 
     /// Brings the container and its init process to life by `make`, a call of the runtime.
     async fn make_init(
         self: &Rc<Container>,
         make: impl AsyncFnOnce(&Path, Option<&Path>, ChildStdio) -> Result<(), TaskError>,
+        deadline: Deadline,
     ) -> Result<(), TaskError> {
         let pid_file = self.bundle.join("init.pid");
-        let (console, streams, ends) = self.open_streams(&self.init).await?;
+        let (console, streams, ends) = self.open_streams(&self.init, deadline).await?;
         // Not before: a logger may take long to be ready, and orphans are not reaped meanwhile.
         let starting = Starting::begin();
         let socket = console.as_ref().map(ConsoleSocket::path);
-        let made = match make(&pid_file, socket, ends).await {
-            Ok(()) => self.take_init(&pid_file, console, streams).await,
+        let made = make(&pid_file, socket, ends).await.and_then(|()| adopt(read_pid(&pid_file)?));
+        let made = match made {
+            Ok(awaited) => self.take_init(awaited, console, streams, deadline).await,
             Err(error) => {
                 if let Some(streams) = streams {
                     streams.close();
@@ -185,13 +189,14 @@ impl Container {
 
     async fn take_init(
         &self,
-        pid_file: &Path,
+        awaited: Awaited,
         console: Option<ConsoleSocket>,
         streams: Option<Streams>,
+        deadline: Deadline,
     ) -> Result<(), TaskError> {
-        self.init.adopt(Rc::new(adopt(read_pid(pid_file)?)?));
+        self.init.adopt(Rc::new(awaited));
         self.record_start(&self.init);
-        self.take_streams(&self.init, console, streams).await
+        self.take_streams(&self.init, console, streams, deadline).await
     }
 
     /// Removes what a failed creation has left. A runtime that fails by itself leaves nothing, and is not asked.
@@ -378,7 +383,7 @@ impl Container {
         let restore = async |pid_file: &Path, socket: Option<&Path>, ends| {
             checkpoint::restore(&runtime, &self.id, checkpoint, pid_file, socket, ends).await
         };
-        let revived = self.make_init(restore).await;
+        let revived = self.make_init(restore, deadline).await;
         match &revived {
             Ok(()) => *self.checkpoint.borrow_mut() = None,
             Err(_) => {
@@ -389,16 +394,19 @@ impl Container {
         revived
     }
 
+    /// Opens what a process is to write to and read from. A logger may never be ready, and the filesystem of a log hang.
     async fn open_streams(
         &self,
         process: &Process,
+        deadline: Deadline,
     ) -> Result<(Option<ConsoleSocket>, Option<Streams>, ChildStdio), TaskError> {
         if process.stdio.terminal {
             let socket = ConsoleSocket::listen(&self.shim.socket_dir, &self.bundle);
             let socket = socket.map_err(|source| TaskError::Console { source })?;
             return Ok((Some(socket), None, ChildStdio::default()));
         }
-        let opened = Streams::pipes(&process.stdio, &self.owner(process)).await;
+        let owner = self.owner(process);
+        let opened = deadline.bound(Streams::pipes(&process.stdio, &owner)).await.ok_or(STREAMS_TIMED_OUT)?;
         let (streams, ends) = opened.map_err(TaskError::Stdio)?;
         Ok((None, Some(streams), ends))
     }
@@ -408,11 +416,13 @@ impl Container {
         process: &Process,
         console: Option<ConsoleSocket>,
         streams: Option<Streams>,
+        deadline: Deadline,
     ) -> Result<(), TaskError> {
         if let Some(console) = console {
             let master = console.receive().await.map_err(|source| TaskError::Console { source })?;
-            let streams = Streams::terminal(&process.stdio, &self.owner(process), master).await;
-            process.set_streams(streams.map_err(TaskError::Stdio)?);
+            let owner = self.owner(process);
+            let streams = deadline.bound(Streams::terminal(&process.stdio, &owner, master)).await;
+            process.set_streams(streams.ok_or(STREAMS_TIMED_OUT)?.map_err(TaskError::Stdio)?);
         }
         if let Some(streams) = streams {
             streams.start(&process.stdio.stdin).map_err(TaskError::Stdio)?;

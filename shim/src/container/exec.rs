@@ -68,20 +68,15 @@ impl Container {
         let pid_file = self.exec_pid_file(exec);
         // What an exec that failed has left must not be taken for this one's.
         let _ = std::fs::remove_file(&pid_file);
-        let (console, streams, ends) = self.open_streams(exec).await?;
+        let opened = self.while_init_lives(self.open_streams(exec, deadline)).await;
+        let (console, streams, ends) = opened.inspect_err(|_| exec.set_failed(true))?;
         // Not before: a logger may take long to be ready, and orphans are not reaped meanwhile.
         let starting = Starting::begin();
         let socket = console.as_ref().map(ConsoleSocket::path);
         let runtime = self.runtime.until(deadline);
-        let work = runtime.exec(&self.id, &exec.id, &exec.document, &pid_file, socket, ends);
-        // Init's exit waits for those of all execs: a runtime that hangs must not hold it back. Nothing can be executed in
-        // a container that is dead.
-        let init_dead = self.changed.until(|| self.init_dead.get());
-        let started = match race(work, init_dead).await {
-            Either::First(result) => result.map_err(TaskError::from),
-            Either::Second(()) => Err(TaskError::InitNotRunning { id: self.id.clone() }),
-        };
-        let started = started.and_then(|()| adopt(read_pid(&pid_file)?));
+        let work =
+            async { Ok(runtime.exec(&self.id, &exec.id, &exec.document, &pid_file, socket, ends).await?) };
+        let started = self.while_init_lives(work).await.and_then(|()| adopt(read_pid(&pid_file)?));
         let awaited = match started {
             Ok(awaited) => Rc::new(awaited),
             Err(error) => {
@@ -101,7 +96,7 @@ impl Container {
         drop(starting);
         exec.adopt(awaited.clone());
         self.record_start(exec);
-        let streams = self.take_streams(exec, console, streams).await;
+        let streams = self.while_init_lives(self.take_streams(exec, console, streams, deadline)).await;
         if streams.is_err() {
             let _ = awaited.signal(nix::libc::SIGKILL);
         }
@@ -118,6 +113,18 @@ impl Container {
             exec.set_ended(ended);
         }
         streams.map(|()| pid)
+    }
+
+    /// Does the work, unless init is dead before. Init's exit waits for those of all execs: a logger that is not ready or a
+    /// runtime that hangs must not hold it back. Nothing can be executed in a container that is dead.
+    async fn while_init_lives<T>(
+        &self,
+        work: impl Future<Output = Result<T, TaskError>>,
+    ) -> Result<T, TaskError> {
+        match race(work, self.changed.until(|| self.init_dead.get())).await {
+            Either::First(result) => result,
+            Either::Second(()) => Err(TaskError::InitNotRunning { id: self.id.clone() }),
+        }
     }
 
     pub(super) fn watch_exec(self: &Rc<Container>, exec: Rc<Process>, awaited: Rc<Awaited>) {
@@ -147,6 +154,10 @@ impl Container {
         }
         exec.close_streams().await;
         let _ = std::fs::remove_file(self.exec_pid_file(exec));
+        if exec.state() == State::Created {
+            // Whoever waits for its end waits for nothing.
+            exec.set_failed(true);
+        }
         exec.set_state(State::Deleted);
         self.execs.borrow_mut().remove(&exec.id);
         self.journal.forget(&exec.id);

@@ -1,15 +1,19 @@
 //! Create, start, exec, kill, delete: states, exit statuses, the order of events, and errors.
 
+use std::io::{Read, Write};
 use std::path::Path;
 use std::time::Duration;
 
 use davit_model::ErrorCode;
 use davit_proto::containerd::task::v3::{
     DeleteRequest, DeleteResponse, KillRequest, PauseRequest, ResumeRequest, StateRequest, StateResponse,
+    WaitRequest, WaitResponse,
 };
 use davit_proto::containerd::v1::types::Status;
+use davit_shim_protocol::frame::{self, Decoder, Received};
+use prost::Message;
 
-use crate::support::{Client, Host, cannot_run, children, eventually};
+use crate::support::{Client, Host, PATIENCE, cannot_run, children, eventually};
 
 #[test]
 fn a_container_lives_and_dies() {
@@ -319,6 +323,40 @@ fn no_exec_can_take_the_place_of_init() {
     client.wait(id, "init").unwrap();
     client.delete(id, "init").unwrap();
     assert_eq!(noted(), pid.to_string());
+    client.finish(id);
+}
+
+#[test]
+fn who_waits_for_an_exec_that_never_starts_is_told() {
+    if cannot_run() {
+        return;
+    }
+    let host = Host::new();
+    let bundle = host.bundle("box", "sleep 1000", |_| ());
+    let client = host.launch(&bundle, &host.create_request(&bundle));
+    let id = bundle.id.as_str();
+    client.exec(id, "e", "true").unwrap();
+    // On one connection, so that the shim has the first call when it carries out the second.
+    let mut stream = std::os::unix::net::UnixStream::connect(client.socket()).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let wait = WaitRequest { id: id.to_owned(), exec_id: "e".to_owned() }.encode_to_vec();
+    let delete = DeleteRequest { id: id.to_owned(), exec_id: "e".to_owned() }.encode_to_vec();
+    for (number, method, request) in [(1, "Wait", wait), (3, "Delete", delete)] {
+        let request = frame::request("containerd.task.v3.Task", method, request, None, &[]);
+        stream.write_all(&frame::encode_request(number, &request).unwrap()).unwrap();
+    }
+    let mut decoder = Decoder::new();
+    let mut waited = None;
+    while waited.is_none() {
+        let mut buffer = [0; 4096];
+        let count = stream.read(&mut buffer).unwrap();
+        decoder.feed(&buffer[..count]);
+        while let Some(Received::Frame(frame)) = decoder.next_frame() {
+            let reply = frame::decode_response(&frame.payload).unwrap();
+            waited = waited.or((frame.stream == 1).then_some(reply));
+        }
+    }
+    assert_eq!(WaitResponse::decode(&*waited.unwrap()).unwrap().exit_status, 255);
     client.finish(id);
 }
 

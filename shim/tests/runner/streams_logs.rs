@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use davit_proto::containerd::task::v3::CreateTaskRequest;
+use davit_model::ErrorCode;
+use davit_proto::containerd::task::v3::{CreateTaskRequest, ExecProcessRequest};
 use serde_json::Value;
 
 use crate::support::{Bundle, Client, Host, cannot_run, children, eventually};
@@ -249,6 +250,49 @@ fn a_logger_of_what_never_ran_is_ended() {
     let gone = format!("/proc/{}", logger.unwrap());
     eventually("the logger is ended", || !Path::new(&gone).exists());
     client.shutdown();
+}
+
+/// A program that never says that it is ready costs whoever wants it the time that they have, and nothing else.
+#[test]
+fn a_logger_that_is_never_ready_holds_up_nobody() {
+    const LIMIT: Option<Duration> = Some(Duration::from_secs(1));
+    if cannot_run() {
+        return;
+    }
+    let host = Host::new();
+    let pids = host.path("pids");
+    let logger =
+        host.script("logger", &format!("#!/bin/sh\necho $$ >>{}\nexec sleep 1000\n", pids.display()));
+    let stdout = format!("binary://{}", logger.display());
+    let bundle = host.bundle("box", "sleep 1000", |_| ());
+    let client = host.start(&bundle);
+    let id = bundle.id.as_str();
+    let screen = host.bundle("screen", "sleep 1000", |config| config["process"]["terminal"] = true.into());
+    for (bundle, terminal) in [(&bundle, false), (&screen, true)] {
+        let request = CreateTaskRequest { stdout: stdout.clone(), terminal, ..host.create_request(bundle) };
+        let created = client.call_version::<()>("containerd.task.v3.Task", "Create", &request, LIMIT);
+        let error = created.unwrap_err();
+        assert_eq!(error.code, ErrorCode::DeadlineExceeded, "{error}");
+    }
+    // The id is free, and so is the rest.
+    client.create(&host.create_request(&bundle)).unwrap();
+    client.start(id, "").unwrap();
+    let exec = ExecProcessRequest { stdout, ..Client::exec_request(id, "e", "true") };
+    client.act("Exec", &exec).unwrap();
+    std::thread::scope(|scope| {
+        let (waiting, starting) = (client.again(), client.again());
+        let waited = scope.spawn(move || waiting.wait(id, "e").unwrap().exit_status);
+        let started = scope.spawn(move || starting.start(id, "e").unwrap_err());
+        let count = || std::fs::read_to_string(&pids).unwrap_or_default().lines().count();
+        eventually("the exec waits for its logger", || count() == 3);
+        client.kill(id, "", 9).unwrap();
+        assert_eq!(client.wait(id, "").unwrap().exit_status, 137);
+        assert_eq!(started.join().unwrap().code, ErrorCode::FailedPrecondition);
+        assert_eq!(waited.join().unwrap(), 255);
+    });
+    let all = std::fs::read_to_string(&pids).unwrap();
+    eventually("no logger is left", || all.lines().all(|pid| !Path::new(&format!("/proc/{pid}")).exists()));
+    client.finish(id);
 }
 
 #[test]
