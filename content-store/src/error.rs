@@ -81,6 +81,14 @@ pub enum Error {
         /// What should be there.
         expected: &'static str,
     },
+    /// A store in another process answered with an error.
+    #[error("{message}")]
+    Remote {
+        /// Its class.
+        code: ErrorCode,
+        /// Its text.
+        message: String,
+    },
     /// A system call failed.
     #[error("{operation} {}", path.display())]
     Io {
@@ -128,6 +136,7 @@ impl Coded for Error {
                 ErrorCode::FailedPrecondition
             }
             Error::Foreign { .. } => ErrorCode::DataLoss,
+            Error::Remote { code, .. } => *code,
             Error::Io { source, .. } => match source.kind() {
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
                     ErrorCode::ResourceExhausted

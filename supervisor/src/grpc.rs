@@ -49,6 +49,7 @@ use tonic::service::Routes;
 
 use crate::checkpoint::Checkpoints;
 use crate::config;
+use crate::differs::Differs;
 use crate::events::{History, Hub};
 use crate::lane::Lane;
 use crate::metadata::Metadata;
@@ -68,6 +69,10 @@ pub struct Parts {
     pub hub: Hub,
     /// What has happened.
     pub history: History,
+    /// Who makes and applies layers.
+    pub differs: Differs,
+    /// Where they do.
+    pub layers: Lane,
     /// What clients are told that there is.
     pub plugins: Arc<[Plugin]>,
 }
@@ -77,7 +82,7 @@ pub struct Parts {
 /// # Errors
 /// The identity can be neither read nor written.
 pub async fn routes(parts: Parts, identity: &Path, limits: &config::Grpc) -> io::Result<Routes> {
-    let Parts { metadata, tasks, sandboxes, hub, history, plugins } = parts;
+    let Parts { metadata, tasks, sandboxes, hub, history, differs, layers, plugins } = parts;
     let introspection = introspection::IntrospectionService::open(identity, plugins, tasks.clone())?;
     let (health, health_server) = tonic_health::server::health_reporter();
     health.set_service_status("", tonic_health::ServingStatus::Serving).await;
@@ -100,10 +105,9 @@ pub async fn routes(parts: Parts, identity: &Path, limits: &config::Grpc) -> io:
     let routes = serve!(routes, ImagesServer, images::ImagesService::new(metadata.clone()));
     let routes = serve!(routes, ContainersServer, containers::ContainersService::new(metadata.clone()));
     let routes = serve!(routes, SnapshotsServer, snapshots::SnapshotsService::new(metadata.clone()));
-    let layers = Lane::layers();
-    let routes = serve!(routes, DiffServer, diff::DiffService::new(metadata.clone(), layers.clone()));
-    let checkpoints = Checkpoints::new(metadata.clone(), tasks.clone(), layers.clone());
-    let transfers = Transfers::new(metadata.clone(), layers);
+    let routes = serve!(routes, DiffServer, diff::DiffService::new(metadata.clone(), differs.clone()));
+    let checkpoints = Checkpoints::new(metadata.clone(), tasks.clone(), layers);
+    let transfers = Transfers::new(metadata.clone(), differs);
     let transfers = transfer::TransferService::new(transfers, metadata.streams().clone());
     let routes = serve!(routes, TransferServer, transfers);
     let routes = serve!(routes, LeasesServer, leases::LeasesService::new(metadata.clone()));

@@ -7,8 +7,10 @@
 //! for; [`checkpoint`]s of tasks become content, and content tasks; [`streams`] are what services and clients say
 //! beside calls; [`transfer`] moves images from and to registries. What blocks goes through a [`lane`].
 
+pub mod blobs;
 pub mod checkpoint;
 pub mod config;
+pub mod differs;
 pub mod events;
 pub mod grpc;
 pub mod lane;
@@ -16,6 +18,7 @@ pub mod metadata;
 pub mod metrics;
 pub mod mounts;
 pub mod plugins;
+pub mod processors;
 pub mod proxy;
 pub mod proxy;
 pub mod publish;

@@ -47,7 +47,6 @@ mod snapshots;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use davit_content_store::Store;
 use davit_metadata::{Db, Txn, View};
 use davit_model::identifier;
 use davit_snapshotter::Snapshotter;
@@ -63,6 +62,7 @@ pub use namespaces::{Namespace, Namespaces};
 pub use sandboxes::{Sandbox, Sandboxes};
 pub use snapshots::{SnapshotInfo, Snapshots};
 
+use crate::blobs::Blobs;
 use crate::lane::Lane;
 use crate::mounts::Targets;
 use crate::streams::Streams;
@@ -84,7 +84,7 @@ pub struct Parts {
     /// The database.
     pub db: Db,
     /// The blobs.
-    pub store: Store,
+    pub store: Blobs,
     /// The snapshotters by name. A name has no slash.
     pub snapshotters: BTreeMap<String, Arc<dyn Snapshotter>>,
     /// Where mounts are made for clients.
@@ -132,7 +132,7 @@ pub struct Metadata {
 
 struct Inner {
     db: Db,
-    store: Store,
+    store: Blobs,
     snapshotters: BTreeMap<String, Arc<dyn Snapshotter>>,
     content_lane: Lane,
     mount_targets: Targets,

@@ -16,6 +16,8 @@
 //! a deadline, an answer has a bounded size, and the error names the plugin and has the plugin's own code.
 
 mod connection;
+mod content;
+mod diff;
 mod snapshots;
 
 use std::collections::BTreeMap;
@@ -27,6 +29,9 @@ use davit_snapshotter::Snapshotter;
 use crate::config::{ProxyKind, ProxyPlugin};
 use crate::plugins::Plugin;
 use connection::Connection;
+pub use connection::Failure;
+pub use content::{ProxyReader, ProxyStore, ProxyWriter};
+pub use diff::ProxyDiffer;
 use snapshots::ProxySnapshotter;
 
 /// The plugins of a configuration.
@@ -34,6 +39,10 @@ use snapshots::ProxySnapshotter;
 pub struct Proxies {
     /// The snapshotters by name.
     pub snapshotters: BTreeMap<String, Arc<dyn Snapshotter>>,
+    /// The content store.
+    pub content: Option<ProxyStore>,
+    /// The differs by name.
+    pub differs: BTreeMap<String, ProxyDiffer>,
     /// What clients are told of all of them.
     pub entries: Vec<Plugin>,
 }
@@ -54,7 +63,11 @@ impl Proxies {
                     let snapshotter = ProxySnapshotter::new(connection, capabilities, exports);
                     proxies.snapshotters.insert(name.clone(), Arc::new(snapshotter));
                 }
-                ProxyKind::Content | ProxyKind::Diff | ProxyKind::Sandbox => {}
+                ProxyKind::Diff => {
+                    proxies.differs.insert(name.clone(), ProxyDiffer::new(connection));
+                }
+                ProxyKind::Content => proxies.content = Some(ProxyStore::new(connection)),
+                ProxyKind::Sandbox => {}
             }
             proxies.entries.push(Plugin::proxy(name, plugin));
         }

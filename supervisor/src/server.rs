@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use davit_content_store::Store;
 use davit_history::Limits;
 use davit_metadata::{Db, EngineKind};
@@ -28,15 +28,18 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
+use crate::blobs::Blobs;
 use crate::config::{self, Config, Engine};
 use crate::events::{History, Hub};
+use crate::differs::Differs;
 use crate::grpc::context::ContextLayer;
 use crate::grpc::{self, notice};
+use crate::lane::Lane;
 use crate::metadata::{Metadata, Parts, Scope, Sharing, gc};
 use crate::metrics::{self, Source};
 use crate::mounts::Targets;
 use crate::plugins::{self, Plugin, SnapshotterEntry};
-use crate::proxy::Proxies;
+use crate::proxy::{Proxies, ProxyDiffer};
 use crate::restart::Monitor;
 use crate::runtime::{self, Sandboxes, Tasks};
 use authority::AnyAuthority;
@@ -87,7 +90,7 @@ pub async fn run(config: Config) -> Result<()> {
     }
 
     let opening = config.clone();
-    let Stores { db, history, hub, metadata, snapshotters: entries, proxies } =
+    let Stores { db, history, hub, metadata, snapshotters: entries, differs, proxies } =
         tokio::task::spawn_blocking(move || open_stores(&opening)).await??;
     let stop = CancellationToken::new();
     let collector = tokio::spawn(metadata.clone().run_collector(gc::Config::default(), stop.clone()));
@@ -134,8 +137,13 @@ pub async fn run(config: Config) -> Result<()> {
     let monitor = Monitor::new(metadata.clone(), tasks.clone(), interval);
     tokio::spawn(monitor.run(stop.clone()));
     let settling = tasks.clone();
+    let layers = Lane::layers();
+    let differs = Differs::new(&config.diff, &differs, &config.stream_processors, layers.clone())
+        .map_err(|name| anyhow!("needed differ not loaded: {name}"))?;
     let parts = grpc::Parts {
         metadata,
+        differs,
+        layers,
         tasks,
         sandboxes,
         hub: hub.clone(),
@@ -172,6 +180,7 @@ struct Stores {
     hub: Hub,
     metadata: Metadata,
     snapshotters: Vec<SnapshotterEntry>,
+    differs: BTreeMap<String, ProxyDiffer>,
     proxies: Vec<Plugin>,
 }
 
@@ -186,17 +195,21 @@ fn open_stores(config: &Config) -> Result<Stores> {
     // After the database, which locks the root: the end of the history is cut where a daemon died.
     let history = History::open(&root.join(EVENTS), Limits::default())?;
     let hub = Hub::with_history(notice::READING, history.clone());
-    let store = Store::open(&root.join(CONTENT)).context("cannot open the content store")?;
     let (mut snapshotters, entries) = open_snapshotters(root, &db);
     let proxies = Proxies::open(&config.proxy_plugins);
-    snapshotters.extend(proxies.snapshotters);
+    let Proxies { snapshotters: others, content, differs, entries: proxies } = proxies;
+    let store = match content {
+        Some(proxy) => Blobs::Proxy(proxy),
+        None => Store::open(&root.join(CONTENT)).context("cannot open the content store")?.into(),
+    };
+    snapshotters.extend(others);
     let telling = hub.clone();
     let events = Arc::new(move |namespace: &str, event| telling.publish(notice::envelope(namespace, event)));
     let mounts = Targets::open(&config.state.join(MOUNTS).join("t"), root)
         .context("cannot open the folder of mounts")?;
     let parts = Parts { db: db.clone(), store, snapshotters, mounts, sharing: Sharing::Shared, events };
     let metadata = Metadata::open(parts).context("cannot open the metadata")?;
-    Ok(Stores { db, history, hub, metadata, snapshotters: entries, proxies: proxies.entries })
+    Ok(Stores { db, history, hub, metadata, snapshotters: entries, differs, proxies })
 }
 
 type Snapshotters = BTreeMap<String, Arc<dyn Snapshotter>>;

@@ -27,12 +27,12 @@ use davit_model::{Coded, Digest, ErrorCode, Labels};
 use davit_oci::image::{Descriptor, DocumentError};
 use davit_oci::platform::Platform;
 use davit_oci::reference::Reference;
-use davit_snapshotter::layer;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio::sync::{Semaphore, mpsc};
 
-use crate::lane::{self, Lane};
+use crate::differs::{self, Differs};
+use crate::lane;
 use crate::metadata::{self, Image, Leases, Metadata, Scope, gc};
 pub use export::Platforms as ExportPlatforms;
 use store::NsSource;
@@ -61,7 +61,7 @@ pub enum Error {
         /// The snapshot.
         key: String,
         /// What went wrong.
-        source: Box<layer::Error>,
+        source: Box<differs::Error>,
     },
     /// A layer is not what the configuration of its image says.
     #[error("wrong diff id {found} calculated on extraction of {digest}, expected {wanted}")]
@@ -69,7 +69,7 @@ pub enum Error {
         /// The layer.
         digest: Digest,
         /// What came out.
-        found: Digest,
+        found: String,
         /// What should have.
         wanted: Digest,
     },
@@ -225,14 +225,14 @@ pub type Listener = Arc<dyn Fn(News) + Send + Sync>;
 #[derive(Clone)]
 pub struct Transfers {
     metadata: Metadata,
-    layers: Lane,
+    differs: Differs,
     places: Arc<Semaphore>,
 }
 
 impl Transfers {
-    /// Transfers into and out of `metadata`, with layers unpacked in the lane `layers`.
-    pub fn new(metadata: Metadata, layers: Lane) -> Transfers {
-        Transfers { metadata, layers, places: Arc::new(Semaphore::new(lane::TRANSFERS)) }
+    /// Transfers into and out of `metadata`, with layers unpacked by `differs`.
+    pub fn new(metadata: Metadata, differs: Differs) -> Transfers {
+        Transfers { metadata, differs, places: Arc::new(Semaphore::new(lane::TRANSFERS)) }
     }
 
     /// Pulls an image.

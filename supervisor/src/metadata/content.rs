@@ -16,7 +16,7 @@ mod writer;
 use std::borrow::Cow;
 use std::time::{Duration, SystemTime};
 
-use davit_content_store::{Error as StoreError, Reader, Store};
+use davit_content_store::Error as StoreError;
 use davit_metadata::Txn;
 use davit_model::filter::{Adaptor, Filter, label_field};
 use davit_model::{Digest, Labels};
@@ -30,6 +30,7 @@ use super::schema::{
     self, BlobRecord, IngestRecord, NAMESPACE_PREFIX, NamespaceRecord, Table, time, timestamp,
 };
 use super::{Effects, Metadata, Scope, Sharing, blocking, fields, leases};
+use crate::blobs::{BlobReader, Blobs};
 use crate::lane::Lane;
 
 /// How long an ingest that no lease holds is kept after a writer was opened.
@@ -83,8 +84,13 @@ impl Content {
         Content { metadata, scope }
     }
 
-    fn store(&self) -> &Store {
-        &self.metadata.inner.store
+    fn store(&self) -> Blobs {
+        self.metadata.inner.store.in_namespace(self.scope.namespace())
+    }
+
+    /// The namespace.
+    pub fn namespace(&self) -> &str {
+        self.scope.namespace()
     }
 
     /// Where what blocks on the store has to run; a caller needs it for a reader and for a writer.
@@ -177,9 +183,9 @@ impl Content {
     ///
     /// # Errors
     /// [`Error::NotFound`].
-    pub async fn reader(&self, digest: &Digest) -> Result<Reader, Error> {
+    pub async fn reader(&self, digest: &Digest) -> Result<BlobReader, Error> {
         self.info(digest)?;
-        let (store, digest) = (self.store().clone(), digest.clone());
+        let (store, digest) = (self.store(), digest.clone());
         blocking(self.lane(), move || Ok(store.reader(&digest)?)).await
     }
 
@@ -191,7 +197,7 @@ impl Content {
         let key = Table::Ingest.key(self.scope.namespace(), reference);
         let record: IngestRecord =
             schema::load(&self.metadata.view(), &key)?.ok_or_else(|| no_ingest(reference))?;
-        let (store, reference) = (self.store().clone(), reference.to_owned());
+        let (store, reference) = (self.store(), reference.to_owned());
         blocking(self.lane(), move || Ok(IngestStatus { reference, ..store.status(&record.backend)? })).await
     }
 
@@ -210,7 +216,7 @@ impl Content {
                 wanted.push((reference.to_owned(), record.backend));
             }
         }
-        let store = self.store().clone();
+        let store = self.store();
         let read = move || {
             let mut statuses = Vec::new();
             for (reference, backend) in wanted {
@@ -284,7 +290,7 @@ impl Content {
         let inner = &self.metadata.inner;
         // While we look at a blob that we may come to share, nobody deletes it.
         let _claim = expected.as_ref().map(|digest| inner.blob_claims.share(digest.as_str()));
-        let stored = expected.as_ref().and_then(|digest| inner.store.info(digest).ok());
+        let stored = expected.as_ref().and_then(|digest| self.store().info(digest).ok());
         // Not synced: an ingest that a power cut takes away is begun anew.
         let opened = self.metadata.write_ordered(|txn| {
             let shared = match &expected {
@@ -324,17 +330,15 @@ impl Content {
             Opened::Ingest { backend, shared: Some((digest, size)), .. } => {
                 Ok(NsWriter::shared(self.clone(), reference, backend, digest, size))
             }
-            Opened::Ingest { backend, new, shared: None } => {
-                match inner.store.writer(&backend, total, None) {
-                    Ok(writer) => Ok(NsWriter::new(self.clone(), reference, backend, writer)),
-                    Err(error) => {
-                        if new {
-                            self.forget_ingest(&reference)?;
-                        }
-                        Err(error.into())
+            Opened::Ingest { backend, new, shared: None } => match self.store().writer(&backend, total) {
+                Ok(writer) => Ok(NsWriter::new(self.clone(), reference, backend, writer)),
+                Err(error) => {
+                    if new {
+                        self.forget_ingest(&reference)?;
                     }
+                    Err(error.into())
                 }
-            }
+            },
         }
     }
 

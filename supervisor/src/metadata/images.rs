@@ -7,6 +7,7 @@ use std::time::SystemTime;
 use davit_metadata::Txn;
 use davit_model::filter::{Adaptor, Filter, label_field, text_field};
 use davit_model::{Digest, Labels};
+use davit_oci::image;
 
 use super::error::{Error, Object};
 use super::event::Event;
@@ -26,6 +27,17 @@ pub struct Descriptor {
     pub size: i64,
     /// Free text.
     pub annotations: BTreeMap<String, String>,
+}
+
+impl From<&image::Descriptor> for Descriptor {
+    fn from(descriptor: &image::Descriptor) -> Descriptor {
+        Descriptor {
+            media_type: descriptor.media_type.clone(),
+            digest: descriptor.digest.to_string(),
+            size: i64::try_from(descriptor.size).unwrap_or(i64::MAX),
+            annotations: descriptor.annotations.clone(),
+        }
+    }
 }
 
 /// An image.

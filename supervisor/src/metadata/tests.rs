@@ -42,13 +42,13 @@ impl Fixture {
     fn open(folder: tempfile::TempDir, sharing: Sharing) -> Fixture {
         let path = folder.path();
         let db = Db::open(&path.join("metadata"), EngineKind::Redb).unwrap();
-        let store = Store::open(&path.join("content")).unwrap();
+        let store = davit_content_store::Store::open(&path.join("content")).unwrap();
         let native: Arc<dyn Snapshotter> = Arc::new(Native::open(&path.join(NATIVE), db.clone()).unwrap());
         let events = Arc::new(Mutex::new(Vec::new()));
         let sink = events.clone();
         let metadata = Metadata::open(Parts {
             db,
-            store,
+            store: store.into(),
             snapshotters: BTreeMap::from([(NATIVE.to_owned(), native)]),
             mounts: Targets::open(&path.join("mounts"), path).unwrap(),
             sharing,

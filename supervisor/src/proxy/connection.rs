@@ -3,10 +3,12 @@
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use davit_model::error::chain;
 use davit_model::{Coded, ErrorCode};
+use davit_proto::containerd::services::namespaces::v1::ListNamespacesRequest;
+use davit_proto::containerd::services::namespaces::v1::namespaces_client::NamespacesClient;
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tokio::runtime::Handle;
@@ -19,6 +21,9 @@ use crate::grpc::context::NAMESPACE;
 /// The most bytes of a message, as in containerd.
 pub(super) const MAX_MESSAGE: usize = 16 << 20;
 
+/// The most bytes that a list may take. A walk that does not end ends here.
+pub(super) const MAX_LIST: usize = 64 << 20;
+
 /// How long a socket may take to accept: a backlog that is full is no plugin.
 const CONNECT: Duration = Duration::from_secs(5);
 
@@ -27,6 +32,11 @@ pub(super) const LOOK: Duration = Duration::from_secs(30);
 
 /// How long it may take to change something. A remote snapshotter asks a registry before it answers Prepare.
 pub(super) const CHANGE: Duration = Duration::from_secs(120);
+
+/// The label of a root, by which the collector of a plugin that is a daemon keeps what we make there, and its value, by
+/// which we know it.
+pub(super) const ROOT_LABEL: &str = "containerd.io/gc.root";
+pub(super) const ROOT_VALUE: &str = "davit";
 
 /// What a plugin answered instead of what it was asked for, or that it did not answer.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -44,6 +54,21 @@ impl Coded for Failure {
     fn code(&self) -> ErrorCode {
         self.code
     }
+}
+
+impl Failure {
+    /// Whether the plugin is a daemon, which answers no call without a namespace (containerd `pkg/namespaces`).
+    pub(super) fn wants_namespace(&self) -> bool {
+        self.code == ErrorCode::FailedPrecondition && self.text.contains("namespace is required")
+    }
+}
+
+/// The namespace in a name of the metadata's, `NAMESPACE/NUMBER/NAME`.
+pub(super) fn namespace_of(name: &str) -> Option<&str> {
+    let (namespace, rest) = name.split_once('/')?;
+    let (number, _) = rest.split_once('/')?;
+    let is_number = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
+    (is_number && !namespace.is_empty()).then_some(namespace)
 }
 
 /// A channel to a socket, which is connected to when it is first used, and again after it broke. Needs the runtime.
@@ -83,8 +108,14 @@ impl Connection {
 
     /// A request in a namespace, if there is one, that tells the plugin how long it has.
     pub(super) fn request<T>(&self, namespace: Option<&str>, limit: Duration, message: T) -> Request<T> {
-        let mut request = Request::new(message);
+        let mut request = self.session(namespace, message);
         request.set_timeout(limit);
+        request
+    }
+
+    /// A request for a conversation, each step of which has its own time.
+    pub(super) fn session<T>(&self, namespace: Option<&str>, message: T) -> Request<T> {
+        let mut request = Request::new(message);
         // A namespace is an identifier, which every header can hold.
         if let Some(value) = namespace.and_then(|namespace| MetadataValue::try_from(namespace).ok()) {
             request.metadata_mut().insert(NAMESPACE, value);
@@ -113,6 +144,35 @@ impl Connection {
         self.runtime.block_on(self.answer(limit, call))
     }
 
+    /// What a plugin lists: all of it at once, or, if it is a daemon, what is `ours` in each of its namespaces.
+    pub(super) fn everywhere<T>(
+        &self,
+        list: impl Fn(Option<&str>) -> Result<Vec<T>, Failure>,
+        ours: impl Fn(&str, &T) -> bool,
+    ) -> Result<Vec<T>, Failure> {
+        match list(None) {
+            Err(failure) if failure.wants_namespace() => {}
+            listed => return listed,
+        }
+        let begun = Instant::now();
+        let mut all = Vec::new();
+        for namespace in self.namespaces()? {
+            if begun.elapsed() > CHANGE {
+                return Err(self.late(CHANGE));
+            }
+            all.extend(list(Some(&namespace))?.into_iter().filter(|item| ours(&namespace, item)));
+        }
+        Ok(all)
+    }
+
+    /// The namespaces of a plugin that is a daemon.
+    pub(super) fn namespaces(&self) -> Result<Vec<String>, Failure> {
+        let request = self.request(None, LOOK, ListNamespacesRequest::default());
+        let mut client = NamespacesClient::new(self.channel());
+        let listed = self.wait(LOOK, client.list(request))?.into_inner();
+        Ok(listed.namespaces.into_iter().map(|namespace| namespace.name).collect())
+    }
+
     /// What a status of the plugin, or of the way to it, says.
     pub(super) fn failure(&self, status: &Status) -> Failure {
         let mut text = status.message().to_owned();
@@ -129,12 +189,25 @@ impl Connection {
     }
 
     /// No answer in time.
-    fn late(&self, limit: Duration) -> Failure {
+    pub(super) fn late(&self, limit: Duration) -> Failure {
         self.error(ErrorCode::DeadlineExceeded, format!("no answer within {} seconds", limit.as_secs()))
     }
 
     /// An error of the plugin.
     pub(super) fn error(&self, code: ErrorCode, text: String) -> Failure {
         Failure { plugin: self.plugin.clone(), code, text }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_of_ours_says_its_namespace() {
+        assert_eq!(namespace_of("default/17/extract-1 sha256:a/b"), Some("default"));
+        for other in ["sha256:abc", "default/x/y", "default//y", "/1/y", "default/1"] {
+            assert_eq!(namespace_of(other), None, "{other}");
+        }
     }
 }

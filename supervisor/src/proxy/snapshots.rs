@@ -8,11 +8,9 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::sync::Arc;
-use std::time::{Duration, Instant, UNIX_EPOCH};
+use std::time::{Duration, UNIX_EPOCH};
 
 use davit_model::{Coded, ErrorCode, Labels, Mount};
-use davit_proto::containerd::services::namespaces::v1::ListNamespacesRequest;
-use davit_proto::containerd::services::namespaces::v1::namespaces_client::NamespacesClient;
 use davit_proto::containerd::services::snapshots::v1 as wire;
 use davit_proto::containerd::services::snapshots::v1::snapshots_client::SnapshotsClient;
 use davit_proto::containerd::types;
@@ -21,20 +19,16 @@ use prost::Message;
 use prost_types::FieldMask;
 use tonic::transport::Channel;
 
-use super::connection::{CHANGE, Connection, Failure, LOOK, MAX_MESSAGE};
+use super::connection::{
+    CHANGE, Connection, Failure, LOOK, MAX_LIST, MAX_MESSAGE, ROOT_LABEL, ROOT_VALUE, namespace_of,
+};
 use crate::grpc::convert::{mount_from_wire, time_from_wire};
-
-/// The most bytes that a list of snapshots may take. A walk that does not end ends here.
-const MAX_LIST: usize = 64 << 20;
 
 /// How long all of a list may take, and the count of a snapshot's files.
 const WALK: Duration = CHANGE;
 
 /// How long the plugin may take to delete files.
 const CLEANUP: Duration = Duration::from_secs(600);
-
-/// The label of a root, by which a daemon's collector keeps a snapshot.
-const ROOT_LABEL: &str = "containerd.io/gc.root";
 
 /// A snapshotter behind a socket.
 pub(super) struct ProxySnapshotter {
@@ -51,18 +45,10 @@ impl From<Failure> for Error {
     }
 }
 
-/// The namespace in a key of the metadata, `NAMESPACE/NUMBER/KEY`.
-fn namespace_of(key: &str) -> Option<&str> {
-    let (namespace, rest) = key.split_once('/')?;
-    let (number, _) = rest.split_once('/')?;
-    let is_number = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
-    (is_number && !namespace.is_empty()).then_some(namespace)
-}
-
 /// The labels for the plugin.
 fn rooted(labels: &Labels) -> Labels {
     let mut labels = labels.clone();
-    labels.insert(ROOT_LABEL.to_owned(), "davit".to_owned());
+    labels.insert(ROOT_LABEL.to_owned(), ROOT_VALUE.to_owned());
     labels
 }
 
@@ -127,7 +113,7 @@ impl ProxySnapshotter {
     }
 
     /// All snapshots that the plugin lists in a namespace, of those that `filters` name; by name, each once.
-    fn walk(&self, namespace: Option<&str>, filters: &[String]) -> Result<BTreeMap<String, Info>, Failure> {
+    fn walk(&self, namespace: Option<&str>, filters: &[String]) -> Result<Vec<Info>, Failure> {
         let connection = &self.connection;
         let message = wire::ListSnapshotsRequest { snapshotter: self.name(), filters: filters.to_vec() };
         let request = connection.request(namespace, WALK, message);
@@ -152,15 +138,7 @@ impl ProxySnapshotter {
                 place.insert(info);
             }
         }
-        Ok(infos)
-    }
-
-    /// The namespaces of a plugin that is a daemon.
-    fn namespaces(&self) -> Result<Vec<String>, Failure> {
-        let request = self.connection.request(None, LOOK, ListNamespacesRequest::default());
-        let mut client = NamespacesClient::new(self.connection.channel());
-        let listed = self.connection.wait(LOOK, client.list(request))?;
-        Ok(listed.into_inner().namespaces.into_iter().map(|namespace| namespace.name).collect())
+        Ok(infos.into_values().collect())
     }
 
     fn mounts_of(mounts: Vec<types::Mount>) -> Vec<Mount> {
@@ -244,35 +222,21 @@ impl Snapshotter for ProxySnapshotter {
     }
 
     fn list(&self) -> Result<Vec<Info>, Error> {
-        let failure = match self.walk(self.namespace.as_deref(), &[]) {
-            Ok(infos) => return Ok(infos.into_values().collect()),
-            Err(failure) => failure,
-        };
-        // "namespace is required" (containerd `pkg/namespaces`): this plugin is a daemon.
-        if failure.code != ErrorCode::FailedPrecondition || !failure.text.contains("namespace is required") {
-            return Err(failure.into());
+        if let Some(namespace) = &self.namespace {
+            return Ok(self.walk(Some(namespace), &[])?);
         }
-        let begun = Instant::now();
-        let mut infos = BTreeMap::new();
-        for namespace in self.namespaces()? {
-            if begun.elapsed() > WALK {
-                let text = format!("no whole list within {} seconds", WALK.as_secs());
-                return Err(self.connection.error(ErrorCode::DeadlineExceeded, text).into());
-            }
-            let found = self.walk(Some(&namespace), &[])?;
-            // What has other names there belongs to others.
-            infos.extend(found.into_iter().filter(|(name, _)| namespace_of(name) == Some(&namespace)));
-        }
-        Ok(infos.into_values().collect())
+        let list = |namespace: Option<&str>| self.walk(namespace, &[]);
+        // What has other names in the namespace of a daemon belongs to others.
+        let ours = |namespace: &str, info: &Info| namespace_of(&info.name) == Some(namespace);
+        Ok(self.connection.everywhere(list, ours)?)
     }
 
     fn find_target(&self, target: &str, parent: Option<&str>) -> Result<Option<Info>, Error> {
         let parent_word = parent.unwrap_or_default();
         let filter = format!("labels.{TARGET_LABEL:?}=={target:?},parent=={parent_word:?}");
-        let found = self.walk(self.namespace.as_deref(), &[filter])?.into_values();
+        let found = self.walk(self.namespace.as_deref(), &[filter])?;
         // Not every plugin heeds filters.
-        let mut fitting = found.filter(|info| info.is_target(target, parent));
-        Ok(fitting.next())
+        Ok(found.into_iter().find(|info| info.is_target(target, parent)))
     }
 
     fn cleanup(&self) -> Result<(), Error> {
@@ -300,18 +264,5 @@ impl Snapshotter for ProxySnapshotter {
             capabilities: self.capabilities.clone(),
             exports: self.exports.clone(),
         }))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_key_of_ours_says_its_namespace() {
-        assert_eq!(namespace_of("default/17/extract-1 sha256:a/b"), Some("default"));
-        for other in ["sha256:abc", "default/x/y", "default//y", "/1/y", "default/1"] {
-            assert_eq!(namespace_of(other), None, "{other}");
-        }
     }
 }

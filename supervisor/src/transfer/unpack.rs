@@ -17,13 +17,12 @@ use davit_model::{Digest, Labels, Mount};
 use davit_oci::image::{self, Descriptor, ImageConfig, MAX_DOCUMENT_SIZE};
 use davit_oci::platform::{self, Platform};
 use davit_oci::{chain, media_type};
-use davit_snapshotter::layer::{self, ApplyOptions};
 use davit_snapshotter::{native, overlayfs};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use super::{Error, Listener, News, Transfers, Unpack};
-use crate::lane::Lane;
+use crate::differs::Differs;
 use crate::metadata::{self, Content, Scope, Snapshots};
 
 /// The label by which a snapshotter is told which snapshot a layer becomes.
@@ -45,7 +44,7 @@ struct Place {
 pub(super) struct Unpacker {
     content: Content,
     places: Vec<Place>,
-    lane: Lane,
+    differs: Differs,
     listener: Listener,
 }
 
@@ -75,7 +74,7 @@ impl Unpacker {
             places.push(Place { platform, snapshotter, snapshots: metadata.snapshots(scope, name)? });
         }
         let content = metadata.content(scope);
-        Ok(Unpacker { content, places, lane: transfers.layers.clone(), listener: listener.clone() })
+        Ok(Unpacker { content, places, differs: transfers.differs.clone(), listener: listener.clone() })
     }
 
     /// Whether there is nothing to do.
@@ -242,11 +241,10 @@ impl Unpacking {
     async fn extract(&self, index: usize, key: &str, mounts: Vec<Mount>) -> Result<(), Error> {
         let (layer, wanted) = (&self.layers[index], &self.diff_ids[index]);
         self.tell("extracting", layer, 0);
-        let reader = self.unpacker.content.reader(&layer.digest).await?;
-        let media_type = layer.media_type.clone();
-        let apply = move || layer::apply(reader, &media_type, &mounts, &ApplyOptions::default());
-        let applied = self.unpacker.lane.run(apply).await;
-        let applied = applied.map_err(|_| Error::Interrupted { task: "unpacking a layer" })?;
+        let described = metadata::Descriptor::from(layer);
+        let differs = &self.unpacker.differs;
+        let applied =
+            differs.unpack(&self.unpacker.content, &described, &self.place.snapshotter, &mounts).await;
         let applied = applied.map_err(|source| Error::Extract {
             media_type: layer.media_type.clone(),
             digest: layer.digest.clone(),
@@ -254,7 +252,7 @@ impl Unpacking {
             key: key.to_owned(),
             source: Box::new(source),
         })?;
-        if applied.digest != *wanted {
+        if applied.digest != wanted.as_str() {
             let (digest, wanted) = (layer.digest.clone(), wanted.clone());
             return Err(Error::DiffId { digest, found: applied.digest, wanted });
         }

@@ -3,7 +3,6 @@
 use std::io;
 
 use bytes::Bytes;
-use davit_content_store::Reader;
 use davit_model::ErrorCode;
 use davit_proto::containerd::services::content::v1::ReadContentResponse;
 use futures::stream::{BoxStream, StreamExt};
@@ -12,6 +11,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use super::bytes;
+use crate::blobs::BlobReader;
 use crate::grpc::status::{invalid, status};
 use crate::lane::Lane;
 
@@ -23,7 +23,7 @@ const CHUNK: u64 = 1 << 20;
 /// Offsets in the answers count from the start of the answer, not of the blob: containerd's client relies on that.
 pub(super) fn stream(
     lane: Lane,
-    reader: Reader,
+    reader: BlobReader,
     offset: i64,
     size: i64,
 ) -> Result<BoxStream<'static, Result<ReadContentResponse, Status>>, Status> {
@@ -73,7 +73,7 @@ pub(super) fn stream(
 }
 
 /// Up to `length` bytes at `offset`, none at the end. Blocks.
-fn read_piece(reader: &Reader, offset: u64, length: u64) -> io::Result<Vec<u8>> {
+fn read_piece(reader: &BlobReader, offset: u64, length: u64) -> io::Result<Vec<u8>> {
     let mut data = vec![0; usize::try_from(length).unwrap_or(0)];
     let count = reader.read_at(&mut data, offset)?;
     data.truncate(count);
@@ -88,6 +88,7 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
+    use crate::blobs::Blobs;
 
     /// More than a stream keeps ready for its client.
     const SIZE: usize = 8 << 20;
@@ -99,6 +100,7 @@ mod tests {
         let mut writer = store.writer("blob", 0, None).unwrap();
         writer.write(&vec![7; SIZE]).unwrap();
         let digest = writer.commit(0, None).unwrap();
+        let store = Blobs::from(store);
         let runtime =
             tokio::runtime::Builder::new_multi_thread().max_blocking_threads(2).enable_all().build().unwrap();
         let limit = Duration::from_secs(20);

@@ -2,10 +2,11 @@
 
 use std::time::SystemTime;
 
-use davit_content_store::{Error as StoreError, Writer};
+use davit_content_store::Error as StoreError;
 use davit_metadata::Txn;
 use davit_model::{Digest, Labels};
 
+use crate::blobs::BlobWriter;
 use crate::metadata::error::{Error, Object};
 use crate::metadata::event::Event;
 use crate::metadata::schema::{self, BlobRecord, Table, timestamp};
@@ -33,7 +34,7 @@ enum State {
     /// Nothing is written: the blob of another namespace is to be had as it is.
     Shared { digest: Digest, size: u64, started_at: SystemTime },
     /// Data goes to the ingest of the store.
-    Open(Box<Writer>),
+    Open(Box<BlobWriter>),
     /// After a commit, whether or not it succeeded.
     Closed { status: IngestStatus, digest: Digest },
 }
@@ -45,7 +46,7 @@ impl std::fmt::Debug for NsWriter {
 }
 
 impl NsWriter {
-    pub(super) fn new(content: Content, reference: String, backend: String, writer: Writer) -> NsWriter {
+    pub(super) fn new(content: Content, reference: String, backend: String, writer: BlobWriter) -> NsWriter {
         NsWriter { content, reference, backend, state: State::Open(Box::new(writer)) }
     }
 
@@ -109,10 +110,10 @@ impl NsWriter {
     }
 
     /// The writer of the store. One that shared a blob until now gets an ingest with the first `keep` bytes of it.
-    fn open(&mut self, keep: u64) -> Result<&mut Writer, Error> {
+    fn open(&mut self, keep: u64) -> Result<&mut BlobWriter, Error> {
         if let State::Shared { digest, .. } = &self.state {
             let store = self.content.store();
-            let mut writer = store.writer(&self.backend, keep, None)?;
+            let mut writer = store.writer(&self.backend, keep)?;
             writer.truncate(0)?;
             if keep > 0 {
                 let reader = store.reader(digest)?;

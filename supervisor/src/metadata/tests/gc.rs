@@ -258,10 +258,10 @@ async fn what_a_crash_left_in_the_backends_is_taken_away_after_the_start() {
     let inner = &fixture.metadata.inner;
     let root = labels(&[("containerd.io/gc.root", "1")]);
     let kept = fixture.blob(&scope("a"), "ref", b"kept", root).await;
-    let mut writer = inner.store.writer("a/99/lost", 0, None).unwrap();
+    let mut writer = inner.store.writer("a/99/lost", 0).unwrap();
     writer.write(b"lost").unwrap();
     writer.commit(4, None).unwrap();
-    drop(inner.store.writer("a/98/lost", 0, None).unwrap());
+    drop(inner.store.writer("a/98/lost", 0).unwrap());
     let native = &inner.snapshotters[NATIVE];
     native.prepare("a/97/lost", None, &Labels::new()).unwrap();
     native.commit("a/96/lost", "a/97/lost", &Labels::new(), None).unwrap();

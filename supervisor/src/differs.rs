@@ -1,0 +1,342 @@
+//! Differs: who unpacks layers into snapshots, and makes layers of the difference of two.
+//!
+//! ```text
+//!   Diff service ─┐                 ┌─▶ walking: stream processors ─▶ unpacked here
+//!                 ├─▶ in the order ─┤
+//!   transfers ────┘   configured    └─▶ a proxy plugin
+//! ```
+//!
+//! The first that does not answer "not implemented" counts, as in containerd. For what a transfer unpacks into a
+//! snapshotter there may be one of its own.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use davit_model::digest::DigestError;
+use davit_model::{Coded, Digest, ErrorCode, Labels, Mount};
+use davit_snapshotter::layer::{self, ApplyOptions, DiffOptions};
+use prost_types::Any;
+
+use crate::config::{self, StreamProcessor};
+use crate::lane::Lane;
+use crate::metadata::{self, Content, Descriptor, NsWriter};
+use crate::processors::{self, Guard, Processors, Running};
+use crate::proxy::{Failure, ProxyDiffer};
+
+/// The differ of this daemon, which walks through the trees.
+pub const WALKING: &str = "walking";
+
+/// The type of a layer once it is unpacked, and of one that is asked for without naming a type.
+const OCI_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+const OCI_LAYER_GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
+
+/// The label of a compressed layer that names the digest of its uncompressed form.
+const UNCOMPRESSED: &str = "containerd.io/uncompressed";
+
+/// Why a layer is neither unpacked nor made.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The descriptor of the layer is none.
+    #[error("layer {digest:?}")]
+    Digest {
+        /// The digest.
+        digest: String,
+        /// What is wrong.
+        source: DigestError,
+    },
+    /// The content of the daemon.
+    #[error(transparent)]
+    Metadata(#[from] metadata::Error),
+    /// The layer or the snapshot.
+    #[error(transparent)]
+    Layer(#[from] layer::Error),
+    /// A program that the layer goes through.
+    #[error(transparent)]
+    Processor(#[from] processors::Error),
+    /// A proxy plugin.
+    #[error(transparent)]
+    Proxy(#[from] Failure),
+    /// The daemon ends, or the work panicked.
+    #[error("the call was interrupted")]
+    Interrupted,
+}
+
+impl Coded for Error {
+    fn code(&self) -> ErrorCode {
+        match self {
+            Error::Digest { .. } => ErrorCode::InvalidArgument,
+            Error::Metadata(source) => source.code(),
+            Error::Layer(source) => source.code(),
+            Error::Processor(source) => source.code(),
+            Error::Proxy(source) => source.code(),
+            Error::Interrupted => ErrorCode::Internal,
+        }
+    }
+}
+
+/// A layer to be made.
+#[derive(Debug, Clone)]
+pub struct Wanted {
+    /// The tree that it begins with; none for an empty one.
+    pub left: Vec<Mount>,
+    /// The tree that it makes of it.
+    pub right: Vec<Mount>,
+    /// Its type; empty for a usual one.
+    pub media_type: String,
+    /// The name of its ingest; empty for any.
+    pub reference: String,
+    /// Labels for the new content.
+    pub labels: Labels,
+    /// No time in it is later.
+    pub source_date_epoch: Option<SystemTime>,
+}
+
+#[derive(Debug, Clone)]
+enum Differ {
+    Walking,
+    Proxy(ProxyDiffer),
+}
+
+/// The differs of a daemon. Clones are the same.
+#[derive(Debug, Clone)]
+pub struct Differs {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    order: Vec<Differ>,
+    /// Those of snapshotters in particular.
+    snapshotters: BTreeMap<String, Differ>,
+    processors: Processors,
+    lane: Lane,
+    /// For what goes through programs: one that stops keeps its place from its like only.
+    programs: Lane,
+}
+
+impl Differs {
+    /// The differs that `config` puts in order; layers are made and applied in `lane`.
+    ///
+    /// # Errors
+    /// The name of one that is not there.
+    pub fn new(
+        config: &config::Diff,
+        proxies: &BTreeMap<String, ProxyDiffer>,
+        programs: &BTreeMap<String, StreamProcessor>,
+        lane: Lane,
+    ) -> Result<Differs, String> {
+        let find = |name: &String| match proxies.get(name) {
+            Some(proxy) => Ok(Differ::Proxy(proxy.clone())),
+            None if name == WALKING => Ok(Differ::Walking),
+            None => Err(name.clone()),
+        };
+        let order = config.default.iter().map(find).collect::<Result<_, _>>()?;
+        let mut snapshotters = BTreeMap::new();
+        for (snapshotter, name) in &config.snapshotters {
+            snapshotters.insert(snapshotter.clone(), find(name)?);
+        }
+        let (processors, programs) = (Processors::new(programs), Lane::programs());
+        Ok(Differs { inner: Arc::new(Inner { order, snapshotters, processors, lane, programs }) })
+    }
+
+    /// Unpacks a layer into what the mounts describe, and syncs that. Answers the uncompressed layer.
+    ///
+    /// # Errors
+    /// Those of the differ.
+    pub async fn apply(
+        &self,
+        content: &Content,
+        layer: &Descriptor,
+        mounts: &[Mount],
+        payloads: &BTreeMap<String, Any>,
+    ) -> Result<Descriptor, Error> {
+        let mut refusal = None;
+        for differ in &self.inner.order {
+            match self.apply_with(differ, content, layer, mounts, payloads).await {
+                Err(error) if error.code() == ErrorCode::Unimplemented => refusal = Some(error),
+                answer => return answer,
+            }
+        }
+        Err(refusal.unwrap_or_else(|| unsupported(&layer.media_type)))
+    }
+
+    /// As [`apply`](Differs::apply), by the differ of a snapshotter if it has one of its own.
+    ///
+    /// # Errors
+    /// Those of the differ.
+    pub async fn unpack(
+        &self,
+        content: &Content,
+        layer: &Descriptor,
+        snapshotter: &str,
+        mounts: &[Mount],
+    ) -> Result<Descriptor, Error> {
+        let payloads = BTreeMap::new();
+        match self.inner.snapshotters.get(snapshotter) {
+            Some(differ) => self.apply_with(differ, content, layer, mounts, &payloads).await,
+            None => self.apply(content, layer, mounts, &payloads).await,
+        }
+    }
+
+    /// Makes a layer.
+    ///
+    /// # Errors
+    /// Those of the differ.
+    pub async fn diff(&self, content: &Content, wanted: &Wanted) -> Result<Descriptor, Error> {
+        let mut refusal = None;
+        for differ in &self.inner.order {
+            let made = match differ {
+                Differ::Walking => self.walk(content, wanted.clone()).await,
+                Differ::Proxy(proxy) => ask(proxy, content, wanted.clone()).await,
+            };
+            match made {
+                Err(error) if error.code() == ErrorCode::Unimplemented => refusal = Some(error),
+                answer => return answer,
+            }
+        }
+        Err(refusal.unwrap_or_else(|| unsupported(&wanted.media_type)))
+    }
+
+    async fn apply_with(
+        &self,
+        differ: &Differ,
+        content: &Content,
+        layer: &Descriptor,
+        mounts: &[Mount],
+        payloads: &BTreeMap<String, Any>,
+    ) -> Result<Descriptor, Error> {
+        match differ {
+            Differ::Walking => self.unpack_here(content, layer, mounts.to_vec(), payloads.clone()).await,
+            Differ::Proxy(proxy) => {
+                let (layer, mounts) = (layer.clone(), mounts.to_vec());
+                Ok(proxy.apply(content.namespace(), layer, mounts, payloads.clone()).await?)
+            }
+        }
+    }
+
+    async fn unpack_here(
+        &self,
+        content: &Content,
+        layer: &Descriptor,
+        mounts: Vec<Mount>,
+        payloads: BTreeMap<String, Any>,
+    ) -> Result<Descriptor, Error> {
+        let digest: Digest =
+            layer.digest.parse().map_err(|source| Error::Digest { digest: layer.digest.clone(), source })?;
+        let reader = content.reader(&digest).await?;
+        let (processors, media_type) = (self.inner.processors.clone(), layer.media_type.clone());
+        let lane =
+            if processors.chain(&media_type)?.is_empty() { &self.inner.lane } else { &self.inner.programs };
+        // A call that is given up takes its programs along.
+        let guard = Guard(Arc::new(Running::default()));
+        let running = guard.0.clone();
+        let work = move || {
+            let (reader, media_type) = processors.start(reader, &media_type, &payloads, &running)?;
+            // Layers are always synced, whether or not the request asks for it: what is acknowledged survives a power cut.
+            let applied = layer::apply(reader, &media_type, &mounts, &ApplyOptions::default());
+            match running.failure() {
+                Some(failure) => Err(Error::Processor(failure)),
+                None => Ok(applied?),
+            }
+        };
+        let applied = lane.run(work).await.map_err(|_| Error::Interrupted)??;
+        Ok(Descriptor {
+            media_type: OCI_LAYER.to_owned(),
+            digest: applied.digest.to_string(),
+            size: i64::try_from(applied.size).unwrap_or(i64::MAX),
+            ..Descriptor::default()
+        })
+    }
+
+    async fn walk(&self, content: &Content, wanted: Wanted) -> Result<Descriptor, Error> {
+        let reference = reference(&wanted);
+        let writer = content.writer(&reference, 0, None).await?;
+        let within = content.clone();
+        let made = self.inner.lane.run(move || make(&within, writer, wanted)).await;
+        let made = made.map_err(|_| Error::Interrupted).and_then(|made| made);
+        if made.is_err() {
+            // What is half made is of no use to a second try.
+            let _ = content.abort(&reference).await;
+        }
+        made
+    }
+}
+
+fn unsupported(media_type: &str) -> Error {
+    Error::Layer(layer::Error::MediaType { media_type: media_type.to_owned() })
+}
+
+/// The name of a layer's ingest.
+fn reference(wanted: &Wanted) -> String {
+    if wanted.reference.is_empty() {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        return format!("diff-{}-{}", now.as_nanos(), std::process::id());
+    }
+    wanted.reference.clone()
+}
+
+/// Has a plugin make a layer, which must be there then.
+async fn ask(proxy: &ProxyDiffer, content: &Content, wanted: Wanted) -> Result<Descriptor, Error> {
+    let Wanted { left, right, media_type, reference, labels, source_date_epoch } = wanted;
+    let trees = [left, right];
+    let made =
+        proxy.diff(content.namespace(), trees, media_type, reference, labels, source_date_epoch).await?;
+    let is_there = match made.digest.parse() {
+        Ok(digest) => content.info(&digest).is_ok_and(|info| i64::try_from(info.size) == Ok(made.size)),
+        Err(_) => false,
+    };
+    if is_there { Ok(made) } else { Err(proxy.lost(&made.digest).into()) }
+}
+
+/// Lets a layer be written into an ingest.
+struct Ingest<'a> {
+    writer: &'a mut NsWriter,
+    failure: &'a mut Option<metadata::Error>,
+    size: &'a mut u64,
+}
+
+impl Write for Ingest<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self.writer.write(bytes) {
+            Ok(()) => {
+                *self.size += bytes.len() as u64;
+                Ok(bytes.len())
+            }
+            Err(error) => {
+                *self.failure = Some(error);
+                Err(io::Error::other("the content store refused the layer"))
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Makes a layer in an ingest and commits it. Blocks.
+fn make(content: &Content, mut writer: NsWriter, wanted: Wanted) -> Result<Descriptor, Error> {
+    let Wanted { left, right, media_type, mut labels, source_date_epoch, .. } = wanted;
+    let media_type = if media_type.is_empty() { OCI_LAYER_GZIP.to_owned() } else { media_type };
+    writer.truncate(0)?;
+    let (mut failure, mut size) = (None, 0);
+    let ingest = Ingest { writer: &mut writer, failure: &mut failure, size: &mut size };
+    let made = layer::diff(&left, &right, &media_type, ingest, &DiffOptions { source_date_epoch });
+    if let Some(failure) = failure {
+        return Err(failure.into());
+    }
+    labels.insert(UNCOMPRESSED.to_owned(), made?.digest.to_string());
+    let digest = writer.digest();
+    match writer.commit(size, None, labels) {
+        Ok(()) => {}
+        // The same layer was made before: that is the answer.
+        Err(metadata::Error::AlreadyExists { .. }) => {
+            content.info(&digest)?;
+        }
+        Err(error) => return Err(error.into()),
+    }
+    let size = i64::try_from(size).unwrap_or(i64::MAX);
+    Ok(Descriptor { media_type, digest: digest.to_string(), size, ..Descriptor::default() })
+}
