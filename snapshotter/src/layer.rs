@@ -18,6 +18,7 @@ mod difference;
 mod error;
 mod extract;
 mod media_type;
+mod members;
 mod name;
 mod pax;
 mod root;
@@ -35,6 +36,7 @@ use nix::unistd::syncfs;
 
 pub use error::{ArchiveFault, EntryFault, Error};
 use media_type::Declared;
+pub use members::{Member, read_members};
 use target::Tree;
 use whiteout::Whiteouts;
 

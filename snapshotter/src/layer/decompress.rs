@@ -127,7 +127,7 @@ fn fill(reader: &mut impl Read, buffer: &mut [u8]) -> (usize, io::Result<()>) {
 }
 
 /// The reader of the uncompressed stream, and the name of the compression.
-fn decompressor<'a>(
+pub(super) fn decompressor<'a>(
     reader: impl Read + 'a,
     declared: Declared,
 ) -> Result<(Box<dyn Read + 'a>, &'static str), Error> {
@@ -159,7 +159,7 @@ fn decompressor<'a>(
 }
 
 /// Tells what the store could not read from what does not decompress.
-fn classify(error: io::Error, compression: &'static str) -> Error {
+pub(super) fn classify(error: io::Error, compression: &'static str) -> Error {
     match error.downcast::<Error>() {
         Ok(error) => error,
         Err(error) if error.kind() == ErrorKind::UnexpectedEof => Error::Truncated,

@@ -16,7 +16,7 @@ pub enum Error {
         media_type: String,
     },
     /// The reader of the stored layer failed.
-    #[error("failed to read the layer")]
+    #[error("failed to read the archive")]
     Read {
         /// What the reader answered.
         source: io::Error,
@@ -29,7 +29,7 @@ pub enum Error {
     },
     /// The compressed stream does not decompress: a bad header, a wrong checksum, or bytes after its end that are
     /// no further member.
-    #[error("corrupt {compression} stream in the layer")]
+    #[error("corrupt {compression} stream")]
     Corrupt {
         /// `gzip` or `zstd`.
         compression: &'static str,
@@ -37,7 +37,7 @@ pub enum Error {
         source: io::Error,
     },
     /// The stream ends in the middle of a compressed block, a tar header or a file.
-    #[error("unexpected EOF: the layer is truncated")]
+    #[error("unexpected EOF: the archive is truncated")]
     Truncated,
     /// The tar archive breaks a rule of the format.
     #[error("invalid tar archive after {offset} bytes: {fault}")]
@@ -48,7 +48,7 @@ pub enum Error {
         fault: ArchiveFault,
     },
     /// A well-formed entry asks for something that no layer may have.
-    #[error("invalid layer entry {entry:?}: {fault}")]
+    #[error("invalid archive entry {entry:?}: {fault}")]
     Entry {
         /// The name of the entry, as far as it is text.
         entry: String,
