@@ -5,7 +5,7 @@ use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use davit_model::Digest;
+use davit_oci::archive::Contents;
 use davit_oci::image::{Descriptor, Execution, ImageConfig, Manifest, RootfsLayers, Target, parse_target};
 use davit_oci::platform::Platform;
 use davit_oci::reference::Reference;
@@ -13,7 +13,7 @@ use davit_oci::{chain, media_type};
 use davit_proto::containerd::services::images::v1 as api;
 use tokio::runtime::Handle;
 
-use crate::archive::{self, Contents, Named};
+use crate::archive::{self, Named};
 use crate::client::Client;
 use crate::error::{CallContext, Error, Result};
 use crate::progress::Progress;
@@ -180,7 +180,7 @@ async fn load_archive(
     progress: Progress,
 ) -> Result<Vec<String>> {
     let contents = upload_archive(client, reader, progress).await?;
-    let images = contents.images()?;
+    let images = archive::images(&contents)?;
     if images.is_empty() {
         return Err(Error::Archive { reason: "it holds no image".to_owned() });
     }
@@ -221,17 +221,22 @@ async fn upload_archive(
     let runtime = Handle::current();
     let work = tokio::task::spawn_blocking(move || {
         let mut count = 0;
-        archive::read(archive::inflate(reader)?, &mut |expected: Option<&Digest>, size, reader| {
+        archive::read(archive::inflate(reader)?, &mut |blob, data| {
             count += 1;
-            let reference = format!("davit-load-{}-{count}", &session[..16]);
-            if let Some(digest) = expected {
+            let (reference, size) = (format!("davit-load-{}-{count}", &session[..16]), blob.size);
+            if let Some(digest) = &blob.expected {
                 progress.report(
                     format::short_id(digest.as_str()),
                     &format!("loading {}", format::decimal_size(size)),
                 );
+                let sent = upload(&client, &reference, size, Some(digest), data, archive::read_error);
+                // The daemon has compared, or has had it.
+                return runtime.block_on(sent).map(|_| digest.clone());
             }
-            let sent = upload(&client, &reference, size, expected, reader, archive::read_error);
-            runtime.block_on(sent).map(drop)
+            let mut hashing = archive::Hashing::new(data);
+            let sent = upload(&client, &reference, size, None, &mut hashing, archive::read_error);
+            runtime.block_on(sent)?;
+            Ok(hashing.finish()?.0)
         })
     });
     work.await.unwrap_or_else(|error| {

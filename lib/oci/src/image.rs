@@ -16,6 +16,15 @@ use crate::platform::Platform;
 /// images with a long history stay well below that too.
 pub const MAX_DOCUMENT_SIZE: u64 = 4 << 20;
 
+/// The most documents of an image or an archive.
+pub const MAX_DOCUMENTS: usize = 1024;
+/// The most bytes of all documents of an image or an archive.
+pub const MAX_DOCUMENTS_SIZE: u64 = 64 << 20;
+/// How deep indexes may lie in indexes.
+pub const MAX_DEPTH: usize = 4;
+/// The most layers of an image. The kernel stacks 500 at most.
+pub const MAX_LAYERS: usize = 1024;
+
 /// The annotation by which containerd names an image in an index, with its full name.
 pub const ANNOTATION_IMAGE_NAME: &str = "io.containerd.image.name";
 /// The annotation by which the image spec names an image in an index, often with its tag alone.

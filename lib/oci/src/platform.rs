@@ -5,7 +5,7 @@ use std::fmt;
 use davit_model::{Coded, ErrorCode};
 use serde::{Deserialize, Serialize};
 
-use crate::image::Descriptor;
+use crate::image::{Descriptor, ImageConfig};
 
 /// What a manifest runs on (image spec, "Image Index").
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -44,6 +44,15 @@ impl Platform {
             variant: String::new(),
         }
         .normalized()
+    }
+
+    /// The platform that an image's configuration names.
+    pub fn of(config: &ImageConfig) -> Platform {
+        Platform {
+            architecture: config.architecture.clone(),
+            os: config.os.clone(),
+            variant: config.variant.clone().unwrap_or_default(),
+        }
     }
 
     /// Parses `os/architecture[/variant]`, or an architecture alone.
@@ -138,6 +147,28 @@ pub fn best<'a>(manifests: &'a [Descriptor], host: &Platform) -> Option<&'a Desc
         .map(|(_, descriptor)| descriptor)
 }
 
+/// Whether a manifest is for one of `platforms`, runs on it as an older variant, or does not say what it is for. No
+/// platforms are all.
+pub fn is_wanted(manifest: &Descriptor, platforms: &[Platform]) -> bool {
+    let Some(content) = &manifest.platform else { return true };
+    let is_for = |platform: &Platform| {
+        content.normalized().architecture == platform.normalized().architecture
+            && content.rank_on(platform).is_some()
+    };
+    platforms.is_empty() || platforms.iter().any(is_for)
+}
+
+/// Sorts manifests by the first of `platforms` that each runs on, and by how well; those that do not say what they are
+/// for come last. No platforms are no order.
+pub fn prefer(manifests: &mut [Descriptor], platforms: &[Platform]) {
+    manifests.sort_by_key(|manifest| {
+        let rank = |platform: &Platform| manifest.platform.as_ref()?.rank_on(platform);
+        let ranks =
+            platforms.iter().enumerate().filter_map(|(place, platform)| Some((place, rank(platform)?)));
+        ranks.min().unwrap_or((usize::MAX, 0))
+    });
+}
+
 /// The name that Go, and with it every image, has for an architecture that `uname` or Rust names otherwise.
 fn go_architecture(name: &str) -> &str {
     match name {
@@ -185,6 +216,24 @@ mod tests {
         assert_eq!(chosen(&["unknown/unknown", "linux/amd64"], "linux/amd64"), Some(1));
         assert_eq!(chosen(&["", "linux/amd64"], "linux/amd64"), Some(1));
         assert_eq!(chosen(&["", "linux/arm64"], "linux/amd64"), Some(0));
+    }
+
+    #[test]
+    fn what_is_wanted_of_an_index() {
+        let manifests = index(&["linux/amd64", "linux/386", "linux/arm/v6", "", "unknown/unknown"]);
+        let wanted = |platforms: &[&str]| -> Vec<usize> {
+            let platforms: Vec<Platform> =
+                platforms.iter().map(|text| Platform::parse(text).unwrap()).collect();
+            (0..manifests.len()).filter(|index| is_wanted(&manifests[*index], &platforms)).collect()
+        };
+        assert_eq!(wanted(&[]), [0, 1, 2, 3, 4]);
+        assert_eq!(wanted(&["linux/amd64"]), [0, 3]);
+        assert_eq!(wanted(&["linux/arm/v7", "linux/386"]), [1, 2, 3]);
+        assert_eq!(wanted(&["linux/arm64"]), [3]);
+        let mut sorted = manifests.clone();
+        prefer(&mut sorted, &["linux/arm/v6", "linux/amd64"].map(|text| Platform::parse(text).unwrap()));
+        let order = [2, 0, 1, 3, 4].map(|index: usize| manifests[index].clone());
+        assert_eq!(sorted, order);
     }
 
     #[test]
