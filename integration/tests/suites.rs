@@ -24,12 +24,12 @@ fn content_through_the_service() -> Result<()> {
 
 #[test]
 fn overlayfs_through_the_service() -> Result<()> {
-    snapshots("overlayfs", Traits { renames_folders: false, usage_excludes_parents: true })
+    snapshots("overlayfs", Traits::default())
 }
 
 #[test]
 fn native_through_the_service() -> Result<()> {
-    snapshots("native", Traits { renames_folders: true, usage_excludes_parents: false })
+    snapshots("native", Traits { renames_folders: true, usage_excludes_parents: false, ..Traits::default() })
 }
 
 fn snapshots(name: &str, traits: Traits) -> Result<()> {

@@ -146,6 +146,26 @@ pub enum Error {
         /// What the kernel said.
         source: davit_sys::mount::Error,
     },
+    /// The root folder is on another filesystem than btrfs.
+    #[error("{} must be on a btrfs filesystem to be used with the btrfs snapshotter: skip plugin", root.display())]
+    NotBtrfs {
+        /// The root folder.
+        root: PathBuf,
+    },
+    /// The kernel has no erofs.
+    #[error("EROFS unsupported, please `modprobe erofs`: skip plugin")]
+    NoErofs,
+    /// The trial mount at open failed: erofs or overlayfs does not work here.
+    #[error("erofs does not work on {}", root.display())]
+    Erofs {
+        /// The root folder.
+        root: PathBuf,
+        /// What the kernel said.
+        source: davit_sys::mount::Error,
+    },
+    /// Nobody has said what an empty snapshot of files begins as.
+    #[error("no scratch file: set scratch_file, or put one in the snapshotter's folder: skip plugin")]
+    NoScratch,
     /// A snapshotter in another process answered with an error.
     #[error("{message}")]
     Remote {
@@ -210,6 +230,10 @@ impl Coded for Error {
             | Error::RebaseParentNotCommitted { .. }
             | Error::Version { .. }
             | Error::Root { .. }
+            | Error::NotBtrfs { .. }
+            | Error::NoScratch
+            | Error::NoErofs
+            | Error::Erofs { .. }
             | Error::Overlay { .. } => ErrorCode::FailedPrecondition,
             Error::RebaseUnsupported { .. } => ErrorCode::Unimplemented,
             Error::Corrupt { .. } | Error::FilesMissing { .. } => ErrorCode::DataLoss,

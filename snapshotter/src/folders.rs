@@ -21,9 +21,13 @@ use nix::unistd::syncfs;
 use crate::records::Records;
 use crate::{Error, FileError, tree};
 
-/// The folder of all folders.
+/// Deletes what is at the place of a snapshot; nothing there is no error.
+pub(crate) type Delete = fn(&Path) -> Result<(), FileError>;
+
+/// The folder of all folders. (Of a snapshotter that keeps something else than folders, it is of that.)
 pub(crate) struct Folders {
     path: PathBuf,
+    delete: Delete,
     /// The ids whose folders are being made.
     making: Mutex<BTreeSet<u64>>,
     /// Held while garbage is deleted, so that two of them do not get into each other's way.
@@ -41,7 +45,7 @@ impl Folders {
     /// Opens `<root>/snapshots`, making it (and `root`) accessible to root only where it is missing.
     ///
     /// The paths end up in mount options, where some characters have a meaning; a root with such is refused.
-    pub(crate) fn open(root: &Path) -> Result<Folders, Error> {
+    pub(crate) fn open(root: &Path, delete: Delete) -> Result<Folders, Error> {
         let refuse = |reason| Err(Error::Root { root: root.to_owned(), reason });
         if !root.is_absolute() {
             return refuse("the path is not absolute");
@@ -60,7 +64,7 @@ impl Folders {
             .create(&path)
             .map_err(FileError::at("create folder", &path))?;
         sync(root)?;
-        Ok(Folders { path, making: Mutex::default(), cleaning: Mutex::default() })
+        Ok(Folders { path, delete, making: Mutex::default(), cleaning: Mutex::default() })
     }
 
     /// Syncs the filesystem of the snapshots: all that was written to them, by whomever, is on disk afterwards.
@@ -69,7 +73,7 @@ impl Folders {
     /// syncfs(2) costs what is not on disk yet, and next to nothing directly after a layer was applied, which ends with
     /// one itself: 0.1 ms on ext4 after 2000 files.
     pub(crate) fn sync(&self) -> Result<(), FileError> {
-        syncfs(tree::open_folder(&self.path)?).map_err(FileError::at("syncfs", &self.path))
+        sync_filesystem(&self.path)
     }
 
     /// The folder of a snapshot.
@@ -91,11 +95,16 @@ impl Folders {
     /// Makes the folder of a new snapshot, still empty. It is as yet nobody's business, so its mode lets only root
     /// in; the maker sets what is right.
     pub(crate) fn begin(&self, id: u64) -> Result<Making<'_>, FileError> {
-        self.making().insert(id);
-        let making = Making { folders: self, id, keep: false };
+        let making = self.claim(id);
         let path = making.path();
         fs::DirBuilder::new().mode(0o700).create(&path).map_err(FileError::at("create folder", &path))?;
         Ok(making)
+    }
+
+    /// Makes the place of a new snapshot its caller's, who is to put something there.
+    pub(crate) fn claim(&self, id: u64) -> Making<'_> {
+        self.making().insert(id);
+        Making { folders: self, id, keep: false }
     }
 
     /// Deletes every folder that has neither a record nor a maker.
@@ -114,7 +123,7 @@ impl Folders {
         records.sync()?;
         let mut first = None;
         for id in garbage {
-            if let Err(error) = tree::remove(&self.of(id)) {
+            if let Err(error) = (self.delete)(&self.of(id)) {
                 tracing::warn!(path = %error.path.display(), error = %error.source, "removed snapshot not deleted");
                 first.get_or_insert(error);
             }
@@ -142,12 +151,17 @@ impl Making<'_> {
 impl Drop for Making<'_> {
     fn drop(&mut self) {
         if !self.keep
-            && let Err(error) = tree::remove(&self.path())
+            && let Err(error) = (self.folders.delete)(&self.path())
         {
             tracing::warn!(path = %error.path.display(), error = %error.source, "unfinished snapshot not deleted");
         }
         self.folders.making().remove(&self.id);
     }
+}
+
+/// Syncs the filesystem that a folder is on.
+pub(crate) fn sync_filesystem(folder: &Path) -> Result<(), FileError> {
+    syncfs(tree::open_folder(folder)?).map_err(FileError::at("syncfs", folder))
 }
 
 /// Syncs a folder: the names in it are on disk afterwards.

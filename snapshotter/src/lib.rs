@@ -1,7 +1,7 @@
 //! Snapshots: the filesystems of images and containers, as chains of changesets.
 //!
 //! This crate owns the [`Snapshotter`] trait, its implementations for local disks ([`overlayfs`], [`native`],
-//! [`btrfs`], [`blockfile`]),
+//! [`erofs`], [`btrfs`], [`blockfile`]),
 //! the suite that every implementation must pass ([`testsuite`]), and layers: unpacking tar archives into
 //! snapshots and making archives of the difference between two ([`layer`]).
 //!
@@ -9,6 +9,7 @@
 
 pub mod blockfile;
 pub mod btrfs;
+pub mod erofs;
 mod error;
 mod folders;
 pub mod layer;
@@ -17,6 +18,7 @@ pub mod overlayfs;
 mod records;
 pub mod testsuite;
 mod tree;
+mod upper;
 mod whole;
 
 use std::collections::BTreeMap;

@@ -1,33 +1,32 @@
-//! Snapshots as full copies: works on every filesystem that can hold what a container makes, and takes time and
-//! space with every snapshot, unless the filesystem shares blocks between copies (btrfs, xfs).
-//!
-//! ```text
-//! <root>/snapshots/<id>    the whole filesystem of the snapshot
-//! ```
+//! Snapshots as full copies of folders: works on every filesystem that can hold what a container makes, and takes time
+//! and space with every snapshot, unless the filesystem shares blocks between copies (btrfs, xfs).
 
 mod copy;
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::Path;
 
 use davit_metadata::Db;
-use davit_model::{Labels, Mount};
+use davit_model::Mount;
 
-use crate::folders::{self, Folders};
-use crate::records::{Record, Records};
-use crate::{Error, FileError, Info, Kind, Snapshotter, Usage, tree};
+pub(crate) use copy::{copy_data, copy_extents};
+
+use crate::folders::Folders;
+use crate::whole::{Method, Whole};
+use crate::{Error, FileError, Usage, tree};
 
 /// The name of this snapshotter.
 pub const NAME: &str = "native";
 
+/// The mode of the top folder of a snapshot without parent.
+pub(crate) const TOP_MODE: u32 = 0o755;
+
 /// The snapshotter that copies.
-pub struct Native {
-    root: PathBuf,
-    folders: Folders,
-    records: Records,
-}
+pub type Native = Whole<Copies>;
+
+/// Copies of folders, file by file.
+pub struct Copies;
 
 impl Native {
     /// Opens the snapshotter that keeps its folders in `root` and its records in `db`.
@@ -35,139 +34,45 @@ impl Native {
     /// # Errors
     /// [`Error::Root`] when mount options cannot hold that path; [`Error::Version`], [`Error::Corrupt`].
     pub fn open(root: &Path, db: Db) -> Result<Native, Error> {
-        let folders = Folders::open(root)?;
-        let ids = folders.ids()?;
-        let records = Records::open(db, NAME, ids.last().copied().unwrap_or(0))?;
-        for (key, record) in records.all()? {
-            if owns_folder(record.kind, &record.parents) && !ids.contains(&record.id) {
-                tracing::error!(snapshot.key = key, "files of a snapshot are missing");
-            }
-        }
-        Ok(Native { root: root.to_owned(), folders, records })
-    }
-
-    fn create(
-        &self,
-        kind: Kind,
-        key: &str,
-        parent: Option<&str>,
-        labels: &Labels,
-    ) -> Result<Vec<Mount>, Error> {
-        let draft = self.records.draft(kind, key, parent)?;
-        let making = if owns_folder(kind, &draft.parents) {
-            let making = self.folders.begin(draft.id)?;
-            if let Err(error) = self.fill(key, &making.path(), &draft.parents) {
-                // Most likely the parent was removed meanwhile, which is the better error then.
-                self.records.confirm(&draft, key, parent)?;
-                return Err(error);
-            }
-            // The copy is what the snapshot promises to begin with, so it is on disk before the record.
-            self.folders.sync()?;
-            Some(making)
-        } else {
-            None
-        };
-        let record = self.records.create(draft, key, parent, labels)?;
-        if let Some(making) = making {
-            making.keep();
-        }
-        Ok(self.mounts_of(&record))
-    }
-
-    fn fill(&self, key: &str, path: &Path, parents: &[u64]) -> Result<(), Error> {
-        match parents.first() {
-            Some(parent) => {
-                let parent = self.folders.of(*parent);
-                folders::metadata(key, &parent)?;
-                copy::copy_tree(&parent, path)?;
-            }
-            None => fs::set_permissions(path, fs::Permissions::from_mode(0o755))
-                .map_err(FileError::at("chmod", path))?,
-        }
-        Ok(())
-    }
-
-    fn mounts_of(&self, record: &Record) -> Vec<Mount> {
-        let id = match record.parents.first() {
-            Some(parent) if record.kind == Kind::View => *parent,
-            _ => record.id,
-        };
-        let mode = if record.kind == Kind::View { "ro" } else { "rw" };
-        vec![Mount {
-            kind: "bind".to_owned(),
-            source: self.folders.of(id).display().to_string(),
-            target: String::new(),
-            options: vec!["rbind".to_owned(), mode.to_owned()],
-        }]
+        Whole::over(root, Folders::open(root, Copies::delete)?, db, Copies)
     }
 }
 
-/// A view of a parent shows the parent's folder.
-fn owns_folder(kind: Kind, parents: &[u64]) -> bool {
-    kind != Kind::View || parents.is_empty()
+/// The bind mount of a folder.
+pub(crate) fn bind(folder: &Path, read_only: bool) -> Mount {
+    let mode = if read_only { "ro" } else { "rw" };
+    Mount {
+        kind: "bind".to_owned(),
+        source: folder.display().to_string(),
+        target: String::new(),
+        options: vec!["rbind".to_owned(), mode.to_owned()],
+    }
 }
 
-impl Snapshotter for Native {
-    fn stat(&self, key: &str) -> Result<Info, Error> {
-        Ok(self.records.get(key)?.into_info(key))
+impl Method for Copies {
+    const NAME: &'static str = NAME;
+
+    fn make(&self, at: &Path) -> Result<(), FileError> {
+        fs::DirBuilder::new().mode(0o700).create(at).map_err(FileError::at("create folder", at))?;
+        fs::set_permissions(at, fs::Permissions::from_mode(TOP_MODE)).map_err(FileError::at("chmod", at))
     }
 
-    fn update(&self, name: &str, labels: &Labels, fields: &[String]) -> Result<Info, Error> {
-        Ok(self.records.update(name, labels, fields)?.into_info(name))
+    fn copy(&self, parent: &Path, at: &Path) -> Result<(), FileError> {
+        // Only root gets in until it is as it has to be.
+        fs::DirBuilder::new().mode(0o700).create(at).map_err(FileError::at("create folder", at))?;
+        copy::copy_tree(parent, at)
     }
 
     /// As with containerd, this counts the whole copy, parents and all: that is what it takes.
-    fn usage(&self, key: &str) -> Result<Usage, Error> {
-        let record = self.records.get(key)?;
-        match record.kind {
-            Kind::Active => Ok(tree::usage(&self.folders.of(record.id))?),
-            Kind::View | Kind::Committed => Ok(record.usage()),
-        }
+    fn usage(&self, at: &Path, _parent: Option<&Path>) -> Result<Usage, FileError> {
+        tree::usage(at)
     }
 
-    fn mounts(&self, key: &str) -> Result<Vec<Mount>, Error> {
-        let record = self.records.get(key)?;
-        match record.kind {
-            Kind::Active | Kind::View => Ok(self.mounts_of(&record)),
-            Kind::Committed => Err(Error::NotMountable { key: key.to_owned() }),
-        }
+    fn mount(&self, at: &Path, read_only: bool) -> Mount {
+        bind(at, read_only)
     }
 
-    fn prepare(&self, key: &str, parent: Option<&str>, labels: &Labels) -> Result<Vec<Mount>, Error> {
-        self.create(Kind::Active, key, parent, labels)
-    }
-
-    fn view(&self, key: &str, parent: Option<&str>, labels: &Labels) -> Result<Vec<Mount>, Error> {
-        self.create(Kind::View, key, parent, labels)
-    }
-
-    fn commit(&self, name: &str, key: &str, labels: &Labels, parent: Option<&str>) -> Result<(), Error> {
-        let record = self.records.check_commit(name, key, parent)?;
-        if record.parent.is_none() && parent.is_some() {
-            return Err(Error::RebaseUnsupported { snapshotter: NAME, key: key.to_owned() });
-        }
-        let usage = tree::usage(&self.folders.of(record.id))?;
-        self.folders.sync()?;
-        self.records.commit(record.id, name, key, labels, parent, usage)
-    }
-
-    fn remove(&self, key: &str) -> Result<(), Error> {
-        self.records.remove(key)
-    }
-
-    fn list(&self) -> Result<Vec<Info>, Error> {
-        Ok(self.records.all()?.into_iter().map(|(key, record)| record.into_info(&key)).collect())
-    }
-
-    fn cleanup(&self) -> Result<(), Error> {
-        self.folders.clean(&self.records)
-    }
-
-    fn capabilities(&self) -> Vec<String> {
-        Vec::new()
-    }
-
-    fn exports(&self) -> BTreeMap<String, String> {
-        BTreeMap::from([("root".to_owned(), self.root.display().to_string())])
+    fn delete(at: &Path) -> Result<(), FileError> {
+        tree::remove(at)
     }
 }

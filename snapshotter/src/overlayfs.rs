@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use davit_metadata::Db;
@@ -20,16 +20,14 @@ use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 
 use crate::folders::{self, Folders};
 use crate::records::{Record, Records};
-use crate::{Error, FileError, GID_MAPPING_LABEL, Info, Kind, Snapshotter, UID_MAPPING_LABEL, Usage, tree};
+use crate::upper::{self, Top};
+use crate::{Error, FileError, Info, Kind, Snapshotter, Usage, tree};
 
 /// The name of this snapshotter.
 pub const NAME: &str = "overlayfs";
 
 /// The label under which [`Config::upperdir_label`] shows where the changes of a snapshot are.
 const UPPERDIR_LABEL: &str = "containerd.io/snapshot/overlay.upperdir";
-
-/// The mode of the top folder of a snapshot without parent, and of the changes of a rebased one until then.
-const TOP_MODE: u32 = 0o755;
 
 /// What can be set about this snapshotter, by the names of containerd's plugin.
 #[derive(Debug, Clone, Default)]
@@ -53,28 +51,6 @@ pub struct Overlayfs {
     rebases: bool,
 }
 
-/// What a snapshot's top folder looks like.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Top {
-    user: u32,
-    group: u32,
-    mode: u32,
-}
-
-impl Top {
-    const NEW: Top = Top { user: 0, group: 0, mode: TOP_MODE };
-
-    fn of(metadata: &fs::Metadata) -> Top {
-        Top { user: metadata.uid(), group: metadata.gid(), mode: metadata.mode() & 0o7777 }
-    }
-
-    fn set(self, path: &Path) -> Result<(), FileError> {
-        chown(path, Some(self.user), Some(self.group)).map_err(FileError::at("chown", path))?;
-        // The umask has its part in making a folder, and a change of owner can clear bits.
-        fs::set_permissions(path, fs::Permissions::from_mode(self.mode)).map_err(FileError::at("chmod", path))
-    }
-}
-
 impl Overlayfs {
     /// Opens the snapshotter that keeps its folders in `root` and its records in `db`. A trial mount shows whether
     /// overlayfs works here, with the configured options.
@@ -85,7 +61,7 @@ impl Overlayfs {
     /// # Errors
     /// [`Error::Root`] and [`Error::Overlay`] when this cannot work; [`Error::Version`], [`Error::Corrupt`].
     pub fn open(root: &Path, db: Db, config: Config) -> Result<Overlayfs, Error> {
-        let folders = Folders::open(root)?;
+        let folders = Folders::open(root, tree::remove)?;
         let options = try_overlay(root, &config)?;
         let ids = folders.ids()?;
         let records = Records::open(db, NAME, ids.last().copied().unwrap_or(0))?;
@@ -157,7 +133,7 @@ impl Overlayfs {
     ) -> Result<Vec<Mount>, Error> {
         let draft = self.records.draft(kind, key, parent)?;
         // Checked even where no folder needs it, so that a bad label is refused at once.
-        mapped_root(key, labels)?;
+        upper::mapped_root(key, labels)?;
         let making = if kind == Kind::View && !draft.parents.is_empty() {
             None
         } else {
@@ -178,30 +154,13 @@ impl Overlayfs {
 
     /// Makes what belongs into the folder of a snapshot and is not there.
     fn fill(&self, key: &str, id: u64, kind: Kind, parents: &[u64], labels: &Labels) -> Result<(), Error> {
-        let mut top = match parents.first() {
-            Some(parent) => Top::of(&folders::metadata(key, &self.upper(*parent))?),
-            None => Top::NEW,
-        };
-        if let Some((user, group)) = mapped_root(key, labels)? {
-            (top.user, top.group) = (user, group);
-        }
-        let upper = self.upper(id);
-        make_folder(&upper)?;
-        top.set(&upper)?;
-        if kind == Kind::Active {
-            make_folder(&self.work(id))?;
-        }
-        Ok(())
+        let parent =
+            parents.first().map(|parent| folders::metadata(key, &self.upper(*parent))).transpose()?;
+        upper::fill(key, &self.folders.of(id), kind, parent.map(|parent| Top::of(&parent)), labels)
     }
 
     fn mounts_of(&self, record: &Record) -> Vec<Mount> {
-        let mut mapping = Vec::new();
-        if self.remaps_ids
-            && let (Some(users), Some(groups)) =
-                (record.labels.get(UID_MAPPING_LABEL), record.labels.get(GID_MAPPING_LABEL))
-        {
-            mapping = vec![format!("uidmap={users}"), format!("gidmap={groups}")];
-        }
+        let mapping = if self.remaps_ids { upper::mapping_options(&record.labels) } else { Vec::new() };
         let upper = |id: u64| self.upper(id).display().to_string();
         let bind = |id: u64, mode: &str, mut options: Vec<String>| {
             options.extend([mode.to_owned(), "rbind".to_owned()]);
@@ -324,44 +283,6 @@ impl Snapshotter for Overlayfs {
     fn exports(&self) -> BTreeMap<String, String> {
         BTreeMap::from([("root".to_owned(), self.root.display().to_string())])
     }
-}
-
-/// Makes a folder for root only, unless it is there.
-fn make_folder(path: &Path) -> Result<(), FileError> {
-    match fs::DirBuilder::new().mode(0o711).create(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-            Err(FileError::at("create folder", path)(error))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// The host's ids of root, when the labels map ids; both kinds have to be mapped.
-fn mapped_root(key: &str, labels: &Labels) -> Result<Option<(u32, u32)>, Error> {
-    let text = |label: &str| labels.get(label).filter(|text| !text.is_empty());
-    let (users, groups) = match (text(UID_MAPPING_LABEL), text(GID_MAPPING_LABEL)) {
-        (None, None) => return Ok(None),
-        (users, groups) => (users.map_or("", String::as_str), groups.map_or("", String::as_str)),
-    };
-    let root = |mapping: &str| {
-        mapping_of_zero(mapping)
-            .ok_or_else(|| Error::Mapping { key: key.to_owned(), mapping: mapping.to_owned() })
-    };
-    Ok(Some((root(users)?, root(groups)?)))
-}
-
-/// What a mapping `container:host:length[,…]` has for 0; `None` if it has nothing or is none.
-fn mapping_of_zero(mapping: &str) -> Option<u32> {
-    let mut zero = None;
-    for range in mapping.split(',') {
-        let numbers: Option<Vec<u32>> = range.split(':').map(|number| number.parse().ok()).collect();
-        let [container, host, length] = numbers?[..] else { return None };
-        host.checked_add(length)?;
-        if container == 0 && length > 0 {
-            zero = Some(host);
-        }
-    }
-    zero
 }
 
 /// Mounts and unmounts a small overlay in `root`; answers the options that every overlay there is to have.

@@ -27,6 +27,22 @@ pub struct Traits {
     pub renames_folders: bool,
     /// Usage counts only what differs from the parent.
     pub usage_excludes_parents: bool,
+    /// An active snapshot takes one inode whatever it holds.
+    pub active_is_file: bool,
+    /// A committed one does.
+    pub committed_is_file: bool,
+}
+
+impl Default for Traits {
+    /// Those of overlayfs.
+    fn default() -> Traits {
+        Traits {
+            renames_folders: false,
+            usage_excludes_parents: true,
+            active_is_file: false,
+            committed_is_file: false,
+        }
+    }
 }
 
 /// One promise, to be checked.
@@ -200,7 +216,8 @@ impl Case<'_> {
         loop {
             let names = self.names();
             if names.is_empty() {
-                return;
+                // All that was made is gone with that.
+                return self.snapshotter.cleanup().unwrap();
             }
             let removed =
                 names.iter().filter(|name| self.snapshotter.remove(&self.key(name)).is_ok()).count();

@@ -4,10 +4,11 @@
 //! A mount inside of a snapshot's folder is not part of the snapshot (a volume can show up there by mount
 //! propagation), so no walk ever enters one, and deleting a snapshot cannot delete a volume.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 use nix::dir::{Dir, Type};
 use nix::errno::Errno;
@@ -146,11 +147,44 @@ fn visit_entries(folder: BorrowedFd<'_>, visitor: &mut impl Visitor) -> Result<V
 
 /// Counts what a folder and all below it take on disk. Hard links to one inode count once.
 pub(crate) fn usage(path: &Path) -> Result<Usage, FileError> {
-    struct Count {
+    count(path, |_, _, _| Ok(false))
+}
+
+/// Counts what a folder and all below it take on disk that is not in `base`, of which it is a copy with the inodes' numbers
+/// kept: what has the same number, size and time of change there is the same. The top folder counts always.
+pub(crate) fn usage_beyond(path: &Path, base: &Path) -> Result<Usage, FileError> {
+    let root = open_folder(base)?;
+    // Folders of the copy by their inodes, and where they are below the top.
+    let mut places: HashMap<u64, PathBuf> = HashMap::new();
+    let top = fstat(open_folder(path)?).map_err(FileError::at("fstat", path))?.st_ino;
+    places.insert(top, PathBuf::new());
+    count(path, |folder, name, stat| {
+        let Some(place) = places.get(&fstat(folder)?.st_ino) else { return Ok(false) };
+        let place = place.join(std::ffi::OsStr::from_bytes(name.to_bytes()));
+        // What cannot be found there, for whatever reason, counts.
+        let below = fstatat(&root, &place, AtFlags::AT_SYMLINK_NOFOLLOW);
+        let same = below.is_ok_and(|below| {
+            let facts = |stat: &FileStat| (stat.st_ino, stat.st_size, stat.st_ctime, stat.st_ctime_nsec);
+            facts(&below) == facts(stat)
+        });
+        if file_kind(stat) == SFlag::S_IFDIR {
+            places.insert(stat.st_ino, place);
+        }
+        Ok(same)
+    })
+}
+
+/// Counts what a folder and all below it take on disk, without the entries that `skip` knows.
+fn count(
+    path: &Path,
+    skip: impl FnMut(BorrowedFd<'_>, &CStr, &FileStat) -> Result<bool, Errno>,
+) -> Result<Usage, FileError> {
+    struct Count<S> {
         usage: Usage,
         linked: HashSet<(u64, u64)>,
+        skip: S,
     }
-    impl Count {
+    impl<S> Count<S> {
         fn add(&mut self, stat: &FileStat) {
             if file_kind(stat) != SFlag::S_IFDIR
                 && stat.st_nlink > 1
@@ -163,11 +197,13 @@ pub(crate) fn usage(path: &Path) -> Result<Usage, FileError> {
             self.usage.inodes += 1;
         }
     }
-    impl Visitor for Count {
+    impl<S: FnMut(BorrowedFd<'_>, &CStr, &FileStat) -> Result<bool, Errno>> Visitor for Count<S> {
         fn enter(&mut self, folder: BorrowedFd<'_>, name: &CStr, _: Option<Type>) -> Result<bool, Errno> {
             match fstatat(folder, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
                 Ok(stat) => {
-                    self.add(&stat);
+                    if !(self.skip)(folder, name, &stat)? {
+                        self.add(&stat);
+                    }
                     Ok(file_kind(&stat) == SFlag::S_IFDIR)
                 }
                 Err(Errno::ENOENT) => Ok(false),
@@ -176,7 +212,7 @@ pub(crate) fn usage(path: &Path) -> Result<Usage, FileError> {
         }
     }
     let root = open_folder(path)?;
-    let mut count = Count { usage: Usage::default(), linked: HashSet::new() };
+    let mut count = Count { usage: Usage::default(), linked: HashSet::new(), skip };
     count.add(&fstat(&root).map_err(FileError::at("fstat", path))?);
     walk(root, &mut count).map_err(FileError::at("count files of", path))?;
     Ok(count.usage)

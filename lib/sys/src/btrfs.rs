@@ -162,8 +162,8 @@ mod tests {
         let (image, point) = (folder.path().join("image"), folder.path().join("point"));
         fs::create_dir(&point).unwrap();
         File::create(&image).unwrap().set_len(128 << 20).unwrap();
-        let made = Command::new("mkfs.btrfs").arg("-q").arg(&image).status();
-        if !nix::unistd::geteuid().is_root() || !made.is_ok_and(|status| status.success()) {
+        let made = Command::new("mkfs.btrfs").arg("-q").arg(&image).output();
+        if !nix::unistd::geteuid().is_root() || !made.is_ok_and(|made| made.status.success()) {
             eprintln!("skipped: needs root and btrfs-progs");
             return;
         }

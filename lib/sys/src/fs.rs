@@ -141,12 +141,26 @@ pub fn list_xattr(fd: BorrowedFd<'_>) -> Result<Vec<CString>, Errno> {
         // SAFETY: the kernel writes at most `buffer.len()` bytes to `buffer`.
         unsafe { libc::flistxattr(fd.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len()) }
     })?;
-    let names = names.unwrap_or_default();
-    Ok(names
-        .split(|&byte| byte == 0)
-        .filter(|name| !name.is_empty())
-        .filter_map(|name| CString::new(name).ok())
-        .collect())
+    Ok(split_names(&names.unwrap_or_default()))
+}
+
+/// The names of all extended attributes of the entry `name` of an open folder; a symlink is not followed. Empty as in
+/// [`list_xattr`].
+///
+/// # Errors
+/// Those of llistxattr(2), without `ENOTSUP`; `EINVAL` for a name with a NUL.
+pub fn list_xattr_at(folder: BorrowedFd<'_>, name: &[u8]) -> Result<Vec<CString>, Errno> {
+    let path = entry_path(folder, name)?;
+    let names = read_attribute(|buffer| {
+        // SAFETY: `path` is NUL-terminated, and the kernel writes at most `buffer.len()` bytes to `buffer`.
+        unsafe { libc::llistxattr(path.as_ptr(), buffer.as_mut_ptr().cast(), buffer.len()) }
+    })?;
+    Ok(split_names(&names.unwrap_or_default()))
+}
+
+fn split_names(names: &[u8]) -> Vec<CString> {
+    let names = names.split(|&byte| byte == 0).filter(|name| !name.is_empty());
+    names.filter_map(|name| CString::new(name).ok()).collect()
 }
 
 /// Calls `read` with growing buffers until the value fits. A value can grow between two calls, so `ERANGE` asks
@@ -192,6 +206,25 @@ pub fn start_writeback(fd: BorrowedFd<'_>, offset: i64, length: i64) {
         unsafe { libc::sync_file_range(fd.as_raw_fd(), offset, length, libc::SYNC_FILE_RANGE_WRITE) };
     // A filesystem without it writes everything at the later sync, which reports real errors.
     let _ = result;
+}
+
+/// Makes an open file immutable, or mutable again (`FS_IMMUTABLE_FL` of ioctl_iflags(2)): while it is, nobody can change,
+/// rename or delete it.
+///
+/// # Errors
+/// `EPERM` without the right to it; `ENOTTY` or `EOPNOTSUPP` where the filesystem cannot.
+pub fn set_immutable(file: BorrowedFd<'_>, immutable: bool) -> Result<(), Errno> {
+    const IMMUTABLE: std::ffi::c_int = 0x10;
+    let mut flags: std::ffi::c_int = 0;
+    // SAFETY: the request writes one int (the size in its number notwithstanding), which lives during the call.
+    Errno::result(unsafe { libc::ioctl(file.as_raw_fd(), libc::FS_IOC_GETFLAGS, &raw mut flags) })?;
+    let wanted = if immutable { flags | IMMUTABLE } else { flags & !IMMUTABLE };
+    if wanted == flags {
+        return Ok(());
+    }
+    // SAFETY: the request reads one int, which lives during the call.
+    Errno::result(unsafe { libc::ioctl(file.as_raw_fd(), libc::FS_IOC_SETFLAGS, &raw const wanted) })
+        .map(drop)
 }
 
 /// True when this process is in a user namespace other than the initial one, where device nodes cannot be made:
@@ -257,6 +290,7 @@ mod tests {
         assert_eq!(get_xattr(file.as_fd(), c"user.small").unwrap(), Some(b"\0\n".to_vec()));
         assert_eq!(get_xattr(file.as_fd(), c"user.none").unwrap(), None);
         let names = list_xattr(file.as_fd()).unwrap();
+        assert_eq!(list_xattr_at(parent.as_fd(), b"file").unwrap(), names);
         assert!(names.contains(&c"user.large".to_owned()) && names.contains(&c"user.small".to_owned()));
     }
 

@@ -126,7 +126,13 @@ fn file(from: BorrowedFd<'_>, to: BorrowedFd<'_>, name: &CStr, stat: &FileStat) 
 
 /// Copies what a file holds, without its holes. Blocks are shared where the filesystem can
 /// (`copy_file_range` tries that first since Linux 5.3).
-fn copy_data(source: &File, target: &File, size: i64) -> Result<(), Errno> {
+pub(crate) fn copy_data(source: &File, target: &File, size: i64) -> Result<(), Errno> {
+    copy_extents(source, target, 0, size)?;
+    ftruncate(target, size)
+}
+
+/// Copies what the first `size` bytes of a file hold, without the holes, to `place` in another.
+pub(crate) fn copy_extents(source: &File, target: &File, place: i64, size: i64) -> Result<(), Errno> {
     let mut position = 0;
     while position < size {
         let start = match lseek(source, position, Whence::SeekData) {
@@ -135,22 +141,22 @@ fn copy_data(source: &File, target: &File, size: i64) -> Result<(), Errno> {
             Err(Errno::ENXIO) => break,
             Err(errno) => return Err(errno),
         };
-        let end = lseek(source, start, Whence::SeekHole)?;
-        copy_range(source, target, start, end)?;
+        let end = lseek(source, start, Whence::SeekHole)?.min(size);
+        copy_range(source, target, start, end, place)?;
         position = end;
     }
-    ftruncate(target, size)
+    Ok(())
 }
 
-fn copy_range(source: &File, target: &File, start: i64, end: i64) -> Result<(), Errno> {
-    let (mut read, mut written) = (start, start);
+fn copy_range(source: &File, target: &File, start: i64, end: i64, place: i64) -> Result<(), Errno> {
+    let (mut read, mut written) = (start, place + start);
     while read < end {
         let length = usize::try_from(end - read).unwrap_or(usize::MAX).min(1 << 30);
         match copy_file_range(source, Some(&mut read), target, Some(&mut written), length) {
             Ok(0) => break,
             Ok(_) => {}
             Err(Errno::ENOSYS | Errno::EXDEV | Errno::EINVAL | Errno::EOPNOTSUPP) => {
-                return copy_bytes(source, target, read, end);
+                return copy_bytes(source, target, read, end, place);
             }
             Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno),
@@ -159,9 +165,9 @@ fn copy_range(source: &File, target: &File, start: i64, end: i64) -> Result<(), 
     Ok(())
 }
 
-fn copy_bytes(source: &File, target: &File, start: i64, end: i64) -> Result<(), Errno> {
+fn copy_bytes(source: &File, target: &File, start: i64, end: i64, place: i64) -> Result<(), Errno> {
     lseek(source, start, Whence::SeekSet)?;
-    lseek(target, start, Whence::SeekSet)?;
+    lseek(target, place + start, Whence::SeekSet)?;
     let mut rest = io::Read::take(source, u64::try_from(end - start).unwrap_or(0));
     let mut target = target;
     io::copy(&mut rest, &mut target)
@@ -270,7 +276,7 @@ mod tests {
             File::open(folder.path().join("from")).unwrap(),
             File::create(folder.path().join("to")).unwrap(),
         );
-        copy_bytes(&source, &target, 0, 100_000).unwrap();
+        copy_bytes(&source, &target, 0, 100_000, 0).unwrap();
         assert_eq!(fs::read(folder.path().join("to")).unwrap(), data);
     }
 }

@@ -2,28 +2,45 @@
 
 use davit_snapshotter::testsuite::{Traits, run};
 
-use super::{Which, database, may_mount};
+use super::ground::Ground;
+use super::{Which, database};
 
 fn suite(which: Which, traits: Traits) {
-    if !may_mount() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
+    let Some(ground) = Ground::new(which) else { return };
     let databases = tempfile::tempdir().unwrap();
-    run(folder.path(), traits, &|root| {
+    run(ground.path(), traits, &|root| {
         let name = root.parent().unwrap().file_name().unwrap();
         which.open(root, database(&databases.path().join(name)))
     });
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
-    assert!(!mounts.contains(folder.path().to_str().unwrap()), "a mount is left");
+    ground.assert_unused();
 }
 
 #[test]
 fn overlayfs_conforms() {
-    suite(Which::Overlayfs, Traits { renames_folders: false, usage_excludes_parents: true });
+    suite(Which::Overlayfs, Traits::default());
 }
 
 #[test]
 fn native_conforms() {
-    suite(Which::Native, Traits { renames_folders: true, usage_excludes_parents: false });
+    suite(
+        Which::Native,
+        Traits { renames_folders: true, usage_excludes_parents: false, ..Traits::default() },
+    );
+}
+
+#[test]
+fn btrfs_conforms() {
+    suite(Which::Btrfs, Traits { renames_folders: true, ..Traits::default() });
+}
+
+#[test]
+fn blockfile_conforms() {
+    let traits =
+        Traits { renames_folders: true, active_is_file: true, committed_is_file: true, ..Traits::default() };
+    suite(Which::Blockfile, traits);
+}
+
+#[test]
+fn erofs_conforms() {
+    suite(Which::Erofs, Traits { committed_is_file: true, ..Traits::default() });
 }

@@ -2,13 +2,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use davit_model::{Coded, ErrorCode, Labels, Mount};
 use davit_snapshotter::{Kind, Snapshotter};
 use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
 
-use super::{Which, database, may_mount};
+use super::ground::Ground;
+use super::{Files, Which, database};
 
 #[derive(Debug, Clone)]
 enum Call {
@@ -113,15 +115,13 @@ impl Model {
     }
 }
 
-/// The folders that the mounts of a snapshot show, the writable one first.
-fn layers(mounts: &[Mount]) -> Vec<PathBuf> {
-    let [mount] = mounts else { panic!("{mounts:?}") };
-    if mount.kind == "bind" {
-        return vec![PathBuf::from(&mount.source)];
-    }
-    let find = |name: &str| mount.options.iter().find_map(|option| option.strip_prefix(name));
-    let lower = find("lowerdir=").unwrap().split(':');
-    find("upperdir=").into_iter().chain(lower).map(PathBuf::from).collect()
+/// The names of all files that the mounts of a snapshot show; from its folders, where nothing has to be mounted.
+fn shown(mounts: &[Mount]) -> BTreeSet<String> {
+    let [mount] = mounts else { return names(&Files::shown(mounts)) };
+    let lower = mount.options.iter().find_map(|option| option.strip_prefix("lowerdir="));
+    let Some(lower) = lower else { return names(&Files::of(mounts)) };
+    let upper = mount.options.iter().find_map(|option| option.strip_prefix("upperdir="));
+    upper.into_iter().chain(lower.split(':')).flat_map(|layer| names(Path::new(layer))).collect()
 }
 
 fn names(folder: &Path) -> BTreeSet<String> {
@@ -139,17 +139,14 @@ fn compare(snapshotter: &dyn Snapshotter, model: &Model) {
         if known.kind == Kind::Committed {
             assert_eq!(snapshotter.mounts(key).unwrap_err().code(), ErrorCode::FailedPrecondition);
         } else {
-            let shown = layers(&snapshotter.mounts(key).unwrap());
-            let files: BTreeSet<String> = shown.iter().flat_map(|layer| names(layer)).collect();
-            assert_eq!(files, known.files, "{key}");
+            assert_eq!(shown(&snapshotter.mounts(key).unwrap()), known.files, "{key}");
         }
     }
 }
 
-fn run(which: Which, calls: &[Call]) {
-    let folder = tempfile::tempdir().unwrap();
-    let root = folder.path().join("root");
-    let mut snapshotter = which.open(&root, database(folder.path()));
+fn run(which: Which, calls: &[Call], folder: &Path) {
+    let root = folder.join("root");
+    let mut snapshotter = which.open(&root, database(folder));
     let rebases = snapshotter.capabilities().iter().any(|capability| capability == "rebase");
     let mut model = Model { known: BTreeMap::new(), rebases, written: 0 };
     let none = Labels::new();
@@ -183,8 +180,8 @@ fn run(which: Which, calls: &[Call]) {
                 {
                     let name = format!("file-{}", model.written);
                     model.written += 1;
-                    let upper = layers(&snapshotter.mounts(&key(*index)).unwrap()).remove(0);
-                    fs::write(upper.join(&name), "x").unwrap();
+                    let files = Files::of(&snapshotter.mounts(&key(*index)).unwrap());
+                    fs::write(files.join(&name), "x").unwrap();
                     known.files.insert(name);
                 }
             }
@@ -196,27 +193,50 @@ fn run(which: Which, calls: &[Call]) {
             }
             Call::Reopen => {
                 drop(snapshotter);
-                snapshotter = which.open(&root, database(folder.path()));
+                snapshotter = which.open(&root, database(folder));
             }
         }
         compare(&*snapshotter, &model);
     }
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+/// Runs a number of random sequences of up to so many calls.
+fn check(which: Which, cases: u32, calls: usize) {
+    let Some(ground) = Ground::new(which) else { return };
+    let config = ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() };
+    let number = std::cell::Cell::new(0);
+    let outcome = TestRunner::new(config).run(&prop::collection::vec(call(), 1..calls), |calls| {
+        number.set(number.get() + 1);
+        let folder = ground.path().join(number.get().to_string());
+        fs::create_dir(&folder).unwrap();
+        run(which, &calls, &folder);
+        Ok(())
+    });
+    outcome.unwrap_or_else(|error| panic!("{error}"));
+    ground.assert_unused();
+}
 
-    #[test]
-    fn overlayfs_is_what_the_model_is(calls in prop::collection::vec(call(), 1..40)) {
-        if may_mount() {
-            run(Which::Overlayfs, &calls);
-        }
-    }
+#[test]
+fn overlayfs_is_what_the_model_is() {
+    check(Which::Overlayfs, 48, 40);
+}
 
-    #[test]
-    fn native_is_what_the_model_is(calls in prop::collection::vec(call(), 1..25)) {
-        if may_mount() {
-            run(Which::Native, &calls);
-        }
-    }
+#[test]
+fn native_is_what_the_model_is() {
+    check(Which::Native, 48, 25);
+}
+
+#[test]
+fn btrfs_is_what_the_model_is() {
+    check(Which::Btrfs, 24, 25);
+}
+
+#[test]
+fn blockfile_is_what_the_model_is() {
+    check(Which::Blockfile, 12, 15);
+}
+
+#[test]
+fn erofs_is_what_the_model_is() {
+    check(Which::Erofs, 24, 25);
 }

@@ -16,6 +16,7 @@ use std::process::{Command, Stdio};
 
 use davit_model::{Coded, ErrorCode, Mount};
 use davit_sys::fs::open_in_root;
+use davit_sys::mount::template::{Earlier, fill_in};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag};
 use nix::sys::stat::{Mode, fchmod, fstatat, mkdirat};
@@ -166,46 +167,13 @@ fn take_options(mount: &mut Mount, prefix: &str) -> Vec<String> {
 
 /// Fills in what stands in double braces.
 fn format(text: &str, active: &[ActiveMount]) -> Result<String, TransformError> {
-    let (mut rest, mut filled) = (text, String::new());
-    while let Some((before, after)) = rest.split_once("{{") {
-        let fail = |reason: String| TransformError::Template { template: text.to_owned(), reason };
-        let (action, after) = after.split_once("}}").ok_or_else(|| fail("unclosed action".into()))?;
-        filled.push_str(before);
-        filled.push_str(&fill(action, active).map_err(fail)?);
-        rest = after;
-    }
-    filled.push_str(rest);
-    Ok(filled)
-}
-
-fn fill(action: &str, active: &[ActiveMount]) -> Result<String, String> {
-    let words: Vec<&str> = action.split_whitespace().collect();
-    let number = |word: &str| word.parse::<i64>().map_err(|_| format!("{word:?} is no number"));
-    let bounds = |index: i64| format!("index out of bounds: {index}, has {} active mounts", active.len());
-    let at = |word: &str| {
-        let index = number(word)?;
-        let found = usize::try_from(index).ok().and_then(|index| active.get(index));
-        found.ok_or_else(|| bounds(index))
+    let earlier = |active: &ActiveMount| Earlier {
+        source: active.mount.source.clone(),
+        target: active.mount.target.clone(),
+        point: active.point.display().to_string(),
     };
-    match words.as_slice() {
-        ["source", index] => Ok(at(index)?.mount.source.clone()),
-        ["target", index] => Ok(at(index)?.mount.target.clone()),
-        ["mount", index] => Ok(at(index)?.point.display().to_string()),
-        ["overlay", start, end] => {
-            let (start, end) = (number(start)?, number(end)?);
-            let range = || format!("invalid range: {start}-{end}, has {} active mounts", active.len());
-            let (low, high) = (start.min(end), start.max(end));
-            let found = usize::try_from(low).ok().zip(usize::try_from(high).ok());
-            let found = found.and_then(|(low, high)| active.get(low..=high)).ok_or_else(range)?;
-            let mut points: Vec<_> = found.iter().map(|mount| mount.point.display().to_string()).collect();
-            if start > end {
-                points.reverse();
-            }
-            Ok(points.join(":"))
-        }
-        [name, ..] => Err(format!("function {name:?} not defined")),
-        [] => Err("missing value for command".into()),
-    }
+    let earlier: Vec<_> = active.iter().map(earlier).collect();
+    fill_in(text, &earlier).map_err(|reason| TransformError::Template { template: text.to_owned(), reason })
 }
 
 /// A path below one of the daemon's folders: its parent, open, and its name.
@@ -357,48 +325,26 @@ mod tests {
 
     use super::*;
 
-    fn active(count: usize) -> Vec<ActiveMount> {
-        let one = |index: usize| ActiveMount {
+    #[test]
+    fn texts_in_braces_are_filled_in() {
+        let active = ActiveMount {
             mount: Mount {
                 kind: "bind".into(),
-                source: format!("/s{index}"),
-                target: format!("/t{index}"),
+                source: "/s".into(),
+                target: "/t".into(),
                 options: Vec::new(),
             },
             at: SystemTime::UNIX_EPOCH,
-            point: PathBuf::from(format!("/m{index}")),
+            point: PathBuf::from("/m"),
         };
-        (0..count).map(one).collect()
-    }
-
-    #[test]
-    fn texts_in_braces_are_filled_in() {
-        let good = [
-            ("plain", "plain"),
-            ("{{ source 0 }}", "/s0"),
-            ("{{target 1}}", "/t1"),
-            ("lowerdir={{ mount 2 }}:x", "lowerdir=/m2:x"),
-            ("{{ overlay 0 2 }}", "/m0:/m1:/m2"),
-            ("{{ overlay 2 0 }}|{{ overlay 1 1 }}", "/m2:/m1:/m0|/m1"),
-        ];
-        for (text, filled) in good {
-            assert_eq!(format(text, &active(3)).unwrap(), filled);
-        }
-        let bad = [
-            ("{{ mount 3 }}", "index out of bounds: 3, has 3 active mounts"),
-            ("{{ source -1 }}", "index out of bounds: -1, has 3 active mounts"),
-            ("{{ overlay 0 3 }}", "invalid range: 0-3, has 3 active mounts"),
-            ("{{ overlay 1 -1 }}", "invalid range: 1--1, has 3 active mounts"),
-            ("{{ mount x }}", "\"x\" is no number"),
-            ("{{ mount", "unclosed action"),
-            ("{{ }}", "missing value for command"),
-            ("{{ printf 1 }}", "function \"printf\" not defined"),
-        ];
-        for (text, reason) in bad {
-            let error = format(text, &active(3)).unwrap_err();
-            assert!(error.to_string().ends_with(reason), "{error}");
-            assert_eq!(error.code(), ErrorCode::InvalidArgument);
-        }
+        let filled = format("{{ source 0 }},{{ target 0 }},{{ mount 0 }}", std::slice::from_ref(&active));
+        assert_eq!(filled.unwrap(), "/s,/t,/m");
+        let error = format("{{ mount 1 }}", &[active]).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "template \"{{ mount 1 }}\": index out of bounds: 1, has 1 active mounts"
+        );
+        assert_eq!(error.code(), ErrorCode::InvalidArgument);
     }
 
     #[test]
