@@ -71,6 +71,11 @@ pub fn source_key(reference: &Reference) -> String {
     format!("{SOURCE}.{host}")
 }
 
+/// Whether a label tells where content comes from.
+pub fn is_source(key: &str) -> bool {
+    key.starts_with(SOURCE)
+}
+
 /// The value of the label with the reference's repository added to what it was; `None` if it would be too long, and is
 /// better left alone.
 pub fn with_source(before: Option<&str>, reference: &Reference) -> Option<String> {

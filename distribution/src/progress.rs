@@ -5,10 +5,6 @@ use davit_oci::image::Descriptor;
 /// How far something has come; the words are those that `ctr` shows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
-    /// A name is being resolved.
-    Resolving,
-    /// It was.
-    Resolved,
     /// It is known that something is to be moved, but it has not begun.
     Waiting,
     /// Bytes come in.
@@ -27,8 +23,6 @@ impl State {
     /// The word.
     pub fn as_str(self) -> &'static str {
         match self {
-            State::Resolving => "resolving",
-            State::Resolved => "resolved",
             State::Waiting => "waiting",
             State::Downloading => "downloading",
             State::Uploading => "uploading",
@@ -44,12 +38,11 @@ impl State {
 pub struct Progress {
     /// What has happened.
     pub state: State,
-    /// The name of what it is about: that of the image, or a key such as `layer-sha256:…`, by which containerd's
-    /// clients know the ingest.
+    /// The name of what is moved, such as `layer-sha256:…`, by which containerd's clients know the ingest.
     pub reference: String,
-    /// What is moved; none while a name is being resolved.
-    pub descriptor: Option<Descriptor>,
-    /// The name of the document that names it, or that of the image for the outermost one.
+    /// What is moved.
+    pub descriptor: Descriptor,
+    /// The name of the document that names it; none for the outermost one.
     pub parent: Option<String>,
     /// Bytes moved.
     pub offset: u64,

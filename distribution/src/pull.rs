@@ -28,15 +28,6 @@ use crate::registry::Retry;
 use crate::repository::Repository;
 use crate::store::Sink;
 
-/// The most layers of an image. The kernel stacks 500 at most.
-const MAX_LAYERS: usize = 1024;
-/// The most documents of a pull.
-const MAX_DOCUMENTS: usize = 1024;
-/// The most bytes of all documents of a pull.
-const MAX_DOCUMENT_BYTES: u64 = 64 << 20;
-/// How deep indexes may lie in indexes.
-const MAX_DEPTH: usize = 4;
-
 /// Which manifests of an index are pulled. A manifest that is named directly is always pulled.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Platforms {
@@ -70,16 +61,6 @@ impl Default for PullOptions {
     }
 }
 
-/// What was pulled.
-#[derive(Debug, Clone)]
-pub struct Pulled {
-    /// What the reference names: the target of the image to be stored.
-    pub root: Descriptor,
-    /// All content with the labels that it should have: what keeps the children of a document from being collected,
-    /// and where it comes from. What was fetched was committed with them; content that was there already may lack them.
-    pub contents: Vec<(Descriptor, Labels)>,
-}
-
 /// What is ready to be unpacked.
 #[derive(Debug, Clone)]
 pub enum Ready {
@@ -103,7 +84,11 @@ pub enum Ready {
     },
 }
 
-/// Pulls what the repository's reference names into a store. Dropping the future ends it; what was fetched of a blob
+/// Pulls `root`, which the repository's reference was [resolved](Repository::resolve) to, into a store. All content is
+/// returned with the labels that it should have: what keeps the children of a document from being collected, and where it
+/// comes from. What was fetched was committed with them; content that was there already may lack them.
+///
+/// Dropping the future ends it; what was fetched of a blob
 /// stays in the store and is resumed by the next pull, of this process or a later one. What is sent to `ready` must be
 /// received while the pull runs; a receiver that is slow delays the news, not the downloads.
 ///
@@ -111,19 +96,12 @@ pub enum Ready {
 /// Those of requests, of the store, and of images that are not what they should be.
 pub async fn pull(
     repository: &Repository,
+    root: &Descriptor,
     sink: Arc<dyn Sink>,
     options: &PullOptions,
     observer: Arc<dyn Observer>,
     ready: Option<mpsc::Sender<Ready>>,
-) -> Result<Pulled, Error> {
-    let name = repository.reference.to_string();
-    let tell = |state, descriptor: Option<&Descriptor>| {
-        let (reference, descriptor) = (name.clone(), descriptor.cloned());
-        observer.progress(Progress { state, reference, descriptor, parent: None, offset: 0, total: 0 });
-    };
-    tell(State::Resolving, None);
-    let root = repository.resolve().await?;
-    tell(State::Resolved, Some(&root));
+) -> Result<Vec<(Descriptor, Labels)>, Error> {
     let job = Arc::new(Job {
         repository: repository.clone(),
         sink,
@@ -132,11 +110,10 @@ pub async fn pull(
         layers: Semaphore::new(options.parallel.max(1)),
     });
     let mut plan = Plan { contents: HashMap::new(), order: Vec::new(), images: Vec::new(), bytes: 0 };
-    document::collect(&job, &mut plan, options, &root).await?;
+    document::collect(&job, &mut plan, options, root).await?;
     fetch_all(&job, &plan, ready).await?;
     let mut contents = plan.contents;
-    let contents = plan.order.iter().filter_map(|digest| contents.remove(digest)).collect();
-    Ok(Pulled { root, contents })
+    Ok(plan.order.iter().filter_map(|digest| contents.remove(digest)).collect())
 }
 
 /// What the tasks of a pull share.
@@ -175,12 +152,12 @@ impl Job {
             .unwrap_or_default()
     }
 
-    fn tell(&self, state: State, descriptor: &Descriptor, parent: &str, offset: u64) {
+    fn tell(&self, state: State, descriptor: &Descriptor, parent: Option<&str>, offset: u64) {
         self.observer.progress(Progress {
             state,
             reference: labels::ingest_reference(descriptor),
-            descriptor: Some(descriptor.clone()),
-            parent: Some(parent.to_owned()),
+            descriptor: descriptor.clone(),
+            parent: parent.map(str::to_owned),
             offset,
             total: descriptor.size,
         });
@@ -219,7 +196,7 @@ async fn fetch_all(job: &Arc<Job>, plan: &Plan, ready: Option<mpsc::Sender<Ready
             // A configuration is small and what the unpacking begins with: it does not wait for a place.
             let is_layer = descriptor.digest != parsed.config.digest;
             tasks.spawn(async move {
-                blob::fetch(&job, &descriptor, &parent, is_layer).await?;
+                blob::fetch(&job, &descriptor, Some(&parent), is_layer).await?;
                 done.send_replace(true);
                 Ok(())
             });

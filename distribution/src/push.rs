@@ -1,13 +1,12 @@
 //! Pushing an image: its blobs side by side, then its manifests, then the indexes, the outermost last and by its tag, so
 //! that a name never stands for something incomplete.
 
-use std::io::Read;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use davit_model::{Coded, Digest, ErrorCode, Labels};
-use davit_oci::image::{self, Descriptor, MAX_DOCUMENT_SIZE, Target};
+use davit_oci::image::{self, Descriptor, MAX_DOCUMENT_SIZE, MAX_DOCUMENTS, Target};
 use davit_oci::media_type;
 use davit_oci::platform::{self, Platform};
 use tokio::sync::Semaphore;
@@ -19,11 +18,9 @@ use crate::progress::{Observer, Progress, State};
 use crate::registry::Retry;
 use crate::repository::Repository;
 use crate::retry::Backoff;
-use crate::store::{SinkError, Source};
+use crate::store::{Source, read_whole};
 use crate::upload::Uploaded;
 
-/// The most documents of an image.
-const MAX_DOCUMENTS: usize = 1024;
 /// How often bytes are told of.
 const NEWS: Duration = Duration::from_millis(100);
 
@@ -102,8 +99,8 @@ impl Job {
         self.observer.progress(Progress {
             state,
             reference: labels::ingest_reference(descriptor),
-            descriptor: Some(descriptor.clone()),
-            parent: Some(parent.map_or_else(|| self.repository.reference.to_string(), str::to_owned)),
+            descriptor: descriptor.clone(),
+            parent: parent.map(str::to_owned),
             offset,
             total: descriptor.size,
         });
@@ -216,9 +213,5 @@ fn labels_of(source: &dyn Source, digest: &Digest) -> Result<Labels, Error> {
 fn read(source: &dyn Source, descriptor: &Descriptor) -> Result<Bytes, Error> {
     let failed = |source| Error::Store { action: "read", source };
     let reader = source.open(&descriptor.digest).map_err(failed)?;
-    let mut bytes = Vec::new();
-    reader.take(MAX_DOCUMENT_SIZE + 1).read_to_end(&mut bytes).map_err(|error| {
-        failed(SinkError { code: ErrorCode::Internal, text: format!("read {}: {error}", descriptor.digest) })
-    })?;
-    Ok(bytes.into())
+    Ok(read_whole(reader, &descriptor.digest, MAX_DOCUMENT_SIZE).map_err(failed)?.into())
 }

@@ -104,6 +104,21 @@ pub trait Source: Send + Sync {
     fn labels(&self, digest: &Digest) -> Result<Labels, SinkError>;
 }
 
+/// The whole of what `reader` has of the content `digest`, at most `limit` bytes.
+///
+/// # Errors
+/// Those of the reader, and content that is larger.
+pub fn read_whole(reader: impl Read, digest: &Digest, limit: u64) -> Result<Vec<u8>, SinkError> {
+    let failed = |text: String| SinkError { code: ErrorCode::Internal, text };
+    let mut bytes = Vec::new();
+    let read = reader.take(limit + 1).read_to_end(&mut bytes);
+    read.map_err(|error| failed(format!("read {digest}: {error}")))?;
+    if bytes.len() as u64 > limit {
+        return Err(failed(format!("content {digest} has more than {limit} bytes")));
+    }
+    Ok(bytes)
+}
+
 impl Sink for Store {
     fn size(&self, digest: &Digest) -> Result<Option<u64>, SinkError> {
         match self.info(digest) {
@@ -114,17 +129,8 @@ impl Sink for Store {
     }
 
     fn read(&self, digest: &Digest, limit: u64) -> Result<Vec<u8>, SinkError> {
-        let failed = |text: String| SinkError { code: ErrorCode::Internal, text };
         let reader = self.reader(digest).map_err(|error| SinkError::new(&error))?;
-        let mut bytes = Vec::new();
-        reader
-            .take(limit + 1)
-            .read_to_end(&mut bytes)
-            .map_err(|error| failed(format!("read {digest}: {error}")))?;
-        if bytes.len() as u64 > limit {
-            return Err(failed(format!("content {digest} has more than {limit} bytes")));
-        }
-        Ok(bytes)
+        read_whole(reader, digest, limit)
     }
 
     fn writer(&self, reference: &str, size: u64, digest: &Digest) -> Result<Opened, SinkError> {

@@ -16,6 +16,7 @@
 //! client that has gone is free at once, not never.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use davit_model::{Any, Coded, ErrorCode};
@@ -118,11 +119,13 @@ impl Streams {
             id: Arc::from(id),
             sender: to_client,
             receiver: Arc::new(tokio::sync::Mutex::new(from_client)),
+            finished: Arc::default(),
             closed: closed.clone(),
         };
+        let finished = stream.finished.clone();
         registered.insert(name.clone(), Entry { lease: lease.map(str::to_owned), stream });
         let registration = Registration { shared: self.shared.clone(), name, closed };
-        Ok(ClientSide { to_service, from_service, registration })
+        Ok(ClientSide { to_service, from_service, finished, registration })
     }
 
     /// The stream of a name.
@@ -162,6 +165,8 @@ pub struct Stream {
     id: Arc<str>,
     sender: mpsc::Sender<Any>,
     receiver: Arc<tokio::sync::Mutex<mpsc::Receiver<Any>>>,
+    /// The client has said that it sends no more.
+    finished: Arc<AtomicBool>,
     closed: CancellationToken,
 }
 
@@ -180,15 +185,22 @@ impl Stream {
         }
     }
 
-    /// The next message of the client; none when it sends no more, or the stream is closed.
-    pub async fn receive(&self) -> Option<Any> {
+    /// The next message of the client; none when it has said that it sends no more.
+    ///
+    /// # Errors
+    /// [`StreamError::Closed`], also when the client was lost: what it has sent may be a part.
+    pub async fn receive(&self) -> Result<Option<Any>, StreamError> {
         let mut receiver = self.receiver.lock().await;
         // A receive that is given up has taken nothing.
-        tokio::select! {
+        let message = tokio::select! {
             biased;
             () = self.closed.cancelled() => None,
             message = receiver.recv() => message,
+        };
+        if message.is_none() && !self.finished.load(Ordering::Acquire) {
+            return Err(StreamError::Closed { id: self.id.as_ref().to_owned() });
         }
+        Ok(message)
     }
 
     /// Ends the client's call, once it has been given all that was sent; its name is free.
@@ -202,6 +214,7 @@ impl Stream {
 pub struct ClientSide {
     to_service: mpsc::Sender<Any>,
     from_service: mpsc::Receiver<Any>,
+    finished: Arc<AtomicBool>,
     registration: Registration,
 }
 
@@ -221,11 +234,11 @@ impl Drop for Registration {
 }
 
 impl ClientSide {
-    /// Where the client's messages go, and those that it is sent. The first may be dropped when the client sends no
-    /// more; when the second is dropped, the client is gone.
+    /// Where the client's messages go, and those that it is sent. When either is dropped, the client is gone, unless it has
+    /// [finished](ToService::finish) before.
     pub fn split(self) -> (ToService, impl Messages<Item = Any> + Send + use<>) {
-        let ClientSide { to_service, from_service, registration } = self;
-        let to_service = ToService { sender: to_service, closed: registration.closed.clone() };
+        let ClientSide { to_service, from_service, finished, registration } = self;
+        let to_service = ToService { sender: to_service, finished, closed: registration.closed.clone() };
         let messages = unfold((from_service, registration, false), async |(mut messages, owner, ended)| {
             if !ended {
                 // A receive that is given up has taken nothing.
@@ -245,6 +258,7 @@ impl ClientSide {
 #[derive(Debug)]
 pub struct ToService {
     sender: mpsc::Sender<Any>,
+    finished: Arc<AtomicBool>,
     closed: CancellationToken,
 }
 
@@ -257,6 +271,11 @@ impl ToService {
             () = self.closed.cancelled() => false,
             sent = self.sender.send(message) => sent.is_ok(),
         }
+    }
+
+    /// The client sends no more, and still listens.
+    pub fn finish(self) {
+        self.finished.store(true, Ordering::Release);
     }
 
     /// Waits until the stream is closed.
@@ -284,11 +303,11 @@ mod tests {
         let mut from_service = pin!(from_service);
         let service = streams.get("ns", "s").unwrap();
         assert!(to_service.send(message("a")).await);
-        assert_eq!(service.receive().await, Some(message("a")));
+        assert_eq!(service.receive().await, Ok(Some(message("a"))));
         service.send(message("b")).await.unwrap();
         service.send(message("c")).await.unwrap();
-        drop(to_service);
-        assert_eq!(service.receive().await, None);
+        to_service.finish();
+        assert_eq!(service.receive().await, Ok(None));
         service.close();
         let closed = StreamError::Closed { id: "s".into() };
         assert_eq!(service.send(message("d")).await, Err(closed));
@@ -307,9 +326,21 @@ mod tests {
         let _other = streams.register("other", None, "s").unwrap();
         let service = streams.get("ns", "s").unwrap();
         drop(first);
-        assert_eq!(service.receive().await, None);
+        let closed = StreamError::Closed { id: "s".into() };
+        assert_eq!(service.receive().await, Err(closed));
         assert_eq!(streams.get("ns", "s").unwrap_err(), StreamError::NotFound { id: "s".into() });
         streams.register("ns", None, "s").unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_client_that_is_lost_has_not_finished() {
+        let streams = Streams::default();
+        let (to_service, _from_service) = streams.register("ns", None, "s").unwrap().split();
+        let service = streams.get("ns", "s").unwrap();
+        assert!(to_service.send(message("a part")).await);
+        drop(to_service);
+        assert_eq!(service.receive().await, Ok(Some(message("a part"))));
+        assert_eq!(service.receive().await, Err(StreamError::Closed { id: "s".into() }));
     }
 
     #[tokio::test]

@@ -1,17 +1,21 @@
-//! Transfers: images between registries and the image store, done by the daemon itself.
+//! Transfers: images between registries, archives and the image store, done by the daemon itself.
 //!
 //! ```text
 //!   pull:  registry ──▶ content ──▶ snapshots (while later layers still come) ──▶ image record
 //!   push:  image record ──▶ content ──▶ registry
 //!   tag:   image record ──▶ image record
 //!   export: image record ──▶ content ──▶ archive
+//!   import: archive ──▶ content ──▶ snapshots ──▶ image records
 //! ```
 //!
-//! What a pull makes belongs to a lease until the image record keeps it; unless the call names one, the lease ends with the
+//! What a pull or an import makes belongs to a lease until the image record keeps it; unless the call names one, the lease ends with the
 //! transfer, also when its client goes away, and expires after a day should the daemon die. What a daemon that died had
 //! fetched of a blob is resumed by the next pull within that day.
 
+mod archive;
 mod export;
+mod import;
+mod names;
 mod pull;
 mod store;
 mod unpack;
@@ -24,17 +28,20 @@ use davit_distribution as distribution;
 use davit_distribution::{Observer, Progress, PushOptions, Registry, State};
 use davit_model::digest::DigestError;
 use davit_model::{Coded, Digest, ErrorCode, Labels};
-use davit_oci::image::{Descriptor, DocumentError};
+use davit_oci::archive::ArchiveError;
+use davit_oci::image::{Descriptor, DocumentError, MAX_DOCUMENT_SIZE};
 use davit_oci::platform::Platform;
 use davit_oci::reference::Reference;
+use davit_snapshotter::layer;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio::sync::{Semaphore, mpsc};
 
 use crate::differs::{self, Differs};
 use crate::lane;
-use crate::metadata::{self, Image, Leases, Metadata, Scope, gc};
-pub use export::Platforms as ExportPlatforms;
+use crate::metadata::{self, Content, Image, Leases, Metadata, Scope, gc};
+pub use export::ExportOptions;
+use names::Named;
 use store::NsSource;
 
 /// How long a lease keeps what a daemon that died left behind.
@@ -46,6 +53,12 @@ pub enum Error {
     /// The registry, or the way to it.
     #[error(transparent)]
     Registry(#[from] distribution::Error),
+    /// The registry does not say what a name stands for.
+    #[error("failed to resolve image")]
+    Resolve {
+        /// Why not.
+        source: distribution::Error,
+    },
     /// The metadata of the daemon.
     #[error(transparent)]
     Metadata(#[from] metadata::Error),
@@ -105,6 +118,46 @@ pub enum Error {
         /// What the store says.
         source: distribution::SinkError,
     },
+    /// What an archive holds is no image.
+    #[error(transparent)]
+    Archive(#[from] ArchiveError),
+    /// An archive cannot be read.
+    #[error("cannot read the archive")]
+    Unreadable {
+        /// Why not.
+        #[from]
+        source: layer::Error,
+    },
+    /// Content has another size than what stands for it says.
+    #[error("content {digest} has {found} bytes, not {wanted}")]
+    Size {
+        /// The content.
+        digest: Digest,
+        /// Its bytes.
+        found: u64,
+        /// Those that it should have.
+        wanted: u64,
+    },
+    /// A layer cannot be compressed.
+    #[error("cannot compress layer {digest}")]
+    Compress {
+        /// The layer.
+        digest: Digest,
+        /// What the store said.
+        source: std::io::Error,
+    },
+    /// More or larger documents, more layers, or deeper indexes than images have.
+    #[error("the image has too many parts")]
+    TooManyParts,
+    /// No document has anything that is wanted.
+    #[error("image might be filtered out")]
+    Empty,
+    /// An index has nothing for a platform that is wanted.
+    #[error("no manifest found for platform")]
+    NoPlatform,
+    /// The target of an image is no manifest.
+    #[error("only manifests may be exported")]
+    NoManifest,
     /// The archive cannot be sent.
     #[error("cannot send the archive")]
     Export {
@@ -133,16 +186,19 @@ pub enum Error {
 impl Coded for Error {
     fn code(&self) -> ErrorCode {
         match self {
-            Error::Registry(source) => source.code(),
+            Error::Registry(source) | Error::Resolve { source } => source.code(),
             Error::Metadata(source) => source.code(),
             Error::Extract { source, .. } => source.code(),
+            Error::Archive(source) => source.code(),
+            Error::Unreadable { source } => source.code(),
+            Error::Size { .. } | Error::TooManyParts | Error::NoManifest => ErrorCode::InvalidArgument,
             Error::DiffId { .. } | Error::Layers { .. } => ErrorCode::FailedPrecondition,
             Error::Document { source, .. } => source.code(),
-            Error::Read { .. } | Error::Interrupted { .. } => ErrorCode::Internal,
+            Error::Read { .. } | Error::Compress { .. } | Error::Interrupted { .. } => ErrorCode::Internal,
             Error::Content { source, .. } => source.code(),
             Error::Export { .. } => ErrorCode::Unavailable,
             Error::Target { .. } => ErrorCode::InvalidArgument,
-            Error::NoName => ErrorCode::NotFound,
+            Error::NoName | Error::Empty | Error::NoPlatform => ErrorCode::NotFound,
         }
     }
 }
@@ -165,14 +221,18 @@ impl fmt::Display for Remote {
 }
 
 /// A further name for an image.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct ExtraName {
-    /// The name, or what comes before its digest.
+    /// The name, or what comes before a tag or a digest.
     pub name: String,
     /// Whether it is not a name by itself.
     pub is_prefix: bool,
+    /// Whether an image of an archive may have a name with another prefix.
+    pub allow_overwrite: bool,
     /// Whether the digest is added.
     pub add_digest: bool,
+    /// Whether it is not, if the archive names the image.
+    pub skip_named_digest: bool,
 }
 
 /// What is to be unpacked and where.
@@ -195,6 +255,8 @@ pub struct Local {
     pub platforms: Vec<Platform>,
     /// Whether the documents of all other platforms are wanted too.
     pub all_metadata: bool,
+    /// The most manifests of an index that an import looks into; 0 for no limit.
+    pub manifest_limit: usize,
     /// Further names for the same.
     pub extra_names: Vec<ExtraName>,
     /// What is to be unpacked.
@@ -292,10 +354,11 @@ impl Transfers {
     /// [`Error`].
     pub async fn tag(&self, scope: &Scope, from: &Local, to: &Local) -> Result<(), Error> {
         let image = self.metadata.images(scope).get(&from.name)?;
-        self.save(scope, to, &image.target).await.map(drop)
+        let root = target(&image)?;
+        self.save(scope, names::required(to, root.digest.as_str())?, &root).await.map(drop)
     }
 
-    /// Sends images as an archive to `out`, with the list that Docker reads if that is wanted.
+    /// Sends images as an archive to `out`.
     ///
     /// # Errors
     /// [`Error`].
@@ -303,15 +366,35 @@ impl Transfers {
         &self,
         scope: &Scope,
         from: &Local,
-        platforms: ExportPlatforms,
-        for_docker: bool,
+        options: ExportOptions,
         out: mpsc::Sender<Vec<u8>>,
+        listener: &Listener,
     ) -> Result<(), Error> {
         let _place = self.places.acquire().await;
         let (scope, held) = self.hold(scope).await?;
-        let exported = export::export(self, &scope, from, platforms, for_docker, out).await;
+        let exported = export::export(self, &scope, from, options, out, listener).await;
         held.end().await;
         exported
+    }
+
+    /// Stores the images of the archive whose bytes come from `pieces`. With `compress`, layers of an archive that has
+    /// no manifests are stored compressed.
+    ///
+    /// # Errors
+    /// [`Error`]; no image is made known of an archive that could not be read and unpacked.
+    pub async fn import(
+        &self,
+        scope: &Scope,
+        pieces: mpsc::Receiver<Vec<u8>>,
+        compress: bool,
+        to: &Local,
+        listener: &Listener,
+    ) -> Result<(), Error> {
+        let _place = self.places.acquire().await;
+        let (scope, held) = self.hold(scope).await?;
+        let imported = import::import(self, &scope, pieces, compress, to, listener).await;
+        held.end().await;
+        imported
     }
 
     /// The scope with a lease: that of the call, or a new one, which ends with what comes out beside it.
@@ -327,36 +410,14 @@ impl Transfers {
         Ok((scope, Held { leases, id: Some(lease.id) }))
     }
 
-    /// Makes the records of an image, in place of those of its names, and returns the names.
+    /// Makes records of these names, in place of those that are there, and returns the names.
     async fn save(
         &self,
         scope: &Scope,
-        to: &Local,
-        target: &metadata::Descriptor,
+        names: Vec<Named>,
+        target: &Descriptor,
     ) -> Result<Vec<String>, Error> {
-        let mut names = Vec::new();
-        if !to.name.is_empty() {
-            names.push((to.name.clone(), to.labels.clone()));
-        }
-        for extra in &to.extra_names {
-            if extra.is_prefix && !extra.add_digest {
-                continue;
-            }
-            let name = match extra.add_digest {
-                true => format!("{}@{}", extra.name, target.digest),
-                false => extra.name.clone(),
-            };
-            let mut labels = to.labels.clone();
-            if !to.name.is_empty() {
-                // It goes when the image of the first name does, and is kept by that alone.
-                labels.insert("containerd.io/gc.bref.image".to_owned(), to.name.clone());
-                labels.insert(gc::LABEL_EXPIRE.to_owned(), rfc3339(SystemTime::now()));
-            }
-            names.push((name, labels));
-        }
-        if names.is_empty() {
-            return Err(Error::NoName);
-        }
+        let target = metadata::Descriptor::from(target);
         let images = self.metadata.images(scope);
         for (name, labels) in &names {
             let target = target.clone();
@@ -408,15 +469,13 @@ async fn end(leases: Leases, id: String) {
 /// Tells a listener of what the registry client does with the parts of an image.
 struct Telling {
     listener: Listener,
-    /// The name of the image.
+    /// What the outermost document is told to be a part of.
     root: String,
 }
 
 impl Observer for Telling {
     fn progress(&self, progress: Progress) {
         let event = match progress.state {
-            // A pull has words of its own for these.
-            State::Resolving | State::Resolved => return,
             State::Waiting => "waiting",
             State::Downloading => "downloading",
             State::Uploading => "uploading",
@@ -429,16 +488,39 @@ impl Observer for Telling {
             parents: vec![progress.parent.unwrap_or_else(|| self.root.clone())],
             progress: progress.offset,
             total: progress.total,
-            descriptor: progress.descriptor,
+            descriptor: Some(progress.descriptor),
         });
     }
 }
 
 /// The target of an image's record as the descriptor of a document.
 fn target(image: &Image) -> Result<Descriptor, Error> {
-    let metadata::Descriptor { media_type, digest, size, .. } = &image.target;
+    let metadata::Descriptor { media_type, digest, size, annotations } = &image.target;
     let digest = digest.parse().map_err(|source| Error::Target { name: image.name.clone(), source })?;
-    Ok(Descriptor::new(media_type, digest, u64::try_from(*size).unwrap_or(0)))
+    let mut target = Descriptor::new(media_type, digest, u64::try_from(*size).unwrap_or(0));
+    target.annotations.clone_from(annotations);
+    Ok(target)
+}
+
+/// The bytes of a document that is in the store.
+async fn document(content: &Content, digest: &Digest) -> Result<Vec<u8>, Error> {
+    let reader = content.reader(digest).await?;
+    let wanted = digest.clone();
+    let read = content.lane().run(move || distribution::read_whole(reader, &wanted, MAX_DOCUMENT_SIZE)).await;
+    read.map_err(|_| Error::Interrupted { task: "reading a document" })?
+        .map_err(|source| Error::Content { digest: digest.clone(), source })
+}
+
+/// Gives content these labels beside those that it has.
+async fn set_labels(content: &Content, digest: &Digest, mut wanted: Labels) -> Result<(), Error> {
+    let found = content.info(digest)?.labels;
+    wanted.retain(|key, value| found.get(key) != Some(value));
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    let paths: Vec<String> = wanted.keys().map(|key| format!("labels.{key}")).collect();
+    content.update(digest, wanted, &paths).await?;
+    Ok(())
 }
 
 fn rfc3339(time: SystemTime) -> String {

@@ -23,7 +23,7 @@ const LOOKS: (Duration, Duration) = (Duration::from_millis(20), Duration::from_s
 pub(super) async fn fetch(
     job: &Job,
     descriptor: &Descriptor,
-    parent: &str,
+    parent: Option<&str>,
     is_layer: bool,
 ) -> Result<(), Error> {
     job.tell(State::Waiting, descriptor, parent, 0);

@@ -6,10 +6,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use davit_content_store::Hasher;
 use davit_model::{Digest, Labels};
-use davit_oci::image::{self, Descriptor, MAX_DOCUMENT_SIZE, Target};
+use davit_oci::image::{
+    self, Descriptor, MAX_DEPTH, MAX_DOCUMENT_SIZE, MAX_DOCUMENTS, MAX_DOCUMENTS_SIZE, MAX_LAYERS, Target,
+};
 use davit_oci::media_type;
 
-use super::{Job, MAX_DEPTH, MAX_DOCUMENT_BYTES, MAX_DOCUMENTS, MAX_LAYERS, Plan, PullOptions, blob, wanted};
+use super::{Job, Plan, PullOptions, blob, wanted};
 use crate::error::Error;
 use crate::labels;
 use crate::progress::State;
@@ -19,7 +21,7 @@ use crate::store::{SinkError, SinkWriter};
 /// A document that is to be fetched.
 struct Next {
     descriptor: Descriptor,
-    parent: String,
+    parent: Option<String>,
     depth: usize,
     /// Whether the configuration and the layers are wanted, too.
     whole: bool,
@@ -33,12 +35,7 @@ pub(super) async fn collect(
     root: &Descriptor,
 ) -> Result<(), Error> {
     let mut queue = VecDeque::new();
-    queue.push_back(Next {
-        descriptor: root.clone(),
-        parent: job.repository.reference.to_string(),
-        depth: 0,
-        whole: true,
-    });
+    queue.push_back(Next { descriptor: root.clone(), parent: None, depth: 0, whole: true });
     let mut documents = 0;
     while let Some(next) = queue.pop_front() {
         let Next { descriptor, parent, depth, whole } = next;
@@ -50,14 +47,12 @@ pub(super) async fn collect(
         if !media_type::is_manifest(name) && !media_type::is_index(name) {
             // Something that is no image: an index may list such, and a name may stand for it.
             if whole {
-                blob::fetch(job, &descriptor, &parent, true).await?;
+                blob::fetch(job, &descriptor, parent.as_deref(), true).await?;
                 plan.add(&descriptor, job.source_labels());
             }
             continue;
         }
-        let bytes = document(job, plan, &descriptor, &parent).await?;
-        let invalid = |source| Error::Document { digest: descriptor.digest.clone(), source };
-        match image::parse_target(name, &bytes).map_err(invalid)? {
+        match document(job, plan, &descriptor, parent.as_deref()).await? {
             Target::Index(index) => {
                 if depth == MAX_DEPTH {
                     return Err(Error::TooMany { parts: "indexes within indexes", limit: MAX_DEPTH });
@@ -69,7 +64,7 @@ pub(super) async fn collect(
                 for child in &index.manifests {
                     let whole = whole && chosen.iter().any(|one| one.digest == child.digest);
                     if whole || options.all_metadata {
-                        let parent = labels::ingest_reference(&descriptor);
+                        let parent = Some(labels::ingest_reference(&descriptor));
                         queue.push_back(Next { descriptor: child.clone(), parent, depth: depth + 1, whole });
                     }
                 }
@@ -88,7 +83,7 @@ pub(super) async fn collect(
                     }
                     plan.images.push((descriptor, manifest));
                 } else {
-                    blob::fetch(job, config, &labels::ingest_reference(&descriptor), false).await?;
+                    blob::fetch(job, config, Some(&labels::ingest_reference(&descriptor)), false).await?;
                     plan.add(config, job.source_labels());
                 }
             }
@@ -97,28 +92,33 @@ pub(super) async fn collect(
     Ok(())
 }
 
-/// The bytes of a document, from the store or the registry; afterwards it is in the store.
+/// What a document says, from the store or the registry; afterwards it is in the store.
 async fn document(
     job: &Arc<Job>,
     plan: &mut Plan,
     descriptor: &Descriptor,
-    parent: &str,
-) -> Result<Bytes, Error> {
+    parent: Option<&str>,
+) -> Result<Target, Error> {
+    let parse = |bytes: &[u8]| {
+        image::parse_target(&descriptor.media_type, bytes)
+            .map_err(|source| Error::Document { digest: descriptor.digest.clone(), source })
+    };
     if descriptor.size > MAX_DOCUMENT_SIZE {
         return Err(too_large(descriptor));
     }
     plan.bytes += descriptor.size;
-    if plan.bytes > MAX_DOCUMENT_BYTES {
+    if plan.bytes > MAX_DOCUMENTS_SIZE {
         let what = format!("the documents of {}", job.repository.reference);
-        return Err(Error::TooLarge { what, limit: MAX_DOCUMENT_BYTES });
+        return Err(Error::TooLarge { what, limit: MAX_DOCUMENTS_SIZE });
     }
     job.tell(State::Waiting, descriptor, parent, 0);
     let Some(writer) = blob::open(job, descriptor).await? else {
         let (sink, digest) = (job.sink.clone(), descriptor.digest.clone());
         let read = blob::blocking("reading", "read", move || sink.read(&digest, MAX_DOCUMENT_SIZE)).await?;
-        plan.add(descriptor, labels_of(job, descriptor, &read)?);
+        let target = parse(&read)?;
+        plan.add(descriptor, labels_of(job, &target));
         job.tell(State::Exists, descriptor, parent, descriptor.size);
-        return Ok(read.into());
+        return Ok(target);
     };
     job.tell(State::Downloading, descriptor, parent, 0);
     // Into memory first: it is committed with labels that are read out of it.
@@ -126,34 +126,33 @@ async fn document(
     let mut backoff = Backoff::new(job.retry);
     job.repository.fetch(descriptor, Box::new(memory.clone()), &mut backoff, &|_| {}).await?;
     let bytes = memory.into_bytes();
-    let labels = labels_of(job, descriptor, &bytes)?;
+    let target = parse(&bytes)?;
+    let labels = labels_of(job, &target);
     plan.add(descriptor, labels.clone());
-    let (copy, size, digest) = (bytes.clone(), descriptor.size, descriptor.digest.clone());
+    let (size, digest) = (descriptor.size, descriptor.digest.clone());
     blob::blocking("storing a document", "write", move || {
         let mut writer = writer;
         if writer.offset() > 0 {
             writer.truncate()?;
         }
-        writer.write(&copy)?;
+        writer.write(&bytes)?;
         writer.commit(size, &digest, &labels)
     })
     .await?;
     job.tell(State::Done, descriptor, parent, descriptor.size);
-    Ok(bytes)
+    Ok(target)
 }
 
 /// The labels of a document.
-fn labels_of(job: &Job, descriptor: &Descriptor, bytes: &[u8]) -> Result<Labels, Error> {
-    let parsed = image::parse_target(&descriptor.media_type, bytes)
-        .map_err(|source| Error::Document { digest: descriptor.digest.clone(), source })?;
-    let mut labels = match parsed {
+fn labels_of(job: &Job, document: &Target) -> Labels {
+    let mut labels = match document {
         Target::Index(index) => labels::of_children(&index.manifests),
         Target::Manifest(manifest) => {
             labels::of_children(std::iter::once(&manifest.config).chain(&manifest.layers))
         }
     };
     labels.extend(job.source_labels());
-    Ok(labels)
+    labels
 }
 
 fn too_large(descriptor: &Descriptor) -> Error {

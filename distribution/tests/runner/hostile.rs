@@ -341,7 +341,8 @@ async fn a_store_that_fails_ends_the_pull() {
     let repository = repository(options(), &format!("{}/a:v1", fake.name())).await;
     let news = Arc::new(News::default());
     let options = pull_options();
-    let pulled = davit_distribution::pull(&repository, Arc::new(Full), &options, news, None);
+    let root = repository.resolve().await.unwrap();
+    let pulled = davit_distribution::pull(&repository, &root, Arc::new(Full), &options, news, None);
     let error = patiently(pulled).await.unwrap_err();
     assert_eq!(error.code(), ErrorCode::ResourceExhausted, "{error:?}");
 }

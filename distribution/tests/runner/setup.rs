@@ -8,10 +8,11 @@ use bytes::Bytes;
 use davit_content_store::{Hasher, Store};
 use davit_distribution::hosts::HostOptions;
 use davit_distribution::{
-    CredentialError, CredentialSource, Credentials, Error, Observer, Options, Progress, PullOptions, Pulled,
+    CredentialError, CredentialSource, Credentials, Error, Observer, Options, Progress, PullOptions,
     Registry, Repository, Retry, Secret, Timeouts, pull,
 };
-use davit_model::{Algorithm, Digest};
+use davit_model::{Algorithm, Digest, Labels};
+use davit_oci::image::Descriptor;
 use davit_oci::media_type;
 use davit_oci::reference::Reference;
 use futures::future::BoxFuture;
@@ -163,7 +164,14 @@ pub(crate) fn read(store: &Store, digest: &Digest) -> Vec<u8> {
     bytes
 }
 
-/// Pulls with patience: a test that hangs says so.
+/// What was pulled.
+#[derive(Debug)]
+pub(crate) struct Pulled {
+    pub(crate) root: Descriptor,
+    pub(crate) contents: Vec<(Descriptor, Labels)>,
+}
+
+/// Resolves and pulls with patience: a test that hangs says so.
 pub(crate) async fn pull_from(repository: &Repository, store: &Arc<Store>) -> Result<Pulled, Error> {
     pull_with(repository, store, &pull_options(), Arc::new(News::default())).await
 }
@@ -174,7 +182,12 @@ pub(crate) async fn pull_with(
     options: &PullOptions,
     news: Arc<News>,
 ) -> Result<Pulled, Error> {
-    patiently(pull(repository, store.clone(), options, news, None)).await
+    patiently(async {
+        let root = repository.resolve().await?;
+        let contents = pull(repository, &root, store.clone(), options, news, None).await?;
+        Ok(Pulled { root, contents })
+    })
+    .await
 }
 
 pub(crate) async fn patiently<T>(future: impl Future<Output = T>) -> T {

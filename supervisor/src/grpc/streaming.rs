@@ -66,7 +66,7 @@ async fn pass_on(mut messages: tonic::Streaming<Any>, to_service: ToService) {
                     return;
                 }
             }
-            Ok(None) => return,
+            Ok(None) => return to_service.finish(),
             Err(error) => {
                 tracing::debug!(%error, "a stream broke off");
                 return;

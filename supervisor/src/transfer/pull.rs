@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use davit_distribution as distribution;
-use davit_distribution::{Observer, Platforms, Progress, PullOptions, Registry, State, labels};
+use davit_distribution::{Platforms, PullOptions, Registry, labels};
 use davit_model::Labels;
 use davit_oci::image::Descriptor;
 use davit_oci::reference::Reference;
@@ -11,8 +11,8 @@ use tokio::sync::mpsc;
 
 use super::store::NsSink;
 use super::unpack::Unpacker;
-use super::{Error, Listener, Local, News, Remote, Telling, Transfers};
-use crate::metadata::{self, Content, Scope};
+use super::{Error, Listener, Local, News, Remote, Telling, Transfers, names, set_labels};
+use crate::metadata::{Content, Scope};
 
 /// News of layers that wait to be unpacked.
 const QUEUE: usize = 64;
@@ -26,34 +26,36 @@ pub(super) async fn pull(
     listener: &Listener,
 ) -> Result<(), Error> {
     listener(News { event: format!("Resolving from {from}"), ..News::default() });
+    let repository = Registry::new(from.options.clone()).repository(&from.reference).await?;
+    let root = repository.resolve().await.map_err(|source| Error::Resolve { source })?;
+    listener(News { event: format!("Pulling from {from}"), ..News::default() });
+    listener(News {
+        event: "fetching image content".to_owned(),
+        name: from.text.clone(),
+        descriptor: Some(root.clone()),
+        ..News::default()
+    });
     let content = transfers.metadata.content(scope);
     let leases = transfers.metadata.leases(scope);
     let sink = Arc::new(NsSink::new(content.clone(), leases, scope.lease().unwrap_or_default()));
     let platforms =
         if to.platforms.is_empty() { Platforms::All } else { Platforms::Each(to.platforms.clone()) };
     let options = PullOptions { platforms, all_metadata: to.all_metadata, ..PullOptions::default() };
-    let telling = Telling { listener: listener.clone(), root: from.text.clone() };
-    let observer = Arc::new(Resolving { telling, from: from.to_string() });
+    let observer = Arc::new(Telling { listener: listener.clone(), root: from.text.clone() });
 
     let unpacker = Unpacker::new(transfers, scope, &to.unpacks, listener)?;
     let (news, ready) = mpsc::channel(QUEUE);
     let news = (!unpacker.is_idle()).then_some(news);
-    let repository = Registry::new(from.options.clone()).repository(&from.reference).await?;
-    let fetching = async { Ok(distribution::pull(&repository, sink, &options, observer, news).await?) };
+    let fetching =
+        async { Ok(distribution::pull(&repository, &root, sink, &options, observer, news).await?) };
     // Whichever fails first ends the other; what an unfinished unpacking leaves belongs to the lease.
-    let (pulled, ()) = tokio::try_join!(fetching, unpacker.run(ready))?;
+    let (contents, ()) = tokio::try_join!(fetching, unpacker.run(ready))?;
 
-    for (descriptor, labels) in &pulled.contents {
+    for (descriptor, labels) in &contents {
         label(&content, &from.reference, descriptor, labels).await?;
     }
-    let root = metadata::Descriptor {
-        media_type: pulled.root.media_type.clone(),
-        digest: pulled.root.digest.to_string(),
-        size: i64::try_from(pulled.root.size).unwrap_or(i64::MAX),
-        annotations: pulled.root.annotations.clone(),
-    };
-    for name in transfers.save(scope, to, &root).await? {
-        let descriptor = Some(pulled.root.clone());
+    for name in transfers.save(scope, names::required(to, root.digest.as_str())?, &root).await? {
+        let descriptor = Some(root.clone());
         listener(News { event: "saved".to_owned(), name, descriptor, ..News::default() });
     }
     listener(News { event: format!("Completed pull from {from}"), ..News::default() });
@@ -73,33 +75,5 @@ async fn label(
     if let Some(value) = labels::with_source(found.get(&source).map(String::as_str), reference) {
         wanted.insert(source, value);
     }
-    wanted.retain(|key, value| found.get(key) != Some(value));
-    if wanted.is_empty() {
-        return Ok(());
-    }
-    let paths: Vec<String> = wanted.keys().map(|key| format!("labels.{key}")).collect();
-    content.update(&descriptor.digest, wanted, &paths).await?;
-    Ok(())
-}
-
-/// Tells of the resolution in the words of a pull, and of the rest as [`Telling`] does.
-struct Resolving {
-    telling: Telling,
-    from: String,
-}
-
-impl Observer for Resolving {
-    fn progress(&self, progress: Progress) {
-        if progress.state != State::Resolved {
-            return self.telling.progress(progress);
-        }
-        let listener = &self.telling.listener;
-        listener(News { event: format!("Pulling from {}", self.from), ..News::default() });
-        listener(News {
-            event: "fetching image content".to_owned(),
-            name: self.telling.root.clone(),
-            descriptor: progress.descriptor,
-            ..News::default()
-        });
-    }
+    set_labels(content, &descriptor.digest, wanted).await
 }

@@ -4,8 +4,8 @@
 use std::io::Read;
 
 use davit_content_store::Error as StoreError;
-use davit_distribution::{Opened, Sink, SinkError, SinkWriter, Source};
-use davit_model::{Digest, ErrorCode, Labels};
+use davit_distribution::{Opened, Sink, SinkError, SinkWriter, Source, read_whole};
+use davit_model::{Digest, Labels};
 use tokio::runtime::Handle;
 
 use crate::metadata::{Content, Error, Leases, NsWriter, Resource};
@@ -47,14 +47,7 @@ impl Sink for NsSink {
 
     fn read(&self, digest: &Digest, limit: u64) -> Result<Vec<u8>, SinkError> {
         let reader = self.runtime.block_on(self.content.reader(digest)).map_err(failed)?;
-        let internal = |text: String| SinkError { code: ErrorCode::Internal, text };
-        let mut bytes = Vec::new();
-        let read = reader.take(limit + 1).read_to_end(&mut bytes);
-        read.map_err(|error| internal(format!("read {digest}: {error}")))?;
-        if bytes.len() as u64 > limit {
-            return Err(internal(format!("content {digest} has more than {limit} bytes")));
-        }
-        Ok(bytes)
+        read_whole(reader, digest, limit)
     }
 
     fn writer(&self, reference: &str, size: u64, digest: &Digest) -> Result<Opened, SinkError> {

@@ -7,28 +7,27 @@
 //! ```
 
 use std::collections::HashMap;
-use std::io::Read;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use davit_distribution::{Ready, labels};
 use davit_model::{Digest, Labels, Mount};
-use davit_oci::image::{self, Descriptor, ImageConfig, MAX_DOCUMENT_SIZE};
+use davit_oci::image::{self, Descriptor, ImageConfig};
 use davit_oci::platform::{self, Platform};
 use davit_oci::{chain, media_type};
 use davit_snapshotter::{native, overlayfs};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use super::{Error, Listener, News, Transfers, Unpack};
+use super::{Error, Listener, News, Transfers, Unpack, document, set_labels};
 use crate::differs::Differs;
 use crate::metadata::{self, Content, Scope, Snapshots};
 
 /// The label by which a snapshotter is told which snapshot a layer becomes.
 const SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
 /// The label of a layer that names the digest of its uncompressed form.
-const UNCOMPRESSED: &str = "containerd.io/uncompressed";
+pub(super) const UNCOMPRESSED: &str = "containerd.io/uncompressed";
 /// What the label of a configuration begins with that keeps its snapshots.
 const GC_SNAPSHOT: &str = "containerd.io/gc.ref.snapshot.";
 
@@ -132,11 +131,7 @@ impl Unpacker {
         }
         let parsed = self.config(config).await?;
         let mut described = manifest.clone();
-        described.platform = Some(Platform {
-            architecture: parsed.architecture.clone(),
-            os: parsed.os.clone(),
-            variant: parsed.variant.clone().unwrap_or_default(),
-        });
+        described.platform = Some(Platform::of(&parsed));
         let mut started = Vec::new();
         for place in &self.places {
             if platform::best(std::slice::from_ref(&described), &place.platform).is_none() {
@@ -164,15 +159,7 @@ impl Unpacker {
 
     async fn config(&self, descriptor: &Descriptor) -> Result<ImageConfig, Error> {
         let digest = &descriptor.digest;
-        let reader = self.content.reader(digest).await?;
-        let read = move || {
-            let mut bytes = Vec::new();
-            reader.take(MAX_DOCUMENT_SIZE + 1).read_to_end(&mut bytes).map(|_| bytes)
-        };
-        let read = self.content.lane().run(read).await;
-        let bytes = read
-            .map_err(|_| Error::Interrupted { task: "reading a configuration" })?
-            .map_err(|source| Error::Read { digest: digest.clone(), source })?;
+        let bytes = document(&self.content, digest).await?;
         image::parse_config(&bytes).map_err(|source| Error::Document { digest: digest.clone(), source })
     }
 }
@@ -202,7 +189,7 @@ impl Unpacking {
         }
         let Some(top) = self.chain.last() else { return Ok(()) };
         let label = format!("{GC_SNAPSHOT}{}", self.place.snapshotter);
-        set_label(&self.unpacker.content, &self.config, label, top.to_string()).await
+        set_labels(&self.unpacker.content, &self.config, Labels::from([(label, top.to_string())])).await
     }
 
     async fn layer(&self, index: usize) -> Result<(), Error> {
@@ -224,17 +211,16 @@ impl Unpacking {
                 }
                 match committed {
                     // Somebody else was faster.
-                    Err(Error::Metadata(metadata::Error::AlreadyExists { .. })) => Ok(()),
-                    other => other,
-                }?;
+                    Ok(()) | Err(Error::Metadata(metadata::Error::AlreadyExists { .. })) => {
+                        self.tell("extracted", layer, layer.size);
+                    }
+                    Err(error) => return Err(error),
+                }
             }
             // It was unpacked before, or its snapshotter fetches by itself; the lease has it now.
-            Err(metadata::Error::AlreadyExists { .. }) => {
-                snapshots.stat(&name).await?;
-            }
+            Err(metadata::Error::AlreadyExists { .. }) => drop(snapshots.stat(&name).await?),
             Err(error) => return Err(error.into()),
         }
-        self.tell("extracted", layer, layer.size);
         Ok(())
     }
 
@@ -256,7 +242,8 @@ impl Unpacking {
             let (digest, wanted) = (layer.digest.clone(), wanted.clone());
             return Err(Error::DiffId { digest, found: applied.digest, wanted });
         }
-        set_label(&self.unpacker.content, &layer.digest, UNCOMPRESSED.to_owned(), wanted.to_string()).await
+        let labels = Labels::from([(UNCOMPRESSED.to_owned(), wanted.to_string())]);
+        set_labels(&self.unpacker.content, &layer.digest, labels).await
     }
 
     fn tell(&self, event: &str, layer: &Descriptor, progress: u64) {
@@ -271,17 +258,8 @@ impl Unpacking {
     }
 }
 
-async fn set_label(content: &Content, digest: &Digest, key: String, value: String) -> Result<(), Error> {
-    if content.info(digest)?.labels.get(&key) == Some(&value) {
-        return Ok(());
-    }
-    let paths = [format!("labels.{key}")];
-    content.update(digest, Labels::from([(key, value)]), &paths).await?;
-    Ok(())
-}
-
-/// What no other extraction has in its name, of this daemon or an earlier one.
-fn unique() -> String {
+/// What nothing else of a transfer has in its name, of this daemon or an earlier one.
+pub(super) fn unique() -> String {
     static NUMBER: AtomicU64 = AtomicU64::new(0);
     let nanos = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
     format!("{nanos}-{}", NUMBER.fetch_add(1, Ordering::Relaxed))

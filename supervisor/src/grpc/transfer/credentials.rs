@@ -38,7 +38,8 @@ impl Asking {
         };
         let sent = self.stream.send(any_from_wire(any::pack(&question))).await;
         sent.map_err(|_| failed("the client is gone"))?;
-        let answer = self.stream.receive().await.ok_or_else(|| failed("the client does not answer"))?;
+        let answer = self.stream.receive().await.ok().flatten();
+        let answer = answer.ok_or_else(|| failed("the client does not answer"))?;
         *asked = false;
         // What cannot be read may hold a secret all the same, and is in no text.
         match any::unpack::<AuthResponse>(&any_to_wire(answer)) {
