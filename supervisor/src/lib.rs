@@ -8,6 +8,7 @@
 //! beside calls; [`transfer`] moves images from and to registries. What blocks goes through a [`lane`].
 
 pub mod blobs;
+pub mod cgroup;
 pub mod checkpoint;
 pub mod config;
 pub mod differs;
@@ -17,9 +18,9 @@ pub mod lane;
 pub mod metadata;
 pub mod metrics;
 pub mod mounts;
+pub mod oci_hook;
 pub mod plugins;
 pub mod processors;
-pub mod proxy;
 pub mod proxy;
 pub mod publish;
 pub mod restart;

@@ -1,11 +1,12 @@
 //! `davitd`: flags, configuration, logs, and then [`davit_supervisor::server`].
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use davit_supervisor::config::{Config, Loaded, LogFormat};
-use davit_supervisor::{lane, publish, server};
+use davit_supervisor::{cgroup, lane, oci_hook, publish, server};
 use nix::sys::resource::{Resource, getrlimit};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
@@ -65,6 +66,13 @@ enum Command {
         #[arg(long)]
         namespace: String,
     },
+    /// Run a program as a hook of an OCI runtime, with the container's {{id}}, {{pid}}, {{status}}, {{bundle}}, {{rootfs}}
+    /// and {{annotation "KEY"}} filled in
+    OciHook {
+        /// The program and its arguments, behind `--`
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<OsString>,
+    },
 }
 
 #[derive(Subcommand)]
@@ -93,6 +101,9 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         print!("{}", Config::default().to_toml());
         return Ok(());
     }
+    if let Some(Command::OciHook { command }) = cli.command {
+        return oci_hook::run(&command);
+    }
     let (config, ignored) = configuration(cli.flags)?;
     match cli.command {
         Some(Command::Config { .. }) => {
@@ -102,6 +113,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             print!("{}", config.to_toml());
             Ok(())
         }
+        // Above, without a configuration.
+        Some(Command::OciHook { .. }) => Ok(()),
         Some(Command::Publish { topic, namespace }) => {
             runtime(1)?.block_on(publish::run(&config.grpc.address, &topic, &namespace))
         }
@@ -114,6 +127,9 @@ fn run(cli: Cli) -> anyhow::Result<()> {
                 );
             }
             check_open_files();
+            if !config.process.cgroup.as_os_str().is_empty() {
+                cgroup::join(&config.process.cgroup, std::process::id())?;
+            }
             let workers = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8);
             let runtime = runtime(workers)?;
             let ended = runtime.block_on(server::run(config));

@@ -57,7 +57,7 @@ pub use error::{Error, Object};
 pub use event::{Event, EventSink};
 pub use images::{Descriptor, Image, Images};
 pub use leases::{Lease, Leases, Resource};
-pub use mounts::{Activation, Mounts};
+pub use mounts::{Activation, Mounts, Rootfs};
 pub use namespaces::{Namespace, Namespaces};
 pub use sandboxes::{Sandbox, Sandboxes};
 pub use snapshots::{SnapshotInfo, Snapshots};

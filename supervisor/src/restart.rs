@@ -157,12 +157,14 @@ impl Monitor {
             let snapshots = self.metadata.snapshots(scope, &container.snapshotter).map_err(record)?;
             snapshots.mounts(&container.snapshot_key).await.map_err(record)?
         };
+        let mounts = self.metadata.mounts(scope);
+        let rootfs = mounts.activate_rootfs(&container.id, rootfs).await.map_err(record)?;
         let log = policy::log(&container.labels);
         let terminal = container.spec.as_ref().is_some_and(|spec| wants_terminal(&spec.value));
         let options = CreateOptions {
             container_id: container.id.clone(),
             spec: container.spec,
-            rootfs,
+            rootfs: rootfs.mounts,
             stdio: Stdio { stdin: String::new(), stdout: log.clone(), stderr: log, terminal },
             runtime: container.runtime.name,
             runtime_options: container.runtime.options,
@@ -171,7 +173,12 @@ impl Monitor {
         };
         let (namespace, id) = (scope.namespace(), container.id.as_str());
         let failed = |action| move |source| RestartError::Task { action, source };
-        self.tasks.create(namespace, options).await.map_err(failed("create"))?;
+        if let Err(error) = self.tasks.create(namespace, options).await {
+            if rootfs.activated {
+                mounts.deactivate_rootfs(id).await;
+            }
+            return Err(failed("create")(error));
+        }
         if let Err(error) = self.tasks.start(namespace, id, "").await {
             // One that is left created would pass for somebody else's.
             if let Err(error) = self.remove(scope, id).await {
@@ -191,7 +198,10 @@ impl Monitor {
             ended.map_err(|source| RestartError::Task { action: "wait for the end of", source })?;
         }
         match self.tasks.delete(namespace, id).await {
-            Ok(_) => Ok(()),
+            Ok(_) => {
+                self.metadata.mounts(scope).deactivate_rootfs(id).await;
+                Ok(())
+            }
             // Its client was faster.
             Err(error) if error.code() == ErrorCode::NotFound => Ok(()),
             Err(source) => Err(RestartError::Task { action: "delete", source }),

@@ -1,6 +1,7 @@
 //! The execs of a container: processes that are added to it while it runs.
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use davit_proto::containerd::events;
 
@@ -10,8 +11,13 @@ use crate::deadline::Deadline;
 use crate::error::TaskError;
 use crate::executor::{Either, race, spawn};
 use crate::process::{Ended, Process, State};
+use crate::reactor::sleep;
 use crate::reaper::{Awaited, Starting};
 use crate::runtime::read_pid_file;
+
+/// How long a runtime that is at an exec when init dies has to say itself that there is nothing to execute in any more. One
+/// that is cut short at once says nothing, and who works together with it waits for ever.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 impl Container {
     /// Registers an exec.
@@ -68,7 +74,7 @@ impl Container {
         let pid_file = self.exec_pid_file(exec);
         // What an exec that failed has left must not be taken for this one's.
         let _ = std::fs::remove_file(&pid_file);
-        let opened = self.while_init_lives(self.open_streams(exec, deadline)).await;
+        let opened = self.while_init_lives(self.open_streams(exec, deadline), Duration::ZERO).await;
         let (console, streams, ends) = opened.inspect_err(|_| exec.set_failed(true))?;
         // Not before: a logger may take long to be ready, and orphans are not reaped meanwhile.
         let starting = Starting::begin();
@@ -76,7 +82,8 @@ impl Container {
         let runtime = self.runtime.until(deadline);
         let work =
             async { Ok(runtime.exec(&self.id, &exec.id, &exec.document, &pid_file, socket, ends).await?) };
-        let started = self.while_init_lives(work).await.and_then(|()| adopt(read_pid(&pid_file)?));
+        let started =
+            self.while_init_lives(work, LAST_WORDS).await.and_then(|()| adopt(read_pid(&pid_file)?));
         let awaited = match started {
             Ok(awaited) => Rc::new(awaited),
             Err(error) => {
@@ -96,7 +103,8 @@ impl Container {
         drop(starting);
         exec.adopt(awaited.clone());
         self.record_start(exec);
-        let streams = self.while_init_lives(self.take_streams(exec, console, streams, deadline)).await;
+        let taken = self.take_streams(exec, console, streams, deadline);
+        let streams = self.while_init_lives(taken, Duration::ZERO).await;
         if streams.is_err() {
             let _ = awaited.signal(nix::libc::SIGKILL);
         }
@@ -115,13 +123,18 @@ impl Container {
         streams.map(|()| pid)
     }
 
-    /// Does the work, unless init is dead before. Init's exit waits for those of all execs: a logger that is not ready or a
-    /// runtime that hangs must not hold it back. Nothing can be executed in a container that is dead.
+    /// Does the work, unless init is dead before, and has been for so long. Init's exit waits for those of all execs: a logger
+    /// that is not ready or a runtime that hangs must not hold it back. Nothing can be executed in a container that is dead.
     async fn while_init_lives<T>(
         &self,
         work: impl Future<Output = Result<T, TaskError>>,
+        grace: Duration,
     ) -> Result<T, TaskError> {
-        match race(work, self.changed.until(|| self.init_dead.get())).await {
+        let dead = async {
+            self.changed.until(|| self.init_dead.get()).await;
+            sleep(grace).await;
+        };
+        match race(work, dead).await {
             Either::First(result) => result,
             Either::Second(()) => Err(TaskError::InitNotRunning { id: self.id.clone() }),
         }

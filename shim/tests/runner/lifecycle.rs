@@ -401,6 +401,60 @@ fn an_exec_that_is_being_started_cannot_be_deleted() {
     client.finish(id);
 }
 
+/// A runtime that is at an exec when init dies may say itself what that means; one that says nothing is cut short. The exit of
+/// init waits for neither for long.
+#[test]
+fn a_runtime_has_the_last_word_on_its_exec() {
+    if cannot_run() {
+        return;
+    }
+    for patient in [true, false] {
+        let host = Host::new();
+        let (begun, go) = (host.path("begun"), host.path("go"));
+        let runtime = format!(
+            "#!/bin/sh\ncase \" $* \" in *' exec '*) : > {}; while [ ! -e {} ]; do sleep 0.01; done ;; esac\n\
+             exec {} \"$@\"\n",
+            begun.display(),
+            go.display(),
+            Some(host.options().binary_name).filter(|name| !name.is_empty()).unwrap_or("runc".to_owned()),
+        );
+        let runtime = host.script("runtime", &runtime);
+        let bundle = host.bundle("box", "sleep 1000", |_| ());
+        let client = host.start(&bundle);
+        let id = bundle.id.as_str();
+        client.create(&host.create_request_by(&bundle, &runtime)).unwrap();
+        client.start(id, "").unwrap();
+        client.exec(id, "late", "exec sleep 1000").unwrap();
+        client.exec(id, "later", "exec sleep 1000").unwrap();
+        std::thread::scope(|scope| {
+            let starting = client.again();
+            let late = scope.spawn(move || starting.start(id, "late"));
+            eventually("the runtime to be called", || begun.exists());
+            client.kill(id, "", 9).unwrap();
+            // What has not begun does not begin any more.
+            let mut later = None;
+            eventually("the shim to see the end of init", || {
+                later = client
+                    .start(id, "later")
+                    .err()
+                    .filter(|error| error.code == ErrorCode::FailedPrecondition);
+                later.is_some()
+            });
+            if patient {
+                std::fs::write(&go, "").unwrap();
+            }
+            let error = late.join().unwrap().unwrap_err();
+            assert_eq!(error.message.contains("init process is not running"), !patient, "{error}");
+        });
+        assert_eq!(client.wait(id, "").unwrap().exit_status, 137);
+        for exec in ["late", "later"] {
+            assert_eq!(client.state(id, exec).unwrap().status(), Status::Created);
+            client.delete(id, exec).unwrap();
+        }
+        client.finish(id);
+    }
+}
+
 #[test]
 fn a_deadline_ends_the_waiting_alone() {
     if cannot_run() {

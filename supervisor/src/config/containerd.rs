@@ -82,6 +82,10 @@ impl Reader<'_> {
         self.path_of(&mut file, "state", &mut config.state)?;
         self.path_of(&mut file, "temp", &mut config.process.temp)?;
         self.number(&mut file, "oom_score", &mut config.process.oom_score)?;
+        let mut cgroup =
+            Section { prefix: "cgroup.".to_owned(), table: self.table(&mut file.table, "cgroup", "cgroup")? };
+        self.path_of(&mut cgroup, "path", &mut config.process.cgroup)?;
+        self.ignore_rest(cgroup);
         let mut plugins = Section {
             prefix: "plugins.".to_owned(),
             table: self.table(&mut file.table, "plugins", "plugins")?,

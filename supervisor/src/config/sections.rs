@@ -189,6 +189,8 @@ pub struct Process {
     /// What the kernel adds when it looks for a victim for want of memory, from -1000 to 1000 (proc_pid_oom_score_adj(5)); 0 to
     /// leave it as it is.
     pub oom_score: i32,
+    /// The control group that the daemon moves into, made if it is missing; empty to stay where it is.
+    pub cgroup: PathBuf,
     /// The folder of temporary files (`TMPDIR`), of the daemon and of what it starts; empty to leave it as it is.
     pub temp: PathBuf,
 }

@@ -123,10 +123,13 @@ impl TasksApi for TasksService {
         }
         let runtime =
             if request.runtime_path.is_empty() { container.runtime.name } else { request.runtime_path };
+        let mounts = self.metadata.mounts(&scope);
+        let rootfs = request.rootfs.into_iter().map(mount_from_wire).collect();
+        let rootfs = mounts.activate_rootfs(&request.container_id, rootfs).await.map_err(from)?;
         let options = CreateOptions {
             container_id: request.container_id,
             spec: container.spec,
-            rootfs: request.rootfs.into_iter().map(mount_from_wire).collect(),
+            rootfs: rootfs.mounts,
             stdio: Stdio {
                 stdin: request.stdin,
                 stdout: request.stdout,
@@ -142,8 +145,11 @@ impl TasksApi for TasksService {
             task_api_version,
         };
         let container_id = options.container_id.clone();
-        let pid = self.tasks.create(scope.namespace(), options).await.map_err(from)?;
-        Ok(Response::new(wire::CreateTaskResponse { container_id, pid }))
+        let created = self.tasks.create(scope.namespace(), options).await;
+        if created.is_err() && rootfs.activated {
+            mounts.deactivate_rootfs(&container_id).await;
+        }
+        Ok(Response::new(wire::CreateTaskResponse { container_id, pid: created.map_err(from)? }))
     }
 
     async fn start(
@@ -163,6 +169,7 @@ impl TasksApi for TasksService {
         let scope = Context::of(&request).scope()?;
         let id = request.into_inner().container_id;
         let exit = self.tasks.delete(scope.namespace(), &id).await.map_err(from)?;
+        self.metadata.mounts(&scope).deactivate_rootfs(&id).await;
         let exited_at = time_to_wire(exit.exited_at);
         // containerd leaves the id out here, and sets it for an exec.
         let (id, pid, exit_status) = (String::new(), exit.pid, exit.status);

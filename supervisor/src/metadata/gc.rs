@@ -36,6 +36,9 @@ pub(super) use schedule::Schedule;
 /// The label with the time (RFC 3339) from which on a lease or image protects nothing.
 pub const LABEL_EXPIRE: &str = "containerd.io/gc.expire";
 
+/// The label of what is kept as long as the container that it names is there.
+pub const LABEL_CONTAINER_BACK_REF: &str = "containerd.io/gc.bref.container";
+
 /// How long a collection waits for snapshotters in other processes.
 const PATIENCE: Duration = Duration::from_secs(5);
 

@@ -6,6 +6,9 @@
 //!
 //! A mount that neither a lease nor a label keeps is garbage from the beginning, as in containerd: it lasts until the
 //! next collection.
+//!
+//! The root filesystem of a container may need such mounts as well. They are held under the container's id, with a label
+//! that keeps them as long as the container's record is there (containerd 2.3, `core/runtime/v2`).
 
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -14,9 +17,10 @@ use davit_metadata::Txn;
 use davit_model::{Labels, Mount};
 
 use super::error::{Error, Object};
+use super::gc::LABEL_CONTAINER_BACK_REF;
 use super::schema::{self, ActiveMountRecord, MountItem, MountRecord, Table, time, timestamp};
 use super::{Effects, Metadata, Scope, blocking, fields};
-use crate::mounts::{ActiveMount, Plan, Targets};
+use crate::mounts::{ActiveMount, MountError, Plan, Targets};
 
 /// An activation.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,6 +33,15 @@ pub struct Activation {
     pub system: Vec<Mount>,
     /// Its labels.
     pub labels: Labels,
+}
+
+/// The root filesystem of a container, as far as it is left to the shim.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rootfs {
+    /// What the shim has to mount.
+    pub mounts: Vec<Mount>,
+    /// Whether this call has mounted the rest: then it is its caller's to undo when the task is not created.
+    pub activated: bool,
 }
 
 /// The activated mounts of a namespace. Nothing tells of their changes.
@@ -155,6 +168,36 @@ impl Mounts {
         })
     }
 
+    /// Mounts what no shim can mount of the root filesystem of a container; mostly, that is nothing. What an earlier task of
+    /// the container has left is used as it is.
+    ///
+    /// # Errors
+    /// [`Error::AlreadyExists`] when somebody else has activated mounts under this name; [`Error::Mounts`].
+    pub async fn activate_rootfs(&self, container: &str, mounts: Vec<Mount>) -> Result<Rootfs, Error> {
+        let labels = Labels::from([(LABEL_CONTAINER_BACK_REF.to_owned(), container.to_owned())]);
+        match self.activate(container, mounts.clone(), labels, false).await {
+            Ok(activation) => Ok(Rootfs { mounts: activation.system, activated: true }),
+            Err(Error::Mounts(MountError::Nothing)) => Ok(Rootfs { mounts, activated: false }),
+            Err(error @ Error::AlreadyExists { .. }) => match self.get(container) {
+                Ok(found) if is_rootfs(&found) => Ok(Rootfs { mounts: found.system, activated: false }),
+                Ok(_) | Err(_) => Err(error),
+            },
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Takes the mounts of a container's root filesystem away, if there are any. What does not come off is left to the
+    /// collector.
+    pub async fn deactivate_rootfs(&self, container: &str) {
+        if !self.get(container).is_ok_and(|found| is_rootfs(&found)) {
+            return;
+        }
+        if let Err(error) = self.deactivate(container).await {
+            let error = davit_model::error::chain(&error);
+            tracing::warn!(error, container.id = container, "cannot take away the mounts of a container");
+        }
+    }
+
     /// An activation.
     ///
     /// # Errors
@@ -183,6 +226,11 @@ impl Mounts {
     fn key(&self, name: &str) -> Vec<u8> {
         Table::Mount.key(self.scope.namespace(), name)
     }
+}
+
+/// Whether an activation is that of the container whose name it has.
+fn is_rootfs(activation: &Activation) -> bool {
+    activation.labels.get(LABEL_CONTAINER_BACK_REF) == Some(&activation.name)
 }
 
 /// The name of the claim on a record.

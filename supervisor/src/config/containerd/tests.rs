@@ -159,6 +159,8 @@ fn servers_are_configured_at_both_places() {
         oom_score = -500
         temp = "/t"
         required_plugins = ["io.containerd.grpc.v1.cri"]
+        [cgroup]
+          path = "/supervisor"
         [grpc]
           tcp_address = "127.0.0.1:1"
           tcp_tls_ca = "/ca"
@@ -196,6 +198,7 @@ fn servers_are_configured_at_both_places() {
     assert_eq!(ignored, ["debug.address"], "there is no debug server on TCP");
     config.validate().unwrap();
     assert_eq!((config.process.oom_score, config.process.temp.as_path()), (-500, Path::new("/t")));
+    assert_eq!(config.process.cgroup, Path::new("/supervisor"));
     assert_eq!(config.plugin_list.required, ["io.containerd.grpc.v1.cri"]);
     assert_eq!(config.plugin_list.disabled, ["io.containerd.monitor.task.v1.cgroups"]);
     assert_eq!(config.grpc.tcp.address, "127.0.0.1:1");

@@ -12,13 +12,14 @@ use tonic::Status;
 
 use super::bytes;
 use crate::blobs::BlobReader;
-use crate::grpc::status::{invalid, status};
+use crate::grpc::status::status;
 use crate::lane::Lane;
 
 /// The most bytes of one message, as in containerd.
 const CHUNK: u64 = 1 << 20;
 
-/// The bytes of a blob from `offset` on, `size` of them or, with 0, all. What lies beyond the end is left out.
+/// The bytes of a blob from `offset` on, `size` of them or, with 0, all. What lies beyond the end is left out; a negative
+/// number counts as 0, as with containerd.
 ///
 /// Offsets in the answers count from the start of the answer, not of the blob: containerd's client relies on that.
 pub(super) fn stream(
@@ -28,15 +29,14 @@ pub(super) fn stream(
     size: i64,
 ) -> Result<BoxStream<'static, Result<ReadContentResponse, Status>>, Status> {
     let whole = reader.size();
-    let start = u64::try_from(offset).map_err(|_| invalid(format!("offset {offset} is negative")))?;
+    let start = u64::try_from(offset).unwrap_or(0);
     if start > whole {
         let text = format!("read past object length {whole} bytes");
         return Err(status(ErrorCode::OutOfRange, &text));
     }
     let rest = whole - start;
     let wanted = match u64::try_from(size) {
-        Err(_) => return Err(invalid(format!("size {size} is negative"))),
-        Ok(0) => rest,
+        Ok(0) | Err(_) => rest,
         Ok(size) => size.min(rest),
     };
     let (sender, receiver) = mpsc::channel(2);
@@ -92,6 +92,40 @@ mod tests {
 
     /// More than a stream keeps ready for its client.
     const SIZE: usize = 8 << 20;
+
+    #[tokio::test]
+    async fn a_range_is_clamped_to_the_blob() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).unwrap();
+        let mut writer = store.writer("blob", 0, None).unwrap();
+        writer.write(b"0123456789").unwrap();
+        let digest = writer.commit(0, None).unwrap();
+        let store = Blobs::from(store);
+        let read = |offset, size| {
+            let reader = store.reader(&digest).unwrap();
+            async move {
+                let mut pieces =
+                    stream(Lane::content(), reader, offset, size).map_err(|status| status.code())?;
+                let mut data = Vec::new();
+                while let Some(piece) = pieces.next().await {
+                    data.extend_from_slice(&piece.unwrap().data);
+                }
+                Ok(String::from_utf8(data).unwrap())
+            }
+        };
+        for (offset, size, wanted) in [
+            (0, 0, "0123456789"),
+            (3, 4, "3456"),
+            (8, 100, "89"),
+            (8, i64::MAX, "89"),
+            (10, 0, ""),
+            (-1, 2, "01"),
+            (7, -1, "789"),
+        ] {
+            assert_eq!(read(offset, size).await.as_deref(), Ok(wanted), "{size} from {offset} on");
+        }
+        assert_eq!(read(11, 0).await, Err(tonic::Code::OutOfRange));
+    }
 
     #[test]
     fn clients_that_do_not_read_hold_no_thread() {

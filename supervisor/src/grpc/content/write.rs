@@ -46,7 +46,7 @@ async fn serve(
         return Err(status(ErrorCode::InvalidArgument, "first message must have a reference"));
     }
     let reference = request.r#ref.clone();
-    let mut session = Session { total: size(request.total)?, expected: expected(&request)?, previous: None };
+    let mut session = Session { total: size(request.total), expected: expected(&request)?, previous: None };
     let writer = content.writer(&reference, session.total, session.expected.as_ref()).await;
     let mut writer = writer.map_err(from)?;
     loop {
@@ -61,7 +61,7 @@ async fn serve(
             session.expected = Some(digest);
         }
         if request.total > 0 {
-            session.total = size(request.total)?;
+            session.total = size(request.total);
         }
         let commit = request.action == WriteAction::Commit as i32;
         // The writer blocks: it works in the lane of the content and comes back.
@@ -114,16 +114,18 @@ impl Session {
                 answer.total = bytes(self.total);
             }
             Ok(action @ (WriteAction::Write | WriteAction::Commit)) => {
-                let offset = size(request.offset)?;
-                if offset > 0 && offset != before.offset {
+                // A negative offset stands for the current one.
+                let offset = request.offset;
+                if offset > 0 && offset != answer.offset {
                     let text = format!("write @{offset} must occur at current offset {}", before.offset);
                     return Err(status(ErrorCode::OutOfRange, &text));
                 }
                 if offset == 0 && before.offset > 0 {
                     writer.truncate(0).map_err(from)?;
+                    answer.offset = 0;
                 }
                 writer.write(&request.data).map_err(from)?;
-                answer.offset = request.offset + bytes(request.data.len() as u64);
+                answer.offset += bytes(request.data.len() as u64);
                 if action == WriteAction::Commit {
                     writer.commit(self.total, self.expected.as_ref(), request.labels).map_err(from)?;
                 }
@@ -135,8 +137,9 @@ impl Session {
     }
 }
 
-fn size(count: i64) -> Result<u64, Status> {
-    u64::try_from(count).map_err(|_| invalid(format!("{count} bytes are none")))
+/// The size that a client has declared; 0, for none, where it is negative.
+fn size(count: i64) -> u64 {
+    u64::try_from(count).unwrap_or(0)
 }
 
 fn expected(request: &WriteContentRequest) -> Result<Option<Digest>, Status> {

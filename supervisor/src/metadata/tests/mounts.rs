@@ -183,3 +183,54 @@ async fn are_known_to_the_next_daemon_if_they_are_still_there() {
     mounts.deactivate("kept").await.unwrap();
     assert_eq!(there(&fixture).len(), 0);
 }
+
+#[tokio::test]
+async fn a_container_keeps_what_its_root_filesystem_needs() {
+    if !root() {
+        return;
+    }
+    let fixture = Fixture::new();
+    let _clean = Clean(&fixture);
+    let (scope, mounts) = (scope("a"), fixture.metadata.mounts(&scope("a")));
+    let plain = vec![bind(&fixture, "plain")];
+    let rootfs = mounts.activate_rootfs("c", plain.clone()).await.unwrap();
+    assert_eq!(rootfs, Rootfs { mounts: plain.clone(), activated: false });
+    refused(mounts.get("c"), ErrorCode::NotFound, "mount \"c\": not found");
+
+    let referring = Mount { kind: "format/bind".into(), source: "{{ mount 0 }}".into(), ..plain[0].clone() };
+    let list = vec![plain[0].clone(), referring];
+    let rootfs = mounts.activate_rootfs("c", list.clone()).await.unwrap();
+    let point = mounts.get("c").unwrap().active[0].point.clone();
+    assert!(rootfs.activated);
+    assert_eq!(rootfs.mounts[0].source, point.display().to_string());
+    // The next task of the container takes what is there; and who has not made it does not take it away.
+    let again = mounts.activate_rootfs("c", list.clone()).await.unwrap();
+    assert_eq!(again, Rootfs { activated: false, ..rootfs });
+
+    // The container's record keeps it, and nothing else does.
+    let container = Container {
+        id: "c".into(),
+        runtime: Runtime { name: "r".into(), options: None },
+        spec: Some(davit_model::Any::default()),
+        ..Container::default()
+    };
+    let containers = fixture.metadata.containers(&scope);
+    containers.create(container).await.unwrap();
+    fixture.metadata.collect().await.unwrap();
+    assert!(point.join("mark").exists());
+    containers.delete("c").await.unwrap();
+    fixture.metadata.collect().await.unwrap();
+    assert_eq!(there(&fixture), [] as [u64; 0]);
+
+    mounts.activate_rootfs("c", list.clone()).await.unwrap();
+    mounts.deactivate_rootfs("c").await;
+    mounts.deactivate_rootfs("c").await;
+    assert_eq!(there(&fixture), [] as [u64; 0]);
+
+    // What a client holds under the same name is the client's.
+    mounts.activate("c", list.clone(), Labels::new(), false).await.unwrap();
+    let refusal = mounts.activate_rootfs("c", list).await;
+    refused(refusal, ErrorCode::AlreadyExists, "mount \"c\": already exists");
+    mounts.deactivate_rootfs("c").await;
+    mounts.get("c").unwrap();
+}
