@@ -74,3 +74,6 @@ impl Proxies {
         proxies
     }
 }
+
+#[cfg(test)]
+mod tests;

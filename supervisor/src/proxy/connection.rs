@@ -27,11 +27,29 @@ pub(super) const MAX_LIST: usize = 64 << 20;
 /// How long a socket may take to accept: a backlog that is full is no plugin.
 const CONNECT: Duration = Duration::from_secs(5);
 
-/// How long a plugin may take to look something up.
-pub(super) const LOOK: Duration = Duration::from_secs(30);
+/// How long a plugin may take.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Patience {
+    /// To look something up.
+    pub(super) look: Duration,
+    /// To change something, or to list all. A remote snapshotter asks a registry before it answers Prepare.
+    pub(super) change: Duration,
+    /// To delete the files of what was removed.
+    pub(super) cleanup: Duration,
+    /// To unpack or make a layer. A client that has given up earlier is not waited for.
+    pub(super) layer: Duration,
+}
 
-/// How long it may take to change something. A remote snapshotter asks a registry before it answers Prepare.
-pub(super) const CHANGE: Duration = Duration::from_secs(120);
+impl Default for Patience {
+    fn default() -> Self {
+        Patience {
+            look: Duration::from_secs(30),
+            change: Duration::from_secs(120),
+            cleanup: Duration::from_secs(600),
+            layer: Duration::from_secs(900),
+        }
+    }
+}
 
 /// The label of a root, by which the collector of a plugin that is a daemon keeps what we make there, and its value, by
 /// which we know it.
@@ -88,12 +106,19 @@ pub(super) struct Connection {
     plugin: Arc<str>,
     channel: Channel,
     runtime: Handle,
+    /// How long it may take.
+    pub(super) patience: Patience,
 }
 
 impl Connection {
     /// The way to the plugin `name` over `channel`. Needs the runtime.
     pub(super) fn new(name: &str, channel: Channel) -> Connection {
-        Connection { plugin: Arc::from(name), channel, runtime: Handle::current() }
+        Connection {
+            plugin: Arc::from(name),
+            channel,
+            runtime: Handle::current(),
+            patience: Patience::default(),
+        }
     }
 
     /// The plugin's name.
@@ -109,7 +134,8 @@ impl Connection {
     /// A request in a namespace, if there is one, that tells the plugin how long it has.
     pub(super) fn request<T>(&self, namespace: Option<&str>, limit: Duration, message: T) -> Request<T> {
         let mut request = self.session(namespace, message);
-        request.set_timeout(limit);
+        // A little more than we wait: it is told to give up, and the error is ours.
+        request.set_timeout(limit + Duration::from_secs(1));
         request
     }
 
@@ -154,11 +180,11 @@ impl Connection {
             Err(failure) if failure.wants_namespace() => {}
             listed => return listed,
         }
-        let begun = Instant::now();
+        let (begun, limit) = (Instant::now(), self.patience.change);
         let mut all = Vec::new();
         for namespace in self.namespaces()? {
-            if begun.elapsed() > CHANGE {
-                return Err(self.late(CHANGE));
+            if begun.elapsed() > limit {
+                return Err(self.late(limit));
             }
             all.extend(list(Some(&namespace))?.into_iter().filter(|item| ours(&namespace, item)));
         }
@@ -167,9 +193,10 @@ impl Connection {
 
     /// The namespaces of a plugin that is a daemon.
     pub(super) fn namespaces(&self) -> Result<Vec<String>, Failure> {
-        let request = self.request(None, LOOK, ListNamespacesRequest::default());
+        let look = self.patience.look;
+        let request = self.request(None, look, ListNamespacesRequest::default());
         let mut client = NamespacesClient::new(self.channel());
-        let listed = self.wait(LOOK, client.list(request))?.into_inner();
+        let listed = self.wait(look, client.list(request))?.into_inner();
         Ok(listed.namespaces.into_iter().map(|namespace| namespace.name).collect())
     }
 
@@ -189,7 +216,7 @@ impl Connection {
     }
 
     /// No answer in time.
-    pub(super) fn late(&self, limit: Duration) -> Failure {
+    fn late(&self, limit: Duration) -> Failure {
         self.error(ErrorCode::DeadlineExceeded, format!("no answer within {} seconds", limit.as_secs()))
     }
 

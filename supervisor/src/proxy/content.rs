@@ -9,7 +9,7 @@ mod reader;
 mod writer;
 
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use davit_content_store::{Error, Info, Status};
 use davit_model::{Coded, Digest, ErrorCode};
@@ -22,9 +22,7 @@ use tonic::transport::Channel;
 pub use reader::ProxyReader;
 pub use writer::ProxyWriter;
 
-use super::connection::{
-    CHANGE, Connection, Failure, LOOK, MAX_LIST, MAX_MESSAGE, ROOT_LABEL, ROOT_VALUE, namespace_of,
-};
+use super::connection::{Connection, Failure, MAX_LIST, MAX_MESSAGE, ROOT_LABEL, ROOT_VALUE, namespace_of};
 use crate::grpc::convert::time_from_wire;
 
 /// A content store behind a socket. Clones are the same.
@@ -78,6 +76,14 @@ impl ProxyStore {
             .max_encoding_message_size(MAX_MESSAGE)
     }
 
+    fn look_limit(&self) -> Duration {
+        self.connection.patience.look
+    }
+
+    fn change_limit(&self) -> Duration {
+        self.connection.patience.change
+    }
+
     fn namespace(&self) -> Option<&str> {
         self.namespace.as_deref()
     }
@@ -90,8 +96,8 @@ impl ProxyStore {
     /// The blob and its labels.
     fn look(&self, namespace: Option<&str>, digest: &Digest) -> Result<wire::Info, Failure> {
         let message = wire::InfoRequest { digest: digest.to_string() };
-        let request = self.connection.request(namespace, LOOK, message);
-        let answer = self.connection.wait(LOOK, self.client().info(request))?;
+        let request = self.connection.request(namespace, self.look_limit(), message);
+        let answer = self.connection.wait(self.look_limit(), self.client().info(request))?;
         let info = answer.into_inner().info.unwrap_or_default();
         if info.digest != digest.as_str() {
             return Err(self.connection.nonsense(format!("asked for {digest}, got {:?}", info.digest)));
@@ -153,8 +159,8 @@ impl ProxyStore {
     /// [`Error::NoIngest`], [`Error::Remote`].
     pub fn status(&self, reference: &str) -> Result<Status, Error> {
         let message = wire::StatusRequest { r#ref: reference.to_owned() };
-        let request = self.connection.request(self.namespace_for(reference), LOOK, message);
-        let answer = self.connection.wait(LOOK, self.client().status(request));
+        let request = self.connection.request(self.namespace_for(reference), self.look_limit(), message);
+        let answer = self.connection.wait(self.look_limit(), self.client().status(request));
         let status = answer.map_err(no_ingest(reference))?.into_inner().status;
         Ok(self.convert_status(status.unwrap_or_default())?)
     }
@@ -165,8 +171,9 @@ impl ProxyStore {
     /// [`Error::Remote`].
     pub fn statuses(&self) -> Result<Vec<Status>, Error> {
         let list = |namespace: Option<&str>| {
-            let request = self.connection.request(namespace, CHANGE, wire::ListStatusesRequest::default());
-            let answer = self.connection.wait(CHANGE, self.client().list_statuses(request))?;
+            let request =
+                self.connection.request(namespace, self.change_limit(), wire::ListStatusesRequest::default());
+            let answer = self.connection.wait(self.change_limit(), self.client().list_statuses(request))?;
             answer.into_inner().statuses.into_iter().map(|status| self.convert_status(status)).collect()
         };
         let ours = |namespace: &str, status: &Status| namespace_of(&status.reference) == Some(namespace);
@@ -179,8 +186,10 @@ impl ProxyStore {
     /// [`Error::NoIngest`], [`Error::Remote`].
     pub fn abort(&self, reference: &str) -> Result<(), Error> {
         let message = wire::AbortRequest { r#ref: reference.to_owned() };
-        let request = self.connection.request(self.namespace_for(reference), CHANGE, message);
-        self.connection.wait(CHANGE, self.client().abort(request)).map_err(no_ingest(reference))?;
+        let request = self.connection.request(self.namespace_for(reference), self.change_limit(), message);
+        self.connection
+            .wait(self.change_limit(), self.client().abort(request))
+            .map_err(no_ingest(reference))?;
         Ok(())
     }
 
@@ -211,8 +220,8 @@ impl ProxyStore {
 
     fn delete_in(&self, namespace: Option<&str>, digest: &Digest) -> Result<(), Failure> {
         let message = wire::DeleteContentRequest { digest: digest.to_string() };
-        let request = self.connection.request(namespace, CHANGE, message);
-        self.connection.wait(CHANGE, self.client().delete(request)).map(drop)
+        let request = self.connection.request(namespace, self.change_limit(), message);
+        self.connection.wait(self.change_limit(), self.client().delete(request)).map(drop)
     }
 
     /// All blobs; what is no blob is left out.
@@ -226,7 +235,8 @@ impl ProxyStore {
     }
 
     fn list(&self, namespace: Option<&str>) -> Result<Vec<wire::Info>, Failure> {
-        let request = self.connection.request(namespace, CHANGE, wire::ListContentRequest::default());
+        let request =
+            self.connection.request(namespace, self.change_limit(), wire::ListContentRequest::default());
         let walk = async {
             let mut pages = self.client().list(request).await?.into_inner();
             let (mut found, mut size) = (Vec::new(), 0);
@@ -240,7 +250,7 @@ impl ProxyStore {
             }
             Ok(found)
         };
-        self.connection.wait(CHANGE, walk)
+        self.connection.wait(self.change_limit(), walk)
     }
 }
 

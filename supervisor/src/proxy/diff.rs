@@ -1,7 +1,7 @@
 //! A differ in another process. It reads and writes content by itself, as a client of this daemon.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use davit_model::{ErrorCode, Labels, Mount};
 use davit_proto::containerd::services::diff::v1 as wire;
@@ -12,9 +12,6 @@ use tonic::transport::Channel;
 use super::connection::{Connection, Failure, MAX_MESSAGE};
 use crate::grpc::convert::{descriptor_from_wire, descriptor_to_wire, mount_to_wire};
 use crate::metadata::Descriptor;
-
-/// How long a layer may take. A client that has given up earlier is not waited for.
-const LAYER: Duration = Duration::from_secs(900);
 
 /// A differ behind a socket. Clones are the same.
 #[derive(Debug, Clone)]
@@ -50,8 +47,9 @@ impl ProxyDiffer {
             payloads,
             sync_fs: true,
         };
-        let request = self.connection.request(Some(namespace), LAYER, message);
-        let answer = self.connection.answer(LAYER, self.client().apply(request)).await?;
+        let request = self.connection.request(Some(namespace), self.connection.patience.layer, message);
+        let answer =
+            self.connection.answer(self.connection.patience.layer, self.client().apply(request)).await?;
         self.descriptor(answer.into_inner().applied)
     }
 
@@ -76,8 +74,9 @@ impl ProxyDiffer {
             labels,
             source_date_epoch: source_date_epoch.map(Into::into),
         };
-        let request = self.connection.request(Some(namespace), LAYER, message);
-        let answer = self.connection.answer(LAYER, self.client().diff(request)).await?;
+        let request = self.connection.request(Some(namespace), self.connection.patience.layer, message);
+        let answer =
+            self.connection.answer(self.connection.patience.layer, self.client().diff(request)).await?;
         self.descriptor(answer.into_inner().diff)
     }
 

@@ -19,16 +19,8 @@ use prost::Message;
 use prost_types::FieldMask;
 use tonic::transport::Channel;
 
-use super::connection::{
-    CHANGE, Connection, Failure, LOOK, MAX_LIST, MAX_MESSAGE, ROOT_LABEL, ROOT_VALUE, namespace_of,
-};
+use super::connection::{Connection, Failure, MAX_LIST, MAX_MESSAGE, ROOT_LABEL, ROOT_VALUE, namespace_of};
 use crate::grpc::convert::{mount_from_wire, time_from_wire};
-
-/// How long all of a list may take, and the count of a snapshot's files.
-const WALK: Duration = CHANGE;
-
-/// How long the plugin may take to delete files.
-const CLEANUP: Duration = Duration::from_secs(600);
 
 /// A snapshotter behind a socket.
 pub(super) struct ProxySnapshotter {
@@ -72,10 +64,20 @@ impl ProxySnapshotter {
         self.connection.plugin().to_string()
     }
 
-    /// A request about a key.
-    fn about<T>(&self, key: &str, limit: Duration, message: T) -> tonic::Request<T> {
-        let namespace = self.namespace.as_deref().or_else(|| namespace_of(key));
-        self.connection.request(namespace, limit, message)
+    /// A request about a key that looks something up, and how long that may take.
+    fn look<T>(&self, key: &str, message: T) -> (Duration, tonic::Request<T>) {
+        let limit = self.connection.patience.look;
+        (limit, self.connection.request(self.namespace_for(key), limit, message))
+    }
+
+    /// The same for one that changes something.
+    fn change<T>(&self, key: &str, message: T) -> (Duration, tonic::Request<T>) {
+        let limit = self.connection.patience.change;
+        (limit, self.connection.request(self.namespace_for(key), limit, message))
+    }
+
+    fn namespace_for<'a>(&'a self, key: &'a str) -> Option<&'a str> {
+        self.namespace.as_deref().or_else(|| namespace_of(key))
     }
 
     /// What the plugin says of a snapshot, which must be the one that it was asked for.
@@ -116,7 +118,8 @@ impl ProxySnapshotter {
     fn walk(&self, namespace: Option<&str>, filters: &[String]) -> Result<Vec<Info>, Failure> {
         let connection = &self.connection;
         let message = wire::ListSnapshotsRequest { snapshotter: self.name(), filters: filters.to_vec() };
-        let request = connection.request(namespace, WALK, message);
+        let limit = connection.patience.change;
+        let request = connection.request(namespace, limit, message);
         let walk = async {
             let mut pages = self.client().list(request).await?.into_inner();
             let (mut found, mut size) = (Vec::new(), 0);
@@ -131,7 +134,7 @@ impl ProxySnapshotter {
             Ok(found)
         };
         let mut infos = BTreeMap::new();
-        for info in connection.wait(WALK, walk)? {
+        for info in connection.wait(limit, walk)? {
             // One that is nonsense must not hide the others from the collector.
             let Ok(info) = self.convert(info) else { continue };
             if let Entry::Vacant(place) = infos.entry(info.name.clone()) {
@@ -149,7 +152,8 @@ impl ProxySnapshotter {
 impl Snapshotter for ProxySnapshotter {
     fn stat(&self, key: &str) -> Result<Info, Error> {
         let message = wire::StatSnapshotRequest { snapshotter: self.name(), key: key.to_owned() };
-        let answer = self.connection.wait(LOOK, self.client().stat(self.about(key, LOOK, message)))?;
+        let (limit, request) = self.look(key, message);
+        let answer = self.connection.wait(limit, self.client().stat(request))?;
         self.info(key, answer.into_inner().info)
     }
 
@@ -161,13 +165,15 @@ impl Snapshotter for ProxySnapshotter {
             info: Some(info),
             update_mask: (!fields.is_empty()).then_some(mask),
         };
-        let answer = self.connection.wait(CHANGE, self.client().update(self.about(name, CHANGE, message)))?;
+        let (limit, request) = self.change(name, message);
+        let answer = self.connection.wait(limit, self.client().update(request))?;
         self.info(name, answer.into_inner().info)
     }
 
     fn usage(&self, key: &str) -> Result<Usage, Error> {
         let message = wire::UsageRequest { snapshotter: self.name(), key: key.to_owned() };
-        let answer = self.connection.wait(WALK, self.client().usage(self.about(key, WALK, message)))?;
+        let (limit, request) = self.change(key, message);
+        let answer = self.connection.wait(limit, self.client().usage(request))?;
         let wire::UsageResponse { size, inodes } = answer.into_inner();
         if size < 0 || inodes < 0 {
             return Err(self.connection.nonsense(format!("a usage of {size} bytes, {inodes} inodes")).into());
@@ -177,7 +183,8 @@ impl Snapshotter for ProxySnapshotter {
 
     fn mounts(&self, key: &str) -> Result<Vec<Mount>, Error> {
         let message = wire::MountsRequest { snapshotter: self.name(), key: key.to_owned() };
-        let answer = self.connection.wait(CHANGE, self.client().mounts(self.about(key, CHANGE, message)))?;
+        let (limit, request) = self.change(key, message);
+        let answer = self.connection.wait(limit, self.client().mounts(request))?;
         Ok(ProxySnapshotter::mounts_of(answer.into_inner().mounts))
     }
 
@@ -188,7 +195,8 @@ impl Snapshotter for ProxySnapshotter {
             parent: parent.unwrap_or_default().to_owned(),
             labels: rooted(labels),
         };
-        let answer = self.connection.wait(CHANGE, self.client().prepare(self.about(key, CHANGE, message)))?;
+        let (limit, request) = self.change(key, message);
+        let answer = self.connection.wait(limit, self.client().prepare(request))?;
         Ok(ProxySnapshotter::mounts_of(answer.into_inner().mounts))
     }
 
@@ -199,7 +207,8 @@ impl Snapshotter for ProxySnapshotter {
             parent: parent.unwrap_or_default().to_owned(),
             labels: rooted(labels),
         };
-        let answer = self.connection.wait(CHANGE, self.client().view(self.about(key, CHANGE, message)))?;
+        let (limit, request) = self.change(key, message);
+        let answer = self.connection.wait(limit, self.client().view(request))?;
         Ok(ProxySnapshotter::mounts_of(answer.into_inner().mounts))
     }
 
@@ -211,13 +220,15 @@ impl Snapshotter for ProxySnapshotter {
             labels: rooted(labels),
             parent: parent.unwrap_or_default().to_owned(),
         };
-        self.connection.wait(CHANGE, self.client().commit(self.about(name, CHANGE, message)))?;
+        let (limit, request) = self.change(name, message);
+        self.connection.wait(limit, self.client().commit(request))?;
         Ok(())
     }
 
     fn remove(&self, key: &str) -> Result<(), Error> {
         let message = wire::RemoveSnapshotRequest { snapshotter: self.name(), key: key.to_owned() };
-        self.connection.wait(CHANGE, self.client().remove(self.about(key, CHANGE, message)))?;
+        let (limit, request) = self.change(key, message);
+        self.connection.wait(limit, self.client().remove(request))?;
         Ok(())
     }
 
@@ -241,8 +252,9 @@ impl Snapshotter for ProxySnapshotter {
 
     fn cleanup(&self) -> Result<(), Error> {
         let message = wire::CleanupRequest { snapshotter: self.name() };
-        let request = self.connection.request(self.namespace.as_deref(), CLEANUP, message);
-        match self.connection.wait(CLEANUP, self.client().cleanup(request)) {
+        let limit = self.connection.patience.cleanup;
+        let request = self.connection.request(self.namespace.as_deref(), limit, message);
+        match self.connection.wait(limit, self.client().cleanup(request)) {
             // Most have nothing to clean up, and a daemon does it by itself.
             Err(failure) if failure.code == ErrorCode::Unimplemented => Ok(()),
             answer => Ok(answer.map(drop)?),

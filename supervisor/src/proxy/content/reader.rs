@@ -9,7 +9,7 @@ use davit_proto::containerd::services::content::v1::{ReadContentRequest, ReadCon
 use tonic::Streaming;
 
 use super::ProxyStore;
-use crate::proxy::connection::{CHANGE, Failure, LOOK};
+use crate::proxy::connection::Failure;
 
 /// An open blob. Reading blocks.
 #[derive(Debug)]
@@ -74,7 +74,10 @@ impl ProxyReader {
             }
             Ok(())
         };
-        self.store.connection.wait(CHANGE, read).map_err(|failure| self.failed(failure))?;
+        self.store
+            .connection
+            .wait(self.store.change_limit(), read)
+            .map_err(|failure| self.failed(failure))?;
         if filled as u64 != wanted {
             return Err(self.wrong("ends before its size"));
         }
@@ -92,11 +95,13 @@ impl ProxyReader {
             return Ok(());
         }
         if self.pieces.is_none() {
-            let opened = connection.wait(LOOK, self.open(0, 0)).map_err(|failure| self.failed(failure))?;
+            let opened = connection
+                .wait(connection.patience.look, self.open(0, 0))
+                .map_err(|failure| self.failed(failure))?;
             self.pieces = Some(opened);
         }
         let Some(pieces) = &mut self.pieces else { return Ok(()) };
-        let piece = connection.wait(LOOK, pieces.message()).map_err(io::Error::other)?;
+        let piece = connection.wait(connection.patience.look, pieces.message()).map_err(io::Error::other)?;
         let Some(piece) = piece else { return Err(self.wrong("ends before its size")) };
         if piece.data.len() as u64 > self.size - self.position {
             return Err(self.wrong("goes on behind its size"));

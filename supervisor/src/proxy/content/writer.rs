@@ -13,7 +13,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
 use super::{ProxyStore, time};
-use crate::proxy::connection::{CHANGE, Failure, ROOT_LABEL, ROOT_VALUE};
+use crate::proxy::connection::{Failure, ROOT_LABEL, ROOT_VALUE};
 
 /// The most bytes of one message.
 const PIECE: usize = 1 << 20;
@@ -54,7 +54,7 @@ impl ProxyWriter {
         let stream = ReceiverStream::new(receiver);
         let request = connection.session(store.namespace_for(reference), stream);
         let mut client = store.client();
-        let opened = connection.wait(CHANGE, async {
+        let opened = connection.wait(connection.patience.change, async {
             let mut answers = client.write(request).await?.into_inner();
             let first = answers.message().await?;
             Ok((answers, first))
@@ -108,7 +108,7 @@ impl ProxyWriter {
     fn step(&mut self, request: WriteContentRequest) -> Result<WriteContentResponse, Failure> {
         let connection = self.store.connection.clone();
         let (requests, answers) = (&self.requests, &mut self.answers);
-        let answer = connection.wait(CHANGE, async {
+        let answer = connection.wait(connection.patience.change, async {
             // A stream that the plugin has ended says why.
             let _ = requests.send(request).await;
             answers.message().await

@@ -1,0 +1,475 @@
+//! Plugins that misbehave, on real sockets.
+
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use davit_content_store::Hasher;
+use davit_model::{Algorithm, Coded, Digest, ErrorCode, Labels};
+use davit_proto::containerd::services::content::v1 as content;
+use davit_proto::containerd::services::content::v1::content_server::{Content, ContentServer};
+use davit_proto::containerd::services::snapshots::v1 as wire;
+use davit_proto::containerd::services::snapshots::v1::snapshots_server::{Snapshots, SnapshotsServer};
+use davit_snapshotter::{Kind, Snapshotter, TARGET_LABEL};
+use futures::stream::{self, BoxStream, StreamExt};
+use tokio::net::UnixListener;
+use tokio::runtime::Runtime;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::connection::{self, Connection, Patience};
+use super::snapshots::ProxySnapshotter;
+use super::*;
+
+/// How a plugin behaves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Honest,
+    /// It takes calls and says nothing.
+    Hangs,
+    /// What it says is about something else.
+    Lies,
+    /// Its lists have no end.
+    Endless,
+    /// Its messages are larger than any should be.
+    Huge,
+    /// It sends less than there is.
+    Short,
+    /// It has its reasons.
+    Refuses,
+}
+
+/// A plugin that has every snapshot that is asked for, and one blob.
+#[derive(Clone)]
+struct Plugin {
+    mode: Arc<Mutex<Mode>>,
+    /// The namespaces that it was told, in order.
+    told: Arc<Mutex<Vec<String>>>,
+}
+
+const BLOB: &[u8] = b"a blob of some bytes";
+
+impl Plugin {
+    /// Its behaviour, once a call has told its namespace.
+    async fn behave<T>(&self, request: &Request<T>) -> Result<Mode, Status> {
+        let namespace = request.metadata().get("containerd-namespace").and_then(|value| value.to_str().ok());
+        self.told.lock().unwrap().push(namespace.unwrap_or("none").to_owned());
+        let mode = *self.mode.lock().unwrap();
+        match mode {
+            Mode::Hangs => std::future::pending().await,
+            Mode::Refuses => Err(Status::failed_precondition("not today")),
+            _ => Ok(mode),
+        }
+    }
+}
+
+fn snapshot(name: &str) -> wire::Info {
+    let labels = BTreeMap::from([(TARGET_LABEL.to_owned(), "chain".to_owned())]);
+    wire::Info { name: name.to_owned(), kind: wire::Kind::Committed.into(), labels, ..Default::default() }
+}
+
+/// One page, or as many as anybody reads.
+fn pages<T: Clone + Send + 'static>(page: T, mode: Mode) -> BoxStream<'static, Result<T, Status>> {
+    stream::repeat(Ok(page)).take(if mode == Mode::Endless { usize::MAX } else { 1 }).boxed()
+}
+
+fn unused<T>() -> Result<Response<T>, Status> {
+    Err(Status::unimplemented("not asked for"))
+}
+
+#[tonic::async_trait]
+impl Snapshots for Plugin {
+    async fn prepare(
+        &self,
+        request: Request<wire::PrepareSnapshotRequest>,
+    ) -> Result<Response<wire::PrepareSnapshotResponse>, Status> {
+        self.behave(&request).await?;
+        Err(Status::already_exists("the target is there"))
+    }
+
+    async fn view(
+        &self,
+        _: Request<wire::ViewSnapshotRequest>,
+    ) -> Result<Response<wire::ViewSnapshotResponse>, Status> {
+        unused()
+    }
+
+    async fn mounts(
+        &self,
+        _: Request<wire::MountsRequest>,
+    ) -> Result<Response<wire::MountsResponse>, Status> {
+        unused()
+    }
+
+    async fn commit(&self, _: Request<wire::CommitSnapshotRequest>) -> Result<Response<()>, Status> {
+        unused()
+    }
+
+    async fn remove(&self, request: Request<wire::RemoveSnapshotRequest>) -> Result<Response<()>, Status> {
+        self.behave(&request).await?;
+        Ok(Response::new(()))
+    }
+
+    async fn stat(
+        &self,
+        request: Request<wire::StatSnapshotRequest>,
+    ) -> Result<Response<wire::StatSnapshotResponse>, Status> {
+        let mode = self.behave(&request).await?;
+        let key = request.into_inner().key;
+        let mut info = snapshot(if mode == Mode::Lies { "another" } else { &key });
+        if mode == Mode::Huge {
+            info.labels.insert("x".into(), "x".repeat(17 << 20));
+        }
+        Ok(Response::new(wire::StatSnapshotResponse { info: Some(info) }))
+    }
+
+    async fn update(
+        &self,
+        _: Request<wire::UpdateSnapshotRequest>,
+    ) -> Result<Response<wire::UpdateSnapshotResponse>, Status> {
+        unused()
+    }
+
+    type ListStream = BoxStream<'static, Result<wire::ListSnapshotsResponse, Status>>;
+
+    async fn list(
+        &self,
+        request: Request<wire::ListSnapshotsRequest>,
+    ) -> Result<Response<Self::ListStream>, Status> {
+        let mode = self.behave(&request).await?;
+        // The filters are not heeded.
+        let other = wire::Info { parent: "another".into(), ..snapshot("on-another") };
+        let mut info = vec![other, snapshot("sha256:found"), snapshot("x")];
+        if mode == Mode::Endless {
+            info.extend((0..10_000).map(|number| snapshot(&format!("{number:0>1000}"))));
+        }
+        let page = wire::ListSnapshotsResponse { info };
+        Ok(Response::new(pages(page, mode)))
+    }
+
+    async fn usage(
+        &self,
+        request: Request<wire::UsageRequest>,
+    ) -> Result<Response<wire::UsageResponse>, Status> {
+        let mode = self.behave(&request).await?;
+        let size = if mode == Mode::Lies { -1 } else { 7 };
+        Ok(Response::new(wire::UsageResponse { size, inodes: 1 }))
+    }
+
+    async fn cleanup(&self, _: Request<wire::CleanupRequest>) -> Result<Response<()>, Status> {
+        unused()
+    }
+}
+
+#[tonic::async_trait]
+impl Content for Plugin {
+    async fn info(
+        &self,
+        request: Request<content::InfoRequest>,
+    ) -> Result<Response<content::InfoResponse>, Status> {
+        self.behave(&request).await?;
+        let info = content::Info {
+            digest: request.into_inner().digest,
+            size: BLOB.len() as i64,
+            ..Default::default()
+        };
+        Ok(Response::new(content::InfoResponse { info: Some(info) }))
+    }
+
+    async fn update(
+        &self,
+        _: Request<content::UpdateRequest>,
+    ) -> Result<Response<content::UpdateResponse>, Status> {
+        unused()
+    }
+
+    type ListStream = BoxStream<'static, Result<content::ListContentResponse, Status>>;
+
+    async fn list(
+        &self,
+        request: Request<content::ListContentRequest>,
+    ) -> Result<Response<Self::ListStream>, Status> {
+        let mode = self.behave(&request).await?;
+        let info = content::Info { digest: digest_of(BLOB).to_string(), ..Default::default() };
+        let nonsense = content::Info { digest: "../../etc".into(), size: -1, ..Default::default() };
+        let page = content::ListContentResponse { info: vec![nonsense, info] };
+        Ok(Response::new(pages(page, mode)))
+    }
+
+    async fn delete(&self, _: Request<content::DeleteContentRequest>) -> Result<Response<()>, Status> {
+        unused()
+    }
+
+    type ReadStream = BoxStream<'static, Result<content::ReadContentResponse, Status>>;
+
+    async fn read(
+        &self,
+        request: Request<content::ReadContentRequest>,
+    ) -> Result<Response<Self::ReadStream>, Status> {
+        let mode = self.behave(&request).await?;
+        let content::ReadContentRequest { offset, size, .. } = request.into_inner();
+        let end = if size == 0 { BLOB.len() } else { (offset + size) as usize };
+        let mut data = BLOB[offset as usize..end].to_vec();
+        match mode {
+            Mode::Lies => data[0] ^= 1,
+            Mode::Short => data.truncate(3),
+            Mode::Huge => data.extend([0; 100]),
+            _ => {}
+        }
+        // In two messages.
+        let pieces: Vec<_> = data
+            .chunks(data.len().div_ceil(2))
+            .map(|piece| {
+                Ok(content::ReadContentResponse { data: piece.to_vec().into(), ..Default::default() })
+            })
+            .collect();
+        Ok(Response::new(stream::iter(pieces).boxed()))
+    }
+
+    async fn status(
+        &self,
+        _: Request<content::StatusRequest>,
+    ) -> Result<Response<content::StatusResponse>, Status> {
+        Err(Status::not_found("no such ingest"))
+    }
+
+    async fn list_statuses(
+        &self,
+        _: Request<content::ListStatusesRequest>,
+    ) -> Result<Response<content::ListStatusesResponse>, Status> {
+        unused()
+    }
+
+    type WriteStream = BoxStream<'static, Result<content::WriteContentResponse, Status>>;
+
+    async fn write(
+        &self,
+        request: Request<Streaming<content::WriteContentRequest>>,
+    ) -> Result<Response<Self::WriteStream>, Status> {
+        let mode = self.behave(&request).await?;
+        let mut written = Vec::new();
+        let answers = request.into_inner().map(move |message| {
+            written.extend_from_slice(&message?.data);
+            let (mut offset, mut digest) = (written.len() as i64, digest_of(&written));
+            match mode {
+                Mode::Lies if !written.is_empty() => digest = digest_of(b"other bytes"),
+                Mode::Short if !written.is_empty() => offset -= 1,
+                _ => {}
+            }
+            Ok(content::WriteContentResponse { offset, digest: digest.to_string(), ..Default::default() })
+        });
+        Ok(Response::new(answers.boxed()))
+    }
+
+    async fn abort(&self, _: Request<content::AbortRequest>) -> Result<Response<()>, Status> {
+        unused()
+    }
+}
+
+fn digest_of(data: &[u8]) -> Digest {
+    let mut hasher = Hasher::new(Algorithm::Sha256);
+    hasher.update(data);
+    hasher.finish()
+}
+
+fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
+}
+
+/// A place for sockets, and the threads of clients.
+struct Scene {
+    folder: tempfile::TempDir,
+    runtime: Runtime,
+    plugin: Plugin,
+}
+
+impl Scene {
+    fn new() -> Scene {
+        Scene {
+            folder: tempfile::tempdir().unwrap(),
+            runtime: runtime(),
+            plugin: Plugin { mode: Arc::new(Mutex::new(Mode::Honest)), told: Arc::default() },
+        }
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.folder.path().join("p.sock")
+    }
+
+    /// Serves the plugin for as long as its threads are there.
+    fn serve(&self, socket: &Path) -> Runtime {
+        let _ = std::fs::remove_file(socket);
+        let threads = runtime();
+        let inside = threads.enter();
+        let listener = UnixListener::bind(socket).unwrap();
+        let server = tonic::transport::Server::builder()
+            .add_service(SnapshotsServer::new(self.plugin.clone()).max_encoding_message_size(64 << 20))
+            .add_service(ContentServer::new(self.plugin.clone()));
+        threads.spawn(async move {
+            server.serve_with_incoming(UnixListenerStream::new(listener)).await.unwrap();
+        });
+        drop(inside);
+        threads
+    }
+
+    fn connection(&self, socket: &Path) -> Connection {
+        let _inside = self.runtime.enter();
+        Connection::new("remote", connection::channel(socket))
+    }
+
+    fn snapshotter(&self, socket: &Path) -> ProxySnapshotter {
+        ProxySnapshotter::new(self.connection(socket), Vec::new(), BTreeMap::new())
+    }
+
+    /// One that waits a moment only.
+    fn impatient(&self, socket: &Path) -> ProxySnapshotter {
+        let mut connection = self.connection(socket);
+        let moment = Duration::from_millis(200);
+        connection.patience = Patience { look: moment, change: moment, cleanup: moment, layer: moment };
+        ProxySnapshotter::new(connection, Vec::new(), BTreeMap::new())
+    }
+
+    fn set(&self, mode: Mode) {
+        *self.plugin.mode.lock().unwrap() = mode;
+    }
+}
+
+#[track_caller]
+fn refused<T: std::fmt::Debug>(
+    outcome: Result<T, impl Coded + std::fmt::Display>,
+    code: ErrorCode,
+    words: &str,
+) {
+    let error = outcome.unwrap_err();
+    assert_eq!(error.code(), code, "{error}");
+    let text = error.to_string();
+    assert!(text.starts_with("proxy plugin remote: ") && text.contains(words), "{text}");
+}
+
+#[test]
+fn a_plugin_that_says_nothing_costs_its_deadline() {
+    let scene = Scene::new();
+    let (hung, well) = (scene.socket(), scene.folder.path().join("well.sock"));
+    let _server = scene.serve(&hung);
+    let _other = scene.serve(&well);
+    scene.set(Mode::Hangs);
+    let snapshotter = scene.impatient(&hung);
+    refused(snapshotter.stat("x"), ErrorCode::DeadlineExceeded, "no answer within");
+    refused(snapshotter.list(), ErrorCode::DeadlineExceeded, "no answer within");
+    refused(snapshotter.prepare("a/1/b", None, &Labels::new()), ErrorCode::DeadlineExceeded, "");
+    // One that does not even accept is no better.
+    let silent = scene.folder.path().join("silent.sock");
+    let _listener = std::os::unix::net::UnixListener::bind(&silent).unwrap();
+    refused(scene.impatient(&silent).remove("x"), ErrorCode::DeadlineExceeded, "no answer within");
+    scene.set(Mode::Honest);
+    assert_eq!(scene.snapshotter(&well).stat("x").unwrap().name, "x");
+    // The connection that calls were given up on is still of use.
+    assert_eq!(snapshotter.stat("x").unwrap().kind, Kind::Committed);
+}
+
+#[test]
+fn a_plugin_may_come_later_go_and_come_back() {
+    let scene = Scene::new();
+    let socket = scene.socket();
+    let snapshotter = scene.snapshotter(&socket);
+    refused(snapshotter.stat("x"), ErrorCode::Unavailable, "No such file");
+    let server = scene.serve(&socket);
+    assert_eq!(snapshotter.stat("x").unwrap().name, "x");
+    // Its whole runtime ends, and its connections with it, as those of a process that is killed.
+    server.shutdown_background();
+    let gone = || snapshotter.stat("x").err().filter(|error| error.code() == ErrorCode::Unavailable);
+    let begun = Instant::now();
+    while gone().is_none() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "the plugin is still there");
+    }
+    let _again = scene.serve(&socket);
+    assert_eq!(snapshotter.stat("y").unwrap().name, "y");
+}
+
+#[test]
+fn what_a_plugin_says_is_not_believed() {
+    let scene = Scene::new();
+    let _server = scene.serve(&scene.socket());
+    let snapshotter = scene.snapshotter(&scene.socket());
+    scene.set(Mode::Lies);
+    refused(snapshotter.stat("x"), ErrorCode::Internal, "asked for \"x\", got \"another\"");
+    refused(snapshotter.usage("x"), ErrorCode::Internal, "-1 bytes");
+    scene.set(Mode::Endless);
+    refused(snapshotter.list(), ErrorCode::ResourceExhausted, "more than 67108864 bytes");
+    scene.set(Mode::Huge);
+    refused(snapshotter.stat("x"), ErrorCode::OutOfRange, "too large");
+    // Its own reasons are told as they are.
+    scene.set(Mode::Refuses);
+    refused(snapshotter.remove("x"), ErrorCode::FailedPrecondition, "not today");
+    scene.set(Mode::Honest);
+    snapshotter.cleanup().unwrap();
+    assert_eq!(snapshotter.list().unwrap().len(), 3);
+}
+
+#[test]
+fn a_plugin_is_told_namespaces_and_asked_for_targets() {
+    let scene = Scene::new();
+    let _server = scene.serve(&scene.socket());
+    let snapshotter = scene.snapshotter(&scene.socket());
+    let told = || std::mem::take(&mut *scene.plugin.told.lock().unwrap());
+    snapshotter.stat("one/7/key").unwrap();
+    snapshotter.stat("sha256:bare").unwrap();
+    snapshotter.list().unwrap();
+    assert_eq!(told(), ["one", "none", "none"]);
+    let scoped = snapshotter.in_namespace("two").unwrap();
+    scoped.stat("sha256:bare").unwrap();
+    refused(
+        scoped.prepare("two/8/key", None, &Labels::new()),
+        ErrorCode::AlreadyExists,
+        "the target is there",
+    );
+    // The first that fits, although the plugin lists others.
+    let found = scoped.find_target("chain", None).unwrap().unwrap();
+    assert_eq!(found.name, "sha256:found");
+    assert!(scoped.find_target("chain", Some("absent")).unwrap().is_none());
+    assert!(told().iter().all(|namespace| namespace == "two"));
+}
+
+#[test]
+fn content_of_a_plugin_is_what_its_digest_says() {
+    let scene = Scene::new();
+    let _server = scene.serve(&scene.socket());
+    let store = ProxyStore::new(scene.connection(&scene.socket()));
+    let digest = digest_of(BLOB);
+    let read = || {
+        let mut data = Vec::new();
+        store.reader(&digest).unwrap().read_to_end(&mut data).map(|_| data)
+    };
+    assert_eq!(read().unwrap(), BLOB);
+    let mut part = [0; 4];
+    assert_eq!(store.reader(&digest).unwrap().read_at(&mut part, 2).unwrap(), 4);
+    assert_eq!(part, BLOB[2..6]);
+    for (mode, words) in [
+        (Mode::Lies, "came as sha256:"),
+        (Mode::Short, "ends before its size"),
+        (Mode::Huge, "goes on behind its size"),
+    ] {
+        scene.set(mode);
+        let text = read().unwrap_err().to_string();
+        assert!(text.contains(words) && text.contains("proxy plugin remote"), "{mode:?}: {text}");
+    }
+    assert!(store.reader(&digest).unwrap().read_at(&mut part, 0).is_ok());
+
+    let write = || {
+        let mut writer = store.writer("a/1/ref", 0).unwrap();
+        writer.write(BLOB)?;
+        writer.commit(0, None)
+    };
+    scene.set(Mode::Honest);
+    assert_eq!(write().unwrap(), digest);
+    scene.set(Mode::Lies);
+    refused(write(), ErrorCode::Internal, "it made");
+    scene.set(Mode::Short);
+    refused(write(), ErrorCode::Internal, "an ingest of");
+    scene.set(Mode::Honest);
+    assert!(matches!(store.status("a/1/ref"), Err(davit_content_store::Error::NoIngest { .. })));
+    // What is no blob is left out.
+    assert_eq!(store.walk().unwrap().len(), 1);
+}
