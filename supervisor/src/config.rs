@@ -3,6 +3,7 @@
 mod containerd;
 mod proxies;
 mod sections;
+mod snapshotters;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,6 +13,7 @@ use tracing_subscriber::filter::LevelFilter;
 
 pub use proxies::*;
 pub use sections::*;
+pub use snapshotters::*;
 
 /// Where the daemon looks for its configuration when no flag names a file.
 pub const DEFAULT_PATH: &str = "/etc/davit/config.toml";
@@ -46,6 +48,8 @@ pub struct Config {
     pub process: Process,
     /// The differs.
     pub diff: Diff,
+    /// The snapshotters.
+    pub snapshotters: Snapshotters,
     /// Snapshotters and the like in other processes, by name.
     pub proxy_plugins: BTreeMap<String, ProxyPlugin>,
     /// Programs that unpack layers of other types, by id.
@@ -68,6 +72,7 @@ impl Default for Config {
             plugin_list: PluginList::default(),
             process: Process::default(),
             diff: Diff::default(),
+            snapshotters: Snapshotters::default(),
             proxy_plugins: BTreeMap::new(),
             stream_processors: BTreeMap::new(),
         }

@@ -12,12 +12,12 @@ use std::sync::Arc;
 use tokio::sync::Semaphore;
 use tokio::task::{JoinError, spawn_blocking};
 
+use crate::snapshotters;
+
 /// The content store: more at once do not make a disk faster.
 const CONTENT: usize = 32;
 /// Each snapshotter. Most of this work is waiting for the metadata to be synced, which is done for many at a time.
 const SNAPSHOTTER: usize = 48;
-/// The snapshotters that are built in.
-const SNAPSHOTTERS: usize = 2;
 /// Each snapshotter in another process: calls that wait for it hold a thread for as long as it does not answer.
 const PROXY: usize = 16;
 /// The most of them.
@@ -44,7 +44,7 @@ const OTHERS: usize = 40;
 /// ends.
 pub const THREADS: usize = CONTENT
     + MOUNTS
-    + SNAPSHOTTER * SNAPSHOTTERS
+    + SNAPSHOTTER * snapshotters::COUNT
     + PROXY * PROXIES
     + PROGRAMS
     + LAYERS

@@ -26,5 +26,6 @@ pub mod publish;
 pub mod restart;
 pub mod runtime;
 pub mod server;
+pub mod snapshotters;
 pub mod streams;
 pub mod transfer;

@@ -16,11 +16,7 @@ use anyhow::{Context, Result, anyhow};
 use davit_content_store::Store;
 use davit_history::Limits;
 use davit_metadata::{Db, EngineKind};
-use davit_model::error::chain;
 use davit_model::{Coded, ErrorCode};
-use davit_snapshotter::Snapshotter;
-use davit_snapshotter::native::{self, Native};
-use davit_snapshotter::overlayfs::{self, Overlayfs};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::StreamExt;
@@ -42,6 +38,7 @@ use crate::plugins::{self, Plugin, SnapshotterEntry};
 use crate::proxy::{Proxies, ProxyDiffer};
 use crate::restart::Monitor;
 use crate::runtime::{self, Sandboxes, Tasks};
+use crate::snapshotters;
 use authority::AnyAuthority;
 
 /// The folder of blobs, named as containerd names it.
@@ -195,7 +192,7 @@ fn open_stores(config: &Config) -> Result<Stores> {
     // After the database, which locks the root: the end of the history is cut where a daemon died.
     let history = History::open(&root.join(EVENTS), Limits::default())?;
     let hub = Hub::with_history(notice::READING, history.clone());
-    let (mut snapshotters, entries) = open_snapshotters(root, &db);
+    let (mut snapshotters, entries) = snapshotters::open(root, &config.snapshotters, &db, |_| false);
     let proxies = Proxies::open(&config.proxy_plugins);
     let Proxies { snapshotters: others, content, differs, entries: proxies } = proxies;
     let store = match content {
@@ -210,33 +207,6 @@ fn open_stores(config: &Config) -> Result<Stores> {
     let parts = Parts { db: db.clone(), store, snapshotters, mounts, sharing: Sharing::Shared, events };
     let metadata = Metadata::open(parts).context("cannot open the metadata")?;
     Ok(Stores { db, history, hub, metadata, snapshotters: entries, differs, proxies })
-}
-
-type Snapshotters = BTreeMap<String, Arc<dyn Snapshotter>>;
-
-/// Opens every snapshotter. One that cannot work here is told as such in the plugin list, and stops nothing.
-fn open_snapshotters(root: &Path, db: &Db) -> (Snapshotters, Vec<SnapshotterEntry>) {
-    let folder = |name: &str| root.join(format!("io.containerd.snapshotter.v1.{name}"));
-    let overlay = Overlayfs::open(&folder(overlayfs::NAME), db.clone(), overlayfs::Config::default())
-        .map(|opened| Arc::new(opened) as Arc<dyn Snapshotter>);
-    let native = Native::open(&folder(native::NAME), db.clone())
-        .map(|opened| Arc::new(opened) as Arc<dyn Snapshotter>);
-    let (mut snapshotters, mut entries) = (BTreeMap::new(), Vec::new());
-    for (name, opened) in [(overlayfs::NAME, overlay), (native::NAME, native)] {
-        let state = match opened {
-            Ok(snapshotter) => {
-                let state = (snapshotter.capabilities(), snapshotter.exports());
-                snapshotters.insert(name.to_owned(), snapshotter);
-                Ok(state)
-            }
-            Err(error) => {
-                tracing::warn!(snapshotter = name, error = chain(&error), "snapshotter cannot be used here");
-                Err(chain(&error))
-            }
-        };
-        entries.push(SnapshotterEntry { name: name.to_owned(), state });
-    }
-    (snapshotters, entries)
 }
 
 fn open_runtime(config: &Config, hub: &Hub) -> Result<Tasks> {

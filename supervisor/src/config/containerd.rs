@@ -6,6 +6,7 @@
 
 mod files;
 mod proxies;
+mod snapshotters;
 
 use std::path::{Path, PathBuf};
 
@@ -102,6 +103,7 @@ impl Reader<'_> {
         self.metadata(&mut plugins, &mut config)?;
         self.runtime(&mut file, &mut plugins, &mut config)?;
         self.proxies(&mut file, &mut plugins, &mut config)?;
+        self.snapshotters(&mut plugins, &mut config)?;
         self.ignored.extend(plugins.table.into_iter().map(|(name, _)| format!("plugins.{name:?}")));
         self.ignore_rest(file);
         self.ignored.sort();
