@@ -8,6 +8,7 @@ mod history;
 mod hostile;
 mod limits;
 mod logs;
+mod net;
 mod operations;
 mod peers;
 mod restart;

@@ -178,7 +178,8 @@ impl Config {
             return Err(ConfigError::Value { key: "state", value, reason: "want another folder than root" });
         }
         // A bare word that is no level would be a filter for a module of that name, and silence all others.
-        if !self.log.level.contains('=') && self.log.level.parse::<LevelFilter>().is_err() {
+        let level = &self.log.level;
+        if level.is_empty() || !level.contains('=') && level.parse::<LevelFilter>().is_err() {
             let (key, value) = ("log.level", self.log.level.clone());
             let reason = "want trace, debug, info, warn, error, or a filter with `=`";
             return Err(ConfigError::Value { key, value, reason });

@@ -5,9 +5,11 @@
 //! [`runtime`] holds what runs (shims and tasks); [`events`] tells what happened; [`grpc`] translates between all
 //! of these and the wire. [`mounts`] are made for clients; [`restart`] keeps tasks in the state that labels ask
 //! for; [`checkpoint`]s of tasks become content, and content tasks; [`streams`] are what services and clients say
-//! beside calls; [`transfer`] moves images from and to registries. What blocks goes through a [`lane`].
+//! beside calls; [`calls`], [`metrics`] and [`logs`] tell what the daemon is at; [`transfer`] moves images from and to
+//! registries. What blocks goes through a [`lane`].
 
 pub mod blobs;
+pub mod calls;
 pub mod cgroup;
 pub mod checkpoint;
 pub mod config;
@@ -15,10 +17,12 @@ pub mod differs;
 pub mod events;
 pub mod grpc;
 pub mod lane;
+pub mod logs;
 pub mod metadata;
 pub mod metrics;
 pub mod mounts;
 pub mod oci_hook;
+pub mod pages;
 pub mod plugins;
 pub mod processors;
 pub mod proxy;
@@ -28,4 +32,5 @@ pub mod runtime;
 pub mod server;
 pub mod snapshotters;
 pub mod streams;
+mod trace;
 pub mod transfer;

@@ -1,15 +1,17 @@
 //! `davitd`: flags, configuration, logs, and then [`davit_supervisor::server`].
 
 use std::ffi::OsString;
+use std::fs::{DirBuilder, Permissions};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
-use davit_supervisor::config::{Config, Loaded, LogFormat};
+use davit_supervisor::config::{Config, Loaded};
+use davit_supervisor::logs::Logs;
 use davit_supervisor::{cgroup, lane, oci_hook, publish, server};
 use nix::sys::resource::{Resource, getrlimit};
-use tracing_subscriber::EnvFilter;
-use tracing_subscriber::filter::LevelFilter;
 
 /// Open files that are enough for some thousand containers: the daemon has one connection for each shim, and some files
 /// for each layer that is being unpacked.
@@ -119,7 +121,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             runtime(1)?.block_on(publish::run(&config.grpc.address, &topic, &namespace))
         }
         None => {
-            start_logs(&config)?;
+            make_temp(&config)?;
+            let logs = Logs::start(&config.log)?;
             if !ignored.is_empty() {
                 tracing::warn!(
                     keys = ignored.join(", "),
@@ -132,7 +135,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             }
             let workers = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8);
             let runtime = runtime(workers)?;
-            let ended = runtime.block_on(server::run(config));
+            let ended = runtime.block_on(server::run(config, logs));
             // A backend that hangs must not keep the daemon from ending; what it was at is as after a crash.
             runtime.shutdown_timeout(std::time::Duration::from_secs(1));
             ended
@@ -149,6 +152,7 @@ fn configuration(flags: Flags) -> anyhow::Result<(Config, Vec<String>)> {
     config.grpc.address = address.unwrap_or(config.grpc.address);
     config.log.level = log_level.unwrap_or(config.log.level);
     config.validate()?;
+    server::without_disabled(&mut config);
     Ok((config, ignored))
 }
 
@@ -176,16 +180,18 @@ fn check_open_files() {
     }
 }
 
-fn start_logs(config: &Config) -> anyhow::Result<()> {
-    // A bare level is about us; what the libraries say below a warning is for who asks for it by name.
-    let filter = match config.log.level.parse::<LevelFilter>() {
-        Ok(level) => EnvFilter::try_new(format!("warn,davit={level}"))?,
-        Err(_) => EnvFilter::try_new(&config.log.level)?,
-    };
-    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    match config.log.format {
-        LogFormat::Text => logs.with_ansi(false).init(),
-        LogFormat::Json => logs.json().init(),
+/// Makes the folder of temporary files, and has this process and what it starts use it.
+fn make_temp(config: &Config) -> anyhow::Result<()> {
+    let temp = &config.process.temp;
+    if temp.as_os_str().is_empty() {
+        return Ok(());
     }
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(temp)
+        .and_then(|()| std::fs::set_permissions(temp, Permissions::from_mode(0o700)))
+        .with_context(|| format!("cannot make the folder of temporary files {}", temp.display()))?;
+    davit_sys::process::set_variable(c"TMPDIR", temp)?;
     Ok(())
 }

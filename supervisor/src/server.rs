@@ -5,7 +5,11 @@
 //! because they report as soon as they are connected to; and the API is served when every task is known.
 
 mod authority;
+mod choice;
+mod diagnostics;
 mod listen;
+mod serve;
+mod tcp;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -17,29 +21,30 @@ use davit_content_store::Store;
 use davit_history::Limits;
 use davit_metadata::{Db, EngineKind};
 use davit_model::{Coded, ErrorCode};
-use tokio::net::{TcpListener, UnixListener};
-use tokio::signal::unix::{SignalKind, signal};
-use tokio_stream::StreamExt;
-use tokio_stream::wrappers::UnixListenerStream;
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use tonic::service::Routes;
 
 use crate::blobs::Blobs;
+use crate::calls::Calls;
 use crate::config::{self, Config, Engine};
-use crate::events::{History, Hub};
 use crate::differs::Differs;
-use crate::grpc::context::ContextLayer;
+use crate::events::{History, Hub};
 use crate::grpc::{self, notice};
 use crate::lane::Lane;
-use crate::metadata::{Metadata, Parts, Scope, Sharing, gc};
-use crate::metrics::{self, Source};
+use crate::logs::Logs;
+use crate::metadata::{Error as MetadataError, Metadata, Parts, Scope, Sharing, gc};
+use crate::metrics::Source;
 use crate::mounts::Targets;
+use crate::pages::{self, Listener};
 use crate::plugins::{self, Plugin, SnapshotterEntry};
 use crate::proxy::{Proxies, ProxyDiffer};
 use crate::restart::Monitor;
 use crate::runtime::{self, Sandboxes, Tasks};
 use crate::snapshotters;
-use authority::AnyAuthority;
+use diagnostics::Diagnostics;
+use serve::Api;
+
+pub use choice::without_disabled;
 
 /// The folder of blobs, named as containerd names it.
 const CONTENT: &str = "io.containerd.content.v1.content";
@@ -65,18 +70,14 @@ const WINDOW: Duration = Duration::from_secs(10);
 /// Calls under way get so long to end when the daemon is told to.
 const DRAIN: Duration = Duration::from_secs(2);
 
-/// The flow-control windows of HTTP/2. Blobs are streamed through one stream; the protocol's default of 64 KiB would
-/// cost a round trip for each.
-const STREAM_WINDOW: u32 = 1 << 20;
-const CONNECTION_WINDOW: u32 = 4 << 20;
-
 /// Runs the daemon until SIGTERM or SIGINT. Containers are not touched by its end.
 ///
 /// # Errors
 /// It cannot start: the text says what is in the way.
-pub async fn run(config: Config) -> Result<()> {
+pub async fn run(config: Config, logs: Logs) -> Result<()> {
     let started = SystemTime::now();
     let config = Arc::new(config);
+    set_oom_score(config.process.oom_score);
     listen::check_owner(&config.root)?;
     listen::folder(&config.root, 0o711)?;
     listen::folder(&config.state, 0o711)?;
@@ -90,29 +91,22 @@ pub async fn run(config: Config) -> Result<()> {
     let Stores { db, history, hub, metadata, snapshotters: entries, differs, proxies } =
         tokio::task::spawn_blocking(move || open_stores(&opening)).await??;
     let stop = CancellationToken::new();
-    let collector = tokio::spawn(metadata.clone().run_collector(gc::Config::default(), stop.clone()));
+    let collector =
+        tokio::spawn(metadata.clone().run_collector(collecting(config.metadata.gc), stop.clone()));
 
     let grpc = &config.grpc;
     let api = listen::socket(&grpc.address, 0o660, grpc.uid, grpc.gid)?;
     let reports = listen::socket(&config.ttrpc_address(), 0o600, 0, 0)?;
-    let metrics_listener = match config.metrics.address.as_str() {
-        "" => None,
-        address => {
-            let listener = TcpListener::bind(address).await;
-            Some(listener.with_context(|| format!("cannot listen on {address} for metrics"))?)
-        }
-    };
+    let tcp = tcp::listen(&grpc.tcp).await?;
+    let pages = Pages::listen(&config).await?;
     let tasks = open_runtime(&config, &hub)?;
     let known = metadata.clone();
     let loading = tasks.load(Arc::new(move |namespace, id| {
-        // Doubt keeps a container: only a record that is surely missing makes a task an orphan.
-        let found = Scope::new(namespace, None).and_then(|scope| known.containers(&scope).get(id));
-        !found.is_err_and(|error| error.code() == ErrorCode::NotFound)
+        kept(Scope::new(namespace, None).and_then(|scope| known.containers(&scope).get(id)))
     }));
     let known = metadata.clone();
     let records = Arc::new(move |namespace: &str, id: &str| {
-        let found = Scope::new(namespace, None).and_then(|scope| known.sandboxes(&scope).get(id));
-        !found.is_err_and(|error| error.code() == ErrorCode::NotFound)
+        kept(Scope::new(namespace, None).and_then(|scope| known.sandboxes(&scope).get(id)))
     });
     let (root, state) = (config.root.join(SANDBOXES), config.state.join(SANDBOXES));
     let sandboxes = Sandboxes::open(&tasks, root, state, records)?;
@@ -122,17 +116,28 @@ pub async fn run(config: Config) -> Result<()> {
     tracing::info!(tasks = loading.tasks(), "found tasks of an earlier daemon");
     tokio::spawn(loading.finished());
 
-    let (content, logs) = (text(&config.root.join(CONTENT)), text(&config.root.join(LOGS)));
-    let mut plugins = plugins::list(&content, &logs, tasks.starts_own_shims(), entries);
+    let (content, files) = (text(&config.root.join(CONTENT)), text(&config.root.join(LOGS)));
+    let mut plugins = plugins::list(&content, &files, tasks.starts_own_shims(), entries);
     plugins::replace(&mut plugins, proxies);
-    if let Some(listener) = metrics_listener {
-        let version = grpc::version::told();
-        let source = Source { metadata: metadata.clone(), tasks: tasks.clone(), version, started };
-        tokio::spawn(metrics::serve(listener, source, stop.clone()));
+    choice::apply(&config, &mut plugins)?;
+    let (calls, version) = (Calls::default(), grpc::version::told());
+    let source = Source {
+        metadata: metadata.clone(),
+        tasks: tasks.clone(),
+        calls: calls.clone(),
+        version: version.clone(),
+        started,
+        grpc_histogram: config.metrics.grpc_histogram,
+        containers: !config.plugin_list.disables_monitor(),
+    };
+    let diagnostics =
+        Diagnostics { calls: calls.clone(), logs, metadata: metadata.clone(), version, started };
+    pages.serve(source, diagnostics, &stop);
+    if !config.plugin_list.disables_restart() {
+        let interval = Duration::from_secs(config.restart.interval);
+        let monitor = Monitor::new(metadata.clone(), tasks.clone(), interval);
+        tokio::spawn(monitor.run(stop.clone()));
     }
-    let interval = Duration::from_secs(config.restart.interval);
-    let monitor = Monitor::new(metadata.clone(), tasks.clone(), interval);
-    tokio::spawn(monitor.run(stop.clone()));
     let settling = tasks.clone();
     let layers = Lane::layers();
     let differs = Differs::new(&config.diff, &differs, &config.stream_processors, layers.clone())
@@ -154,7 +159,8 @@ pub async fn run(config: Config) -> Result<()> {
         tokio::time::sleep(WINDOW).await;
         hub.close_window();
     });
-    serve(&config, routes, api, &db, stop.clone()).await?;
+    let api = Api { routes, calls, socket: api, tcp };
+    serve::serve(&config, api, &db, stop.clone()).await?;
 
     if tokio::time::timeout(DRAIN, settling.settle()).await.is_err() {
         tracing::info!("files of deleted tasks are left to the next daemon");
@@ -168,6 +174,67 @@ pub async fn run(config: Config) -> Result<()> {
     tokio::task::spawn_blocking(move || db.close()).await?.context("cannot close the metadata")?;
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Doubt keeps a container or a sandbox: only a record that is surely missing makes what runs an orphan.
+fn kept<T>(record: Result<T, MetadataError>) -> bool {
+    !record.is_err_and(|error| error.code() == ErrorCode::NotFound)
+}
+
+/// Where pages are read, if anywhere.
+struct Pages {
+    metrics: Option<Listener>,
+    diagnostics: Option<Listener>,
+}
+
+impl Pages {
+    async fn listen(config: &Config) -> Result<Pages> {
+        let metrics = match config.metrics.address.as_str() {
+            "" => None,
+            address => {
+                let listener = TcpListener::bind(address).await;
+                Some(listener.with_context(|| format!("cannot listen on {address} for metrics"))?)
+            }
+        };
+        let config::Diagnostics { address, uid, gid } = &config.diagnostics;
+        let diagnostics = if address.as_os_str().is_empty() {
+            None
+        } else {
+            // A group is let in by naming it.
+            let mode = if *gid == 0 { 0o600 } else { 0o660 };
+            Some(listen::socket(address, mode, *uid, *gid)?)
+        };
+        Ok(Pages { metrics: metrics.map(Listener::Tcp), diagnostics: diagnostics.map(Listener::Unix) })
+    }
+
+    fn serve(self, source: Source, diagnostics: Diagnostics, stop: &CancellationToken) {
+        if let Some(listener) = self.metrics {
+            tokio::spawn(pages::serve(listener, source, stop.clone()));
+        }
+        if let Some(listener) = self.diagnostics {
+            tokio::spawn(pages::serve(listener, diagnostics, stop.clone()));
+        }
+    }
+}
+
+/// Sets how likely the kernel is to end this process for want of memory. That it may not is no reason not to start, as with
+/// containerd; what is started later inherits it, unless its specification says otherwise.
+fn set_oom_score(score: i32) {
+    if score != 0
+        && let Err(error) = std::fs::write("/proc/self/oom_score_adj", score.to_string())
+    {
+        tracing::error!(%error, "failed to change OOM score to {score}");
+    }
+}
+
+fn collecting(config: config::Gc) -> gc::Config {
+    gc::Config {
+        pause_threshold: config.pause_threshold,
+        deletion_threshold: config.deletion_threshold,
+        mutation_threshold: config.mutation_threshold,
+        schedule_delay: Duration::from_millis(config.schedule_delay_ms),
+        startup_delay: Duration::from_millis(config.startup_delay_ms),
+    }
 }
 
 /// What is on disk, and the hub that tells of its changes.
@@ -192,7 +259,8 @@ fn open_stores(config: &Config) -> Result<Stores> {
     // After the database, which locks the root: the end of the history is cut where a daemon died.
     let history = History::open(&root.join(EVENTS), Limits::default())?;
     let hub = Hub::with_history(notice::READING, history.clone());
-    let (mut snapshotters, entries) = snapshotters::open(root, &config.snapshotters, &db, |_| false);
+    let disabled = |name: &str| config.plugin_list.disables_snapshotter(name);
+    let (mut snapshotters, entries) = snapshotters::open(root, &config.snapshotters, &db, disabled);
     let proxies = Proxies::open(&config.proxy_plugins);
     let Proxies { snapshotters: others, content, differs, entries: proxies } = proxies;
     let store = match content {
@@ -202,9 +270,13 @@ fn open_stores(config: &Config) -> Result<Stores> {
     snapshotters.extend(others);
     let telling = hub.clone();
     let events = Arc::new(move |namespace: &str, event| telling.publish(notice::envelope(namespace, event)));
+    let sharing = match config.metadata.sharing {
+        config::Sharing::Shared => Sharing::Shared,
+        config::Sharing::Isolated => Sharing::Isolated,
+    };
     let mounts = Targets::open(&config.state.join(MOUNTS).join("t"), root)
         .context("cannot open the folder of mounts")?;
-    let parts = Parts { db: db.clone(), store, snapshotters, mounts, sharing: Sharing::Shared, events };
+    let parts = Parts { db: db.clone(), store, snapshotters, mounts, sharing, events };
     let metadata = Metadata::open(parts).context("cannot open the metadata")?;
     Ok(Stores { db, history, hub, metadata, snapshotters: entries, differs, proxies })
 }
@@ -234,59 +306,17 @@ fn open_runtime(config: &Config, hub: &Hub) -> Result<Tasks> {
         default_shim: own(&config.runtime.shim),
         default_runtime_binary: None,
         socket_directory: own(&config.runtime.socket_dir),
-        environment: Vec::new(),
+        environment: environment(config),
         debug: config.log.level.contains("debug"),
         timeouts,
     };
     Ok(Tasks::open(config, hub.clone())?)
 }
 
-/// Serves the API until a signal comes, then lets the calls under way end.
-///
-/// When the metadata can no longer be written the daemon ends with an error: what supervises it starts it again, with
-/// what is durable, and the containers do not notice.
-async fn serve(
-    config: &Config,
-    routes: Routes,
-    listener: UnixListener,
-    db: &Db,
-    stop: CancellationToken,
-) -> Result<()> {
-    let config::Grpc { address, max_concurrent_calls, .. } = &config.grpc;
-    let incoming = UnixListenerStream::new(listener).map(|stream| stream.map(AnyAuthority::new));
-    let server = tonic::transport::Server::builder()
-        .layer(ContextLayer::default())
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_concurrent_streams(*max_concurrent_calls)
-        .add_routes(routes)
-        .serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned());
-    let server = tokio::spawn(server);
-    tracing::info!(address = %address.display(), "serving");
-    // Nobody listens where systemd did not start us.
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    // Tools send these two to containerd for a new configuration and for its stacks; neither may end the daemon.
-    let mut ignored = (signal(SignalKind::hangup())?, signal(SignalKind::user_defined1())?);
-    // Every arm only waits for a state that stays until it is seen: dropping the others loses nothing.
-    loop {
-        tokio::select! {
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
-            _ = ignored.0.recv() => tracing::warn!("SIGHUP is ignored: a changed configuration takes a restart"),
-            _ = ignored.1.recv() => tracing::warn!("SIGUSR1 is ignored"),
-            failure = db.failed() => return Err(failure).context("the metadata can no longer be written"),
-        }
-    }
-    tracing::info!("stopping; containers go on");
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-    stop.cancel();
-    match tokio::time::timeout(DRAIN, server).await {
-        Ok(ended) => ended.context("the server panicked")?.context("the API cannot be served")?,
-        Err(_) => tracing::info!("calls that wait are left"),
-    }
-    Ok(())
+/// The variables that shims get beside our own.
+fn environment(config: &Config) -> Vec<(String, String)> {
+    let pairs = config.runtime.environment.iter().filter_map(|variable| variable.split_once('='));
+    pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
 }
 
 /// A path as a text, as shims and clients get it.

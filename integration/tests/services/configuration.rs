@@ -14,7 +14,7 @@ const FILE: &str = r#"version = 2
 disabled_plugins = ["io.containerd.grpc.v1.cri"]
 imports = ["more/*.toml"]
 [grpc]
-tcp_address = "0.0.0.0:7777"
+tcp_tls_common_name = "of-windows"
 [plugins."io.containerd.internal.v1.restart"]
 interval = "3s"
 "#;
@@ -27,7 +27,7 @@ fn a_configuration_of_containerd_is_understood() -> Result<()> {
     let daemon = Daemon::start_with(&[], FILE)?;
     runtime()?.block_on(plugins(&daemon, &[("runtime.v2", "task")]))?;
     let log = daemon.log();
-    ensure!(log.contains("have no effect") && log.contains("grpc.tcp_address"), "{log}");
+    ensure!(log.contains("have no effect") && log.contains("grpc.tcp_tls_common_name"), "{log}");
 
     let file = daemon.path("containerd.toml");
     fs::create_dir(daemon.path("more"))?;
@@ -36,7 +36,10 @@ fn a_configuration_of_containerd_is_understood() -> Result<()> {
     let davitd = bins::folder()?.join("davitd");
     let migrate = Command::new(&davitd).args(["config", "migrate", "--config"]).arg(&file).output()?;
     let said = String::from_utf8_lossy(&migrate.stderr).into_owned();
-    ensure!(said == "davitd: grpc.tcp_address of the containerd configuration has no effect\n", "{said}");
+    ensure!(
+        said == "davitd: grpc.tcp_tls_common_name of the containerd configuration has no effect\n",
+        "{said}"
+    );
     let migrated = ok(migrate)?;
     for line in ["level = \"warn\"", "interval = 3", "address = \"/run/containerd/containerd.sock\""] {
         ensure!(migrated.lines().any(|found| found == line), "{line} is not in\n{migrated}");

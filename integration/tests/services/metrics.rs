@@ -24,12 +24,16 @@ fn metrics_tell_of_the_daemon_and_its_containers() -> Result<()> {
     }
     // A port that was free a moment ago.
     let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
-    let daemon = Daemon::start_with(&[], &format!("[metrics]\naddress = \"{address}\"\n"))?;
+    let daemon =
+        Daemon::start_with(&[], &format!("[metrics]\naddress = \"{address}\"\ngrpc_histogram = true\n"))?;
     daemon.import_busybox()?;
     let ctr = daemon.ctr();
     ctr.run(&format!("run -d {} counted sleep 3600", image::BUSYBOX))?;
     let get = || ask(&address, "GET /v1/metrics HTTP/1.1\r\nHost: x\r\n\r\n");
-    let labels = format!("{{container_id=\"counted\",namespace=\"{}\"}} ", daemon.namespace());
+    let labels = format!(
+        "{{container_id=\"counted\",namespace=\"{}\",runtime=\"io.containerd.runc.v2\"}} ",
+        daemon.namespace()
+    );
     // `runc start` does not wait until the threads of `runc init` are gone, which the cgroup counts.
     let alone = format!("\ncontainer_pids_current{labels}1\n");
     let page = wait::until("the container is one thread", || get().ok().filter(|page| page.contains(&alone)));
@@ -38,6 +42,17 @@ fn metrics_tell_of_the_daemon_and_its_containers() -> Result<()> {
     ensure!(head.starts_with("HTTP/1.1 200 OK\r\n") && head.contains("version=0.0.4"), "{head}");
     ensure!(body.contains("containerd_build_info_total{revision="), "{body}");
     ensure!(body.contains("process_resident_memory_bytes "), "{body}");
+    let started =
+        "grpc_method=\"Start\",grpc_service=\"containerd.services.tasks.v1.Tasks\",grpc_type=\"unary\"";
+    for line in [
+        format!("grpc_server_started_total{{{started}}} 1"),
+        format!("grpc_server_handled_total{{grpc_code=\"OK\",{started}}} 1"),
+        format!("grpc_server_msg_received_total{{{started}}} 1"),
+        format!("grpc_server_msg_sent_total{{{started}}} 1"),
+        format!("grpc_server_handling_seconds_bucket{{{started},le=\"+Inf\"}} 1"),
+    ] {
+        ensure!(body.lines().any(|found| found == line), "{line} is not in\n{body}");
+    }
     let value = |name: &str| {
         let line = body.lines().find(|line| line.starts_with(&format!("{name}{labels}")));
         line.and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok())

@@ -546,6 +546,23 @@ pub fn keep_children() {
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
 }
 
+/// Sets a variable of this process's environment. Only a process of one thread may: others could be reading it, and the C library
+/// has no lock for them (setenv(3)).
+///
+/// # Errors
+/// `EBUSY` when there are other threads; a value with a NUL.
+pub fn set_variable(name: &CStr, value: &Path) -> io::Result<()> {
+    if std::fs::read_dir("/proc/self/task")?.count() != 1 {
+        return Err(io::Error::from_raw_os_error(libc::EBUSY));
+    }
+    let value = CString::new(value.as_os_str().as_bytes())?;
+    // SAFETY: both texts end with a NUL, and no other thread is there to read the environment meanwhile.
+    match unsafe { libc::setenv(name.as_ptr(), value.as_ptr(), 1) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// A short-lived copy of this process that does one thing which may sleep in the kernel.
 #[derive(Debug)]
 pub struct Helper {

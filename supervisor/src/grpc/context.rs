@@ -1,18 +1,15 @@
-//! What a call brings with it beside its message: the namespace, the lease, and an id for the logs.
+//! What a call brings with it beside its message: the namespace and the lease.
 //!
-//! A `tower` layer reads the headers once, puts a [`Context`] into the request's extensions and runs the call in a
-//! span; the adapters ask the context for what their call needs.
+//! A `tower` layer reads the headers once and puts a [`Context`] into the request's extensions; the adapters ask the
+//! context for what their call needs.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context as TaskContext, Poll};
 
 use davit_model::{ErrorCode, identifier};
-use http::Request;
+use http::{HeaderMap, Request};
 use tonic::Status;
 use tower::{Layer, Service};
-use tracing::Instrument;
-use tracing::instrument::Instrumented;
 
 use super::status::{self, status};
 use crate::metadata::Scope;
@@ -23,6 +20,15 @@ pub const NAMESPACE: &str = "containerd-namespace";
 const NAMESPACE_TTRPC: &str = "containerd-namespace-ttrpc";
 /// The header of the lease (containerd `core/leases`).
 pub const LEASE: &str = "containerd-lease";
+
+/// The namespace that a call names, unchecked.
+pub fn namespace(headers: &HeaderMap) -> Option<&str> {
+    given(headers, NAMESPACE).or_else(|| given(headers, NAMESPACE_TTRPC))
+}
+
+fn given<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    headers.get(name)?.to_str().ok().filter(|value| !value.is_empty())
+}
 
 /// The namespace and lease of a call, unchecked as they came.
 #[derive(Debug, Clone, Default)]
@@ -65,17 +71,15 @@ impl Context {
     }
 }
 
-/// Puts a [`Context`] into each request and a span around each call.
+/// Puts a [`Context`] into each request.
 #[derive(Debug, Clone, Default)]
-pub struct ContextLayer {
-    calls: Arc<AtomicU64>,
-}
+pub struct ContextLayer;
 
 impl<S> Layer<S> for ContextLayer {
     type Service = ContextService<S>;
 
     fn layer(&self, inner: S) -> ContextService<S> {
-        ContextService { inner, calls: self.calls.clone() }
+        ContextService { inner }
     }
 }
 
@@ -83,7 +87,6 @@ impl<S> Layer<S> for ContextLayer {
 #[derive(Debug, Clone)]
 pub struct ContextService<S> {
     inner: S,
-    calls: Arc<AtomicU64>,
 }
 
 impl<S, B> Service<Request<B>> for ContextService<S>
@@ -92,27 +95,20 @@ where
 {
     type Response = S::Response;
     type Error = S::Error;
-    type Future = Instrumented<S::Future>;
+    type Future = S::Future;
 
     fn poll_ready(&mut self, cx: &mut TaskContext<'_>) -> Poll<Result<(), S::Error>> {
         self.inner.poll_ready(cx)
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        let header = |name: &str| {
-            let value = request.headers().get(name)?.to_str().ok()?;
-            (!value.is_empty()).then(|| Arc::from(value))
+        let headers = request.headers();
+        let context = Context {
+            namespace: namespace(headers).map(Arc::from),
+            lease: given(headers, LEASE).map(Arc::from),
         };
-        let namespace: Option<Arc<str>> = header(NAMESPACE).or_else(|| header(NAMESPACE_TTRPC));
-        let context = Context { namespace, lease: header(LEASE) };
-        let span = tracing::debug_span!(
-            "call",
-            id = self.calls.fetch_add(1, Ordering::Relaxed),
-            method = request.uri().path(),
-            namespace = context.namespace.as_deref().unwrap_or_default(),
-        );
         request.extensions_mut().insert(context);
-        self.inner.call(request).instrument(span)
+        self.inner.call(request)
     }
 }
 

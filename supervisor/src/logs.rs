@@ -1,0 +1,112 @@
+//! What the daemon logs, and how much of it, which may change while it runs.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tracing_subscriber::filter::{LevelFilter, ParseError};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::reload::{self, Handle};
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer, Registry};
+
+use crate::config::{Log, LogFormat};
+
+/// Why logs are not as somebody wants them.
+#[derive(Debug, thiserror::Error)]
+pub enum LogsError {
+    /// A word that is no level.
+    #[error("{text:?} is none of trace, debug, info, warn, error, and no filter with `=`")]
+    Level {
+        /// What was given.
+        text: String,
+    },
+    /// No filter.
+    #[error("{text:?} is no filter")]
+    Filter {
+        /// What was given.
+        text: String,
+        /// Why not.
+        source: ParseError,
+    },
+    /// The logs have begun already.
+    #[error("the logs have begun already")]
+    Begun,
+    /// Nobody logs any more.
+    #[error("the logs have ended")]
+    Ended {
+        /// Why.
+        source: reload::Error,
+    },
+}
+
+/// The logs of this process; a handle.
+#[derive(Clone)]
+pub struct Logs {
+    filter: Handle<EnvFilter, Registry>,
+    level: Arc<Mutex<String>>,
+}
+
+impl Logs {
+    /// Begins to log on standard error.
+    ///
+    /// # Errors
+    /// [`LogsError::Level`] and [`LogsError::Filter`] for a level that is none; the logs of a process can begin once.
+    pub fn start(config: &Log) -> Result<Logs, LogsError> {
+        let (filter, handle) = reload::Layer::new(filter(&config.level)?);
+        let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+        let lines = match config.format {
+            LogFormat::Text => lines.with_ansi(false).with_filter(filter).boxed(),
+            LogFormat::Json => lines.json().with_filter(filter).boxed(),
+        };
+        let registry = tracing_subscriber::registry().with(lines);
+        #[cfg(feature = "otel")]
+        let registry = registry.with(crate::trace::layer());
+        registry.try_init().map_err(|_| LogsError::Begun)?;
+        Ok(Logs { filter: handle, level: Arc::new(Mutex::new(config.level.clone())) })
+    }
+
+    /// The level or filter in force.
+    pub fn level(&self) -> String {
+        self.level.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Logs more, or less, from now on.
+    ///
+    /// # Errors
+    /// [`LogsError::Level`] and [`LogsError::Filter`], and nothing has changed.
+    pub fn set_level(&self, level: &str) -> Result<(), LogsError> {
+        let filter = filter(level)?;
+        let mut told = self.level.lock().unwrap_or_else(PoisonError::into_inner);
+        self.filter.reload(filter).map_err(|source| LogsError::Ended { source })?;
+        *told = level.to_owned();
+        Ok(())
+    }
+}
+
+/// A bare level is about us; what the libraries say below a warning is for who asks for it by name.
+fn filter(level: &str) -> Result<EnvFilter, LogsError> {
+    let text = match level.parse::<LevelFilter>() {
+        // To its parser nothing at all is a level, too.
+        Ok(filter) if !level.is_empty() => format!("warn,davit={filter}"),
+        _ if level.contains('=') => level.to_owned(),
+        // It would be a filter for a module of that name, and silence all others.
+        _ => return Err(LogsError::Level { text: level.to_owned() }),
+    };
+    EnvFilter::try_new(&text).map_err(|source| LogsError::Filter { text, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_level_is_about_us_and_a_filter_about_what_it_names() {
+        assert_eq!(filter("debug").unwrap().to_string(), "davit=debug,warn");
+        assert_eq!(
+            filter("info,davit_supervisor::runtime=trace").unwrap().to_string().matches('=').count(),
+            1
+        );
+        for bad in ["loud", "", "davit=loud"] {
+            assert!(filter(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! Serving the API, from the moment that everything is there until a signal comes.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use davit_metadata::Db;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinSet;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+use tonic::transport::Server;
+use tower::layer::util::{Identity, Stack};
+
+use super::authority::AnyAuthority;
+use super::{DRAIN, diagnostics, tcp};
+use crate::calls::{Calls, CallsLayer};
+use crate::config::Config;
+use crate::grpc::context::ContextLayer;
+
+/// The flow-control windows of HTTP/2. Blobs are streamed through one stream; the protocol's default of 64 KiB would
+/// cost a round trip for each.
+const STREAM_WINDOW: u32 = 1 << 20;
+const CONNECTION_WINDOW: u32 = 4 << 20;
+
+/// A client over TCP that says nothing for so long is asked whether it is there, and has so long to say so: a machine that has gone
+/// closes no connection.
+const SILENCE: Duration = Duration::from_secs(60);
+const REPLY: Duration = Duration::from_secs(20);
+
+/// What is served, and where.
+pub(super) struct Api {
+    pub(super) routes: Routes,
+    pub(super) calls: Calls,
+    pub(super) socket: UnixListener,
+    pub(super) tcp: Option<tcp::Server>,
+}
+
+/// Serves the API until a signal comes, then lets the calls under way end.
+///
+/// When the metadata can no longer be written the daemon ends with an error: what supervises it starts it again, with
+/// what is durable, and the containers do not notice.
+///
+/// # Errors
+/// The metadata's failure, and that of a server.
+pub(super) async fn serve(config: &Arc<Config>, api: Api, db: &Db, stop: CancellationToken) -> Result<()> {
+    let Api { routes, calls, socket, tcp } = api;
+    let mut servers = JoinSet::new();
+    let incoming = UnixListenerStream::new(socket).map(|stream| stream.map(AnyAuthority::new));
+    let server = builder(config, &calls)
+        .add_routes(routes.clone())
+        .serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned());
+    servers.spawn(server);
+    tracing::info!(address = %config.grpc.address.display(), "serving");
+    if let Some(tcp) = tcp {
+        tracing::info!(address = %tcp.address()?, "serving over TCP with mutual TLS");
+        let connections = ReceiverStream::new(tcp.connections(stop.clone()));
+        let incoming = connections.map(|stream| stream.map(AnyAuthority::new));
+        let server = builder(config, &calls)
+            .http2_keepalive_interval(Some(SILENCE))
+            .http2_keepalive_timeout(Some(REPLY))
+            .add_routes(routes)
+            .serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned());
+        servers.spawn(server);
+    }
+    // Nobody listens where systemd did not start us.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+
+    until_told(&calls, db).await?;
+    tracing::info!("stopping; containers go on");
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    stop.cancel();
+    let ended = async {
+        while let Some(ended) = servers.join_next().await {
+            ended.context("the server panicked")?.context("the API cannot be served")?;
+        }
+        Ok(())
+    };
+    within_drain(ended).await
+}
+
+fn builder(config: &Config, calls: &Calls) -> Server<Stack<ContextLayer, Stack<CallsLayer, Identity>>> {
+    Server::builder()
+        .layer(CallsLayer::new(calls.clone()))
+        .layer(ContextLayer)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_concurrent_streams(config.grpc.max_concurrent_calls)
+}
+
+/// Waits for the signal to end.
+async fn until_told(calls: &Calls, db: &Db) -> Result<()> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    // Tools send these two to containerd for a new configuration and for its stacks; neither may end the daemon.
+    let (mut hangup, mut dump) = (signal(SignalKind::hangup())?, signal(SignalKind::user_defined1())?);
+    // Every arm only waits for a state that stays until it is seen: dropping the others loses nothing.
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
+            _ = hangup.recv() => tracing::warn!("SIGHUP is ignored: a changed configuration takes a restart"),
+            _ = dump.recv() => diagnostics::log_everything(calls),
+            failure = db.failed() => return Err(failure).context("the metadata can no longer be written"),
+        }
+    }
+}
+
+async fn within_drain(ended: impl Future<Output = Result<()>>) -> Result<()> {
+    match tokio::time::timeout(DRAIN, ended).await {
+        Ok(ended) => ended,
+        Err(_) => {
+            tracing::info!("calls that wait are left");
+            Ok(())
+        }
+    }
+}

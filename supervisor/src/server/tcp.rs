@@ -1,0 +1,291 @@
+//! The API over TCP, with mutual TLS or not at all: who may call is root on this host.
+//!
+//! containerd has such a server for the services of CRI, in the clear if its file names no certificate. Here there is none
+//! without a certificate of the daemon and the authorities of its clients, not even on the loopback, which every user of the host
+//! and every container in its network namespace can reach. Each connection proves who it is: no session is
+//! resumed, and a certificate that has expired opens none.
+//!
+//! A handshake is a task of its own with a deadline, and their number is bounded: one too many ends the oldest, so that
+//! who opens connections and says nothing cannot keep others out.
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls::client::danger::HandshakeSignatureValid;
+use rustls::crypto::ring;
+use rustls::pki_types::pem::{self, PemObject};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{NoServerSessionStorage, VerifierBuilderError, WebPkiClientVerifier};
+use rustls::{
+    CertificateError, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme,
+};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_util::sync::CancellationToken;
+
+use crate::config;
+
+/// The most connections that have not proven themselves yet.
+const HANDSHAKES: usize = 128;
+
+/// A client gets so long to prove itself.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+
+/// After an accept that failed, for want of descriptors mostly.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Why there is no server on TCP.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum TcpError {
+    /// A file that does not hold what it should.
+    #[error("cannot read {what} in {}", path.display())]
+    Pem {
+        /// What was looked for.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why it is not there.
+        source: pem::Error,
+    },
+    /// A file without any certificate.
+    #[error("there is no certificate in {}", path.display())]
+    Empty {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A certificate that cannot be an authority's.
+    #[error("no authority can be taken from {}", path.display())]
+    Authority {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: rustls::Error,
+    },
+    /// Authorities that nothing can be checked against.
+    #[error("clients cannot be checked against {}", path.display())]
+    Verifier {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: VerifierBuilderError,
+    },
+    /// A certificate that is not the key's.
+    #[error("{} is no certificate of the key {}", cert.display(), key.display())]
+    Identity {
+        /// The certificate.
+        cert: PathBuf,
+        /// The key.
+        key: PathBuf,
+        /// Why not.
+        source: rustls::Error,
+    },
+    /// The address cannot be had.
+    #[error("cannot listen on {address}")]
+    Listen {
+        /// The address.
+        address: String,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// A connection that has proven itself.
+pub(super) type Connection = TlsStream<TcpStream>;
+
+/// A socket that is listened on, and what its clients must prove.
+pub(super) struct Server {
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+}
+
+/// Listens on the address of the configuration, if there is one. Blocks on the files it names.
+///
+/// # Errors
+/// A file that is not there or not what it should be; an address that cannot be had.
+pub(super) async fn listen(config: &config::Tcp) -> Result<Option<Server>, TcpError> {
+    let address = &config.address;
+    if address.is_empty() {
+        return Ok(None);
+    }
+    let acceptor = TlsAcceptor::from(Arc::new(server_config(config)?));
+    let listener = TcpListener::bind(address)
+        .await
+        .map_err(|source| TcpError::Listen { address: address.clone(), source })?;
+    Ok(Some(Server { listener, acceptor }))
+}
+
+fn server_config(config: &config::Tcp) -> Result<ServerConfig, TcpError> {
+    let provider = Arc::new(ring::default_provider());
+    let mut authorities = RootCertStore::empty();
+    for certificate in certificates(&config.ca)? {
+        let failed = |source| TcpError::Authority { path: config.ca.clone(), source };
+        authorities.add(certificate).map_err(failed)?;
+    }
+    let chains = WebPkiClientVerifier::builder_with_provider(Arc::new(authorities), provider.clone())
+        .build()
+        .map_err(|source| TcpError::Verifier { path: config.ca.clone(), source })?;
+    let clients = Arc::new(Clients { chains, names: config.client_common_names.clone() });
+    let chain = certificates(&config.cert)?;
+    let key = PrivateKeyDer::from_pem_file(&config.key).map_err(|source| TcpError::Pem {
+        what: "the key",
+        path: config.key.clone(),
+        source,
+    })?;
+    let mut server = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .expect("the provider has suites for TLS 1.2 and 1.3")
+        .with_client_cert_verifier(clients)
+        .with_single_cert(chain, key)
+        .map_err(|source| TcpError::Identity {
+            cert: config.cert.clone(),
+            key: config.key.clone(),
+            source,
+        })?;
+    server.alpn_protocols = vec![b"h2".to_vec()];
+    server.session_storage = Arc::new(NoServerSessionStorage {});
+    server.send_tls13_tickets = 0;
+    Ok(server)
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TcpError> {
+    let failed = |source| TcpError::Pem { what: "a certificate", path: path.to_owned(), source };
+    let found: Vec<_> = CertificateDer::pem_file_iter(path).and_then(Iterator::collect).map_err(failed)?;
+    if found.is_empty() {
+        return Err(TcpError::Empty { path: path.to_owned() });
+    }
+    Ok(found)
+}
+
+/// Checks clients: first their chain, then their name.
+#[derive(Debug)]
+struct Clients {
+    chains: Arc<dyn ClientCertVerifier>,
+    /// None: every name will do.
+    names: Vec<String>,
+}
+
+impl ClientCertVerifier for Clients {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        self.chains.root_hint_subjects()
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        let verified = self.chains.verify_client_cert(end_entity, intermediates, now)?;
+        if self.names.is_empty() {
+            return Ok(verified);
+        }
+        let name = common_name(end_entity);
+        if !name.as_ref().is_some_and(|name| self.names.contains(name)) {
+            tracing::warn!(name, "no client of this name may call over TCP");
+            return Err(CertificateError::ApplicationVerificationFailure.into());
+        }
+        Ok(verified)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.chains.verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.chains.verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.chains.supported_verify_schemes()
+    }
+}
+
+/// The common name of a certificate. One with several has none: which of them its authority checked nobody knows.
+fn common_name(certificate: &CertificateDer<'_>) -> Option<String> {
+    let (_, parsed) = x509_parser::parse_x509_certificate(certificate).ok()?;
+    let mut found = parsed.subject().iter_common_name();
+    let (Some(name), None) = (found.next(), found.next()) else { return None };
+    name.as_str().ok().map(str::to_owned)
+}
+
+impl Server {
+    /// The address that is listened on.
+    pub(super) fn address(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Accepts connections until `stop`, and gives those that have proven themselves.
+    pub(super) fn connections(self, stop: CancellationToken) -> mpsc::Receiver<io::Result<Connection>> {
+        let (proven, connections) = mpsc::channel(HANDSHAKES);
+        tokio::spawn(self.accept(proven, stop));
+        connections
+    }
+
+    async fn accept(self, proven: mpsc::Sender<io::Result<Connection>>, stop: CancellationToken) {
+        // Dropping the set ends what is in it.
+        let mut handshakes = JoinSet::new();
+        let mut oldest: VecDeque<AbortHandle> = VecDeque::new();
+        loop {
+            // An accept that is dropped has accepted nothing.
+            let accepted = tokio::select! {
+                () = stop.cancelled() => return,
+                accepted = self.listener.accept() => accepted,
+            };
+            while handshakes.try_join_next().is_some() {}
+            match accepted {
+                Ok((stream, peer)) => {
+                    oldest.retain(|handshake| !handshake.is_finished());
+                    if oldest.len() >= HANDSHAKES
+                        && let Some(handshake) = oldest.pop_front()
+                    {
+                        tracing::debug!("too many TLS handshakes; the oldest is given up");
+                        handshake.abort();
+                    }
+                    let handshake = prove(self.acceptor.clone(), stream, peer, proven.clone());
+                    oldest.push_back(handshakes.spawn(handshake));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a connection over TCP");
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+        }
+    }
+}
+
+/// Shakes hands with a client, and hands its connection on.
+async fn prove(
+    acceptor: TlsAcceptor,
+    stream: TcpStream,
+    peer: SocketAddr,
+    proven: mpsc::Sender<io::Result<Connection>>,
+) {
+    // Small answers must not wait for the acknowledgement of those before.
+    let _ = stream.set_nodelay(true);
+    match tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await {
+        Ok(Ok(connection)) => {
+            // Nobody takes it when the daemon ends.
+            let _ = proven.send(Ok(connection)).await;
+        }
+        Ok(Err(error)) => tracing::info!(%peer, %error, "refused a connection over TCP"),
+        Err(_) => tracing::info!(%peer, "a client took too long for its TLS handshake"),
+    }
+}
