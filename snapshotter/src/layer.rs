@@ -37,7 +37,7 @@ use nix::unistd::syncfs;
 pub use error::{ArchiveFault, EntryFault, Error};
 use media_type::Declared;
 pub use members::{Member, read_members};
-use target::Tree;
+use target::{OverImages, Tree};
 use whiteout::Whiteouts;
 
 /// How a layer is applied.
@@ -93,6 +93,14 @@ pub fn apply(
     options: &ApplyOptions,
 ) -> Result<Applied, Error> {
     let declared = media_type::declared(media_type)?;
+    let options = &ApplyOptions { sync: options.sync && !target::becomes_image(mounts) };
+    if let Some(OverImages { upper: Some(upper), images }) = target::over_images(mounts) {
+        let trees: Vec<Tree> = images.iter().map(|image| Tree::Mounts(vec![image.clone()])).collect();
+        return target::with_trees(&trees, |lowers| {
+            let whiteouts = Whiteouts::Overlay { prefix: "trusted.overlay.", lowers };
+            apply_to(reader, declared, target::open_folder(Path::new(upper))?, whiteouts, options)
+        });
+    }
     match target::open_direct(mounts)? {
         Some((root, whiteouts)) => apply_to(reader, declared, root, whiteouts, options),
         None => target::with_trees(&[Tree::Mounts(mounts.to_vec())], |roots| {

@@ -5,6 +5,8 @@
 mod conformance;
 #[path = "snapshotters/crash.rs"]
 mod crash;
+#[path = "snapshotters/layers.rs"]
+mod layers;
 #[path = "snapshotters/model.rs"]
 mod model;
 #[path = "snapshotters/overlayfs.rs"]

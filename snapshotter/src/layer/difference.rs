@@ -12,7 +12,7 @@ use davit_model::Mount;
 use super::DiffOptions;
 use super::compare::compare;
 use super::error::Error;
-use super::target::{Tree, bind, open_folder, overlay, with_trees};
+use super::target::{Tree, bind, open_folder, over_images, overlay, with_trees};
 use super::writer::LayerWriter;
 
 /// Writes the archive that turns the tree of `lower` into that of `upper`.
@@ -42,6 +42,10 @@ pub(super) fn write(
 /// The upper folder of `upper`, if that is an overlay over exactly the layers of `lower`, and the attribute by
 /// which it marks opaque folders. The folder then holds all that differs.
 fn upper_folder<'a>(lower: &[Mount], upper: &'a [Mount]) -> Option<(&'a Path, &'static CStr)> {
+    if let (Some(below), Some(over)) = (over_images(lower), over_images(upper)) {
+        let same = below.upper.is_none() && below.images == over.images && !may_redirect(upper);
+        return over.upper.filter(|_| same).map(|folder| (Path::new(folder), c"trusted.overlay.opaque"));
+    }
     let over = overlay(upper)?;
     let folder = over.upper?;
     let layers = match (bind(lower), overlay(lower)) {
@@ -112,6 +116,13 @@ mod tests {
             let moved = overlay_of(&[off[0], off[1], feature, "upperdir=/u", "lowerdir=/a"]);
             assert_eq!(found(&bind_of("/a"), &moved), None, "{feature}");
         }
+        let mut over = bind_of("/image");
+        over[0].kind = "erofs".into();
+        let below = over.clone();
+        over.extend(upper("lowerdir={{ mount 0 }}"));
+        over[1].kind = "format/mkdir/overlay".into();
+        assert_eq!(found(&below, &over), folder);
+        assert_eq!(found(&bind_of("/a"), &over), None);
         let user = overlay_of(&["userxattr", "upperdir=/u", "lowerdir=/a"]);
         assert_eq!(upper_folder(&bind_of("/a"), &user).unwrap().1, c"user.overlay.opaque");
     }

@@ -51,6 +51,44 @@ pub(super) fn overlay(mounts: &[Mount]) -> Option<Overlay<'_>> {
     Some(overlay)
 }
 
+/// A folder of changes over images, as the erofs snapshotter hands out: an overlay of all mounts before it.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct OverImages<'a> {
+    /// The folder of changes; absent in a view.
+    pub(super) upper: Option<&'a str>,
+    /// The mounts of the images, the nearest first.
+    pub(super) images: &'a [Mount],
+}
+
+/// Takes a list of mounts of images apart. `None` for all others.
+pub(super) fn over_images(mounts: &[Mount]) -> Option<OverImages<'_>> {
+    let is_image = |mount: &Mount| mount.kind == "erofs" && mount.target.is_empty();
+    let (last, images) = mounts.split_last()?;
+    if is_image(last) && images.is_empty() {
+        return Some(OverImages { upper: None, images: mounts });
+    }
+    let find = |name: &str| last.options.iter().find_map(|option| option.strip_prefix(name));
+    let all = match images.len() {
+        0 => return None,
+        1 => "{{ mount 0 }}".to_owned(),
+        count => format!("{{{{ overlay 0 {} }}}}", count - 1),
+    };
+    let composed = last.kind == "format/mkdir/overlay" && last.target.is_empty();
+    let mapped = find("uidmap=").is_some() || find("gidmap=").is_some();
+    (composed && !mapped && images.iter().all(is_image) && find("lowerdir=") == Some(&all))
+        .then(|| OverImages { upper: find("upperdir="), images })
+}
+
+/// True when a snapshot becomes an image when it is committed: what is written to it needs not be synced before that.
+pub(super) fn becomes_image(mounts: &[Mount]) -> bool {
+    let upper = match (over_images(mounts), bind(mounts)) {
+        (Some(OverImages { upper: Some(upper), .. }), _) => Path::new(upper),
+        (_, Some((folder, true))) => folder,
+        _ => return false,
+    };
+    upper.parent().is_some_and(|snapshot| snapshot.join(crate::erofs::MARK).exists())
+}
+
 /// The folder of a single bind mount of the root without further conditions, and whether it may be written.
 pub(super) fn bind(mounts: &[Mount]) -> Option<(&Path, bool)> {
     let [mount] = mounts else { return None };
@@ -126,7 +164,17 @@ impl Tree {
         if let Some((folder, _)) = bind(mounts) {
             return Tree::Folder(folder.to_owned());
         }
+        let over_images = over_images(mounts).and_then(|parts| Some(parts.upper?.to_owned()));
         let mut mounts = mounts.to_vec();
+        if let (Some(last), Some(upper)) = (mounts.last_mut(), over_images) {
+            let writes = ["upperdir=", "workdir=", "volatile"];
+            last.options.retain(|option| !writes.iter().any(|name| option.starts_with(name)));
+            for option in &mut last.options {
+                if let Some(lowers) = option.strip_prefix("lowerdir=") {
+                    *option = format!("lowerdir={}:{lowers}", join_lowers(std::slice::from_ref(&upper)));
+                }
+            }
+        }
         let parts = overlay(&mounts).and_then(|parts| Some((parts.upper?.to_owned(), parts.lowers)));
         if let ([mount], Some((upper, mut lowers))) = (mounts.as_mut_slice(), parts) {
             if lowers.is_empty() {
@@ -267,6 +315,27 @@ mod tests {
         let Tree::Mounts(mounts) = Tree::read_only(&mount_of("overlay", &options)) else { panic!() };
         assert_eq!(mounts[0].options, ["index=off", "userxattr", r"lowerdir=/u\:1:/a:/b", "ro"]);
         assert!(matches!(Tree::read_only(&mount_of("bind", &["rbind", "rw"])), Tree::Folder(_)));
+    }
+
+    #[test]
+    fn changes_over_images_are_found_and_read_as_the_nearest_layer() {
+        let image = mount_of("erofs", &["ro", "loop"]).remove(0);
+        let over = |count: usize, lowers: &str| {
+            let options = ["workdir=/w", "upperdir=/u", &format!("lowerdir={lowers}"), "index=off"];
+            let mut mounts = vec![image.clone(); count];
+            mounts.extend(mount_of("format/mkdir/overlay", &options));
+            mounts
+        };
+        let two = over(2, "{{ overlay 0 1 }}");
+        assert_eq!(over_images(&two), Some(OverImages { upper: Some("/u"), images: &two[..2] }));
+        assert_eq!(over_images(&over(1, "{{ mount 0 }}")).unwrap().images.len(), 1);
+        assert_eq!(over_images(&two[..1]), Some(OverImages { upper: None, images: &two[..1] }));
+        for other in [over(3, "{{ overlay 0 1 }}"), over(0, "/a"), two[..2].to_vec(), Vec::new()] {
+            assert_eq!(over_images(&other), None);
+        }
+        let Tree::Mounts(mounts) = Tree::read_only(&two) else { panic!() };
+        assert_eq!(mounts[2].options, ["lowerdir=/u:{{ overlay 0 1 }}", "index=off", "ro"]);
+        assert_eq!(mounts[0].options, ["loop", "ro"]);
     }
 
     #[test]
