@@ -133,24 +133,6 @@ pub(crate) async fn find(client: &Client, given: &str) -> Result<api::Container>
     }
 }
 
-/// Refuses a name that a container has.
-///
-/// # Errors
-/// [`Error::NameTaken`], and those of the call.
-pub(crate) async fn check_name_free(client: &Client, name: &str) -> Result<()> {
-    identifier::validate(name).map_err(|source| {
-        let hint = "a name is made of letters, digits and single . _ - between them";
-        Error::usage(format!("invalid container name: {source}"), hint)
-    })?;
-    let filters = vec![format!("labels.\"{}\"=={name}", labels::NAME), format!("id=={name}")];
-    match list(client, filters).await?.first() {
-        None => Ok(()),
-        Some(other) => {
-            Err(Error::NameTaken { name: name.to_owned(), id: format::short_id(&other.id).to_owned() })
-        }
-    }
-}
-
 /// The task of a container, `None` when it has none.
 pub(crate) async fn task(client: &Client, id: &str) -> Result<Option<Process>> {
     let request = GetRequest { container_id: id.to_owned(), exec_id: String::new() };

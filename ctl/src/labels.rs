@@ -6,6 +6,8 @@ pub(crate) const NAME: &str = "davit/name";
 pub(crate) const LOG: &str = "davit/log";
 /// How the log is rotated, as the address of a json log says it; absent for not at all.
 pub(crate) const LOG_OPTIONS: &str = "davit/log-options";
+/// The folder of the files that the container has in its `/etc`.
+pub(crate) const ETC: &str = "davit/etc";
 /// Set when the container's standard input stays open without a client (`run -d -i`).
 pub(crate) const STDIN: &str = "davit/stdin";
 /// The exit code of a container whose task is gone.

@@ -1,10 +1,9 @@
 //! Tasks: the running side of a container. Creating one, starting it, deleting it, and removing a container whole.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use davit_proto::containerd::services::containers::v1::{Container, DeleteContainerRequest};
-use davit_proto::containerd::services::introspection::v1::PluginsRequest;
 use davit_proto::containerd::services::snapshots::v1::{MountsRequest, RemoveSnapshotRequest};
 use davit_proto::containerd::services::tasks::v1 as api;
 use davit_proto::containerd::types::Mount;
@@ -13,10 +12,7 @@ use nix::libc;
 use crate::client::Client;
 use crate::error::{CallContext, Error, Result};
 use crate::process::{self, ProcessId, Streams};
-use crate::{container, fifo, labels, log};
-
-/// Where logs are when the daemon does not say.
-pub(crate) const LOG_FOLDER: &str = "/var/lib/davit/logs";
+use crate::{container, etc, fifo, labels, log};
 
 /// Where a task's streams lead.
 #[derive(Debug, Default)]
@@ -58,23 +54,6 @@ impl TaskIo {
         let stderr = if terminal { String::new() } else { log.clone() };
         Ok(TaskIo { stdin, stdout: log, stderr, terminal })
     }
-}
-
-/// The file that the output of a container with this runtime goes to when nobody is attached.
-///
-/// # Errors
-/// Those of the call.
-pub(crate) async fn log_path(client: &Client, id: &str, runtime: &str) -> Result<PathBuf> {
-    let filters = vec!["type==io.containerd.runtime.v2,id==task".to_owned()];
-    let plugins =
-        client.introspection().plugins(PluginsRequest { filters }).await.call("ask for the plugins")?;
-    // Only davitd says where logs are to be.
-    let folder = plugins.plugins.iter().find_map(|plugin| plugin.exports.get("logs"));
-    // Others may be configured in the place of its own shims.
-    let schemes = plugins.plugins.iter().find_map(|plugin| plugin.exports.get("log-uri-schemes"));
-    let json = schemes.is_some_and(|schemes| schemes.split(',').any(|scheme| scheme == "json-file"));
-    let name = log::file_name(id, runtime, json);
-    Ok(Path::new(folder.map_or(LOG_FOLDER, String::as_str)).join(client.namespace()).join(name))
 }
 
 /// Creates the task of a container and starts it. What was created is deleted again when it does not start.
@@ -157,7 +136,7 @@ pub(crate) async fn kill_and_wait(client: &Client, id: &str) -> Result<()> {
     }
 }
 
-/// Removes a container that does not run: its task, its record, its snapshot, its log and its input.
+/// Removes a container that does not run: its task, its record, its snapshot, its log, its files and its input.
 ///
 /// # Errors
 /// Those of the calls. What is gone already is removed.
@@ -184,6 +163,9 @@ pub(crate) async fn remove_container(client: &Client, container: &Container) -> 
         for number in 1..log::max_files(rotation) {
             remove_quietly(fs::remove_file(log::rotated(path.as_ref(), number)));
         }
+    }
+    if let Some(folder) = container.labels.get(labels::ETC) {
+        etc::remove(folder.as_ref());
     }
     if container.labels.contains_key(labels::STDIN) {
         remove_quietly(fs::remove_dir_all(fifo::detached_stdin(&container.id).0));

@@ -16,12 +16,15 @@ use davit_proto::containerd::types::Mount;
 
 use crate::client::Client;
 use crate::error::{CallContext, Error, Result};
+use crate::etc::{self, NameOptions};
 use crate::image::{self, PlatformImage};
 use crate::log::{self, LogOptions};
+use crate::place::Places;
 use crate::progress::Progress;
 use crate::transfer::{self, PullPolicy};
-use crate::{container, format, labels, lease, signal, task, unpack};
+use crate::{container, format, labels, lease, name, signal, task, unpack};
 
+mod mounts;
 mod spec_options;
 
 pub(crate) use spec_options::variables;
@@ -50,6 +53,9 @@ pub(crate) struct CreateOptions {
     /// Mount a folder or file of the host
     #[arg(short, long, value_name = "/HOST:/CONTAINER[:ro]")]
     volume: Vec<String>,
+    /// Mount something, by fields: type=bind,source=/HOST,target=/CONTAINER,readonly or type=tmpfs,target=/CONTAINER
+    #[arg(long, value_name = "FIELDS")]
+    mount: Vec<String>,
     /// Mount a filesystem in memory
     #[arg(long, value_name = "PATH[:OPTIONS]")]
     tmpfs: Vec<String>,
@@ -98,6 +104,8 @@ pub(crate) struct CreateOptions {
     /// Host name of the container (default: its short id)
     #[arg(long, value_name = "NAME")]
     hostname: Option<String>,
+    #[command(flatten)]
+    names: NameOptions,
     /// Command in place of the image's entrypoint
     #[arg(long, value_name = "COMMAND")]
     entrypoint: Option<String>,
@@ -195,7 +203,7 @@ pub(crate) async fn create(client: &Client, options: &CreateOptions, logged: boo
         check_signal(text)?;
     }
     if let Some(name) = &options.name {
-        container::check_name_free(client, name).await?;
+        name::check_free(client, name).await?;
     }
     let platform =
         options.platform.as_deref().map(Platform::parse).transpose()?.unwrap_or_else(Platform::host);
@@ -205,13 +213,19 @@ pub(crate) async fn create(client: &Client, options: &CreateOptions, logged: boo
     let id = container::new_id()?;
     spec_options.id.clone_from(&id);
     spec_options.namespace = client.namespace().to_owned();
+    if spec_options.hostname.is_empty() {
+        spec_options.hostname = format::short_id(&id).to_owned();
+    }
+    let places = Places::of(client).await?;
     let mut labels = labels_of(options, &found, &image.name, &id)?;
+    let etc = places.etc(&id);
+    labels.insert(labels::ETC.to_owned(), etc.display().to_string());
     if options.interactive && logged {
         labels.insert(labels::STDIN.to_owned(), "open".to_owned());
     }
     let runtime = runtime(&options.runtime)?;
     if logged {
-        let log = task::log_path(client, &id, &runtime.name).await?;
+        let log = places.log(&id, &runtime.name);
         labels.insert(labels::LOG.to_owned(), log.display().to_string());
     }
     if !log_options.label().is_empty() {
@@ -228,7 +242,14 @@ pub(crate) async fn create(client: &Client, options: &CreateOptions, logged: boo
     };
     let cid_file = options.cidfile.as_deref().map(|path| write_cid_file(path, &record.id)).transpose()?;
     let made = lease::with_lease(client, |client| async move {
-        make(&client, record, &found, options.user.as_deref(), &options.group_add, spec_options).await
+        let (hostname, network) = (spec_options.hostname.clone(), spec_options.network);
+        let binds = &mut spec_options.binds;
+        etc::make(places.root(), &etc, &hostname, network, &options.names, options.read_only, binds)?;
+        let made = make(&client, record, &found, options, spec_options).await;
+        if made.is_err() {
+            etc::remove(&etc);
+        }
+        made
     });
     let made = made.await;
     if let (Err(_), Some(path)) = (&made, cid_file) {
@@ -243,9 +264,8 @@ async fn make(
     client: &Client,
     mut record: Container,
     image: &PlatformImage,
-    user: Option<&str>,
-    groups: &[String],
-    options: SpecOptions,
+    options: &CreateOptions,
+    spec_options: SpecOptions,
 ) -> Result<Created> {
     let parent = unpack::unpack(client, image, &record.snapshotter, Progress::new(false)).await?;
     let request = PrepareSnapshotRequest {
@@ -257,17 +277,22 @@ async fn make(
     let mounts = client.snapshots().prepare(request).await.call("prepare the root filesystem")?.mounts;
     let finished = async {
         let rootfs = Rootfs::from_mounts(&task::plain_mounts(&mounts))?;
-        let user = user::resolve(&rootfs, user.unwrap_or(&image.config.config.user), groups)?;
+        let user = options.user.as_deref().unwrap_or(&image.config.config.user);
+        let user = user::resolve(&rootfs, user, &options.group_add)?;
         let mut host = Host::detect();
-        if options.privileged {
+        if spec_options.privileged {
             host.devices = spec::device::host_devices();
         }
-        let document = spec::build(&image.config, &user, &options, &host)?;
+        let document = spec::build(&image.config, &user, &spec_options, &host)?;
         record.spec =
             Some(prost_types::Any { type_url: spec::SPEC_TYPE_URL.to_owned(), value: document.to_json() });
         let request = CreateContainerRequest { container: Some(record.clone()) };
-        client.containers().create(request).await.call("create the container")?;
-        Ok(())
+        let create =
+            async { client.containers().create(request).await.call("create the container").map(drop) };
+        match &options.name {
+            Some(name) => name::claim(client, name, create).await,
+            None => create.await,
+        }
     };
     if let Err(error) = finished.await {
         let request = RemoveSnapshotRequest { snapshotter: record.snapshotter, key: record.snapshot_key };

@@ -1,6 +1,7 @@
 //! `davit inspect`: everything about containers and images, as JSON in Docker's shape where there is one.
 
 use std::io::Write;
+use std::path::Path;
 
 use davit_oci::platform::Platform;
 use davit_proto::containerd::services::containers::v1::Container;
@@ -11,11 +12,23 @@ use crate::client::Client;
 use crate::commands::ps;
 use crate::container::{self, State};
 use crate::error::{Error, Result};
-use crate::{format, image, labels};
+use crate::template::Format;
+use crate::{etc, format, image, labels};
+
+const EXAMPLES: &str = "\
+Examples:
+  davit inspect web
+  davit inspect -f '{{.State.Status}} {{.State.Pid}}' web
+  davit inspect -f '{{json .Mounts}}' web
+  davit inspect -f '{{index .Config.Labels \"tier\"}}' web";
 
 /// Options of `davit inspect`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub(crate) struct Options {
+    /// Show each by a template of Go's, such as {{.State.Pid}}, or as a line of json
+    #[arg(short, long, value_name = "FORMAT")]
+    format: Option<Format>,
     /// Look among these only
     #[arg(long, value_name = "TYPE", value_parser = ["container", "image"])]
     r#type: Option<String>,
@@ -34,8 +47,17 @@ pub(crate) async fn run(client: &Client, options: Options, out: &mut dyn Write) 
             Err(error) => failure = Some(error),
         }
     }
-    let text = serde_json::to_string_pretty(&found).expect("JSON values can be written");
-    format::line(out, text)?;
+    match &options.format {
+        Some(format) => {
+            for value in &found {
+                format::line(out, format.show(value)?)?;
+            }
+        }
+        None => {
+            let text = serde_json::to_string_pretty(&found).expect("JSON values can be written");
+            format::line(out, text)?;
+        }
+    }
     failure.map_or(Ok(()), Err)
 }
 
@@ -73,7 +95,10 @@ async fn describe_container(client: &Client, container: &Container) -> Result<Va
     let namespaces = spec["linux"]["namespaces"].as_array();
     let own_network =
         namespaces.is_some_and(|all| all.iter().any(|namespace| namespace["type"] == "network"));
-    let bind = |mount: &&Value| mount["type"] == "bind";
+    let etc = container.labels.get(labels::ETC).map_or("", String::as_str);
+    let of_etc = |name: &str| etc::path(etc, name).map(|path| path.display().to_string());
+    // Those that everybody has are told apart, as with Docker.
+    let bind = |mount: &&Value| mount["type"] == "bind" && !is_of_etc(mount, etc);
     let mounts: Vec<Value> =
         spec["mounts"].as_array().into_iter().flatten().filter(bind).map(describe_mount).collect();
     Ok(json!({
@@ -92,6 +117,9 @@ async fn describe_container(client: &Client, container: &Container) -> Result<Va
         },
         "Image": container.image,
         "LogPath": container.labels.get(labels::LOG),
+        "HostnamePath": of_etc("hostname"),
+        "HostsPath": of_etc("hosts"),
+        "ResolvConfPath": of_etc("resolv.conf"),
         "Name": container::name(container),
         "Driver": container.snapshotter,
         "Runtime": container.runtime.as_ref().map(|runtime| &runtime.name),
@@ -117,6 +145,14 @@ async fn describe_container(client: &Client, container: &Container) -> Result<Va
         "NetworkSettings": {"IPAddress": ""},
         "Spec": spec,
     }))
+}
+
+/// Whether a mount is one of the container's files in `/etc`: its own in the folder `etc`, or the host's.
+fn is_of_etc(mount: &Value, etc: &str) -> bool {
+    let (source, destination) = (mount["source"].as_str(), mount["destination"].as_str());
+    let is_own = !etc.is_empty() && source.is_some_and(|source| Path::new(source).starts_with(etc));
+    let is_hosts = source == destination && matches!(destination, Some("/etc/hosts" | "/etc/resolv.conf"));
+    is_own || is_hosts
 }
 
 fn describe_mount(mount: &Value) -> Value {

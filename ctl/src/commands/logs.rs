@@ -12,7 +12,7 @@ use crate::client::Client;
 use crate::commands::events::when;
 use crate::error::{Error, Result};
 use crate::process::{self, ProcessId};
-use crate::{container, labels, log, task};
+use crate::{container, labels, log, place};
 use json::{JsonLog, Outputs, Show};
 
 /// How often a followed log is looked at.
@@ -96,7 +96,7 @@ pub(crate) fn without_daemon(
     error: Error,
     out: &mut dyn Write,
 ) -> Result<()> {
-    let folder = Path::new(task::LOG_FOLDER).join(namespace);
+    let folder = Path::new(place::LOG_FOLDER).join(namespace);
     let Ok(entries) = std::fs::read_dir(folder) else { return Err(error) };
     let is_it = |path: &PathBuf| {
         let name = path.file_name().unwrap_or_default().to_string_lossy();

@@ -1,23 +1,37 @@
 //! `davit ps`: the containers and how they are.
 
+mod filters;
+
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::time::{Duration, SystemTime};
 
 use davit_proto::containerd::v1::types::Process;
+use serde_json::{Value, json};
 
 use crate::client::Client;
 use crate::container::{self, State};
-use crate::error::{Error, Result};
-use crate::format;
-use crate::image;
-use crate::table::Table;
+use crate::error::Result;
+use crate::template::Format;
+use crate::{format, image, labels};
+use filters::{Filter, Seen};
 
 /// The characters of a command that are shown.
 const COMMAND_LENGTH: usize = 20;
 
+const TABLE: &str = "table {{.ID}}\t{{.Image}}\t{{.Command}}\t{{.RunningFor}}\t{{.Status}}\t{{.Names}}";
+
+const EXAMPLES: &str = "\
+Examples:
+  davit ps -a --filter status=exited --filter label=tier=web
+  davit ps --format '{{.Names}}: {{.Status}}'
+  davit ps --format 'table {{.ID}}\\t{{.Labels}}'
+  davit ps -a --format json
+Fields: ID, Image, Command, CreatedAt, RunningFor, State, Status, Names, Labels.";
+
 /// Options of `davit ps`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub(crate) struct Options {
     /// Show those that do not run too
     #[arg(short, long)]
@@ -28,6 +42,18 @@ pub(crate) struct Options {
     /// Do not shorten anything
     #[arg(long)]
     no_trunc: bool,
+    /// Show only those with: id, name, label, status, exited, ancestor, before, since
+    #[arg(short, long, value_name = "KEY=VALUE")]
+    filter: Vec<Filter>,
+    /// Show the newest so many, whether they run or not
+    #[arg(short = 'n', long, value_name = "NUMBER")]
+    last: Option<usize>,
+    /// Show the newest, whether it runs or not
+    #[arg(short, long, conflicts_with = "last")]
+    latest: bool,
+    /// Show each by a template of Go's, or as json
+    #[arg(long, value_name = "FORMAT", default_value = TABLE, hide_default_value = true)]
+    format: Format,
 }
 
 /// `davit ps`.
@@ -36,34 +62,57 @@ pub(crate) async fn run(client: &Client, options: Options, out: &mut dyn Write) 
         tokio::try_join!(container::list(client, Vec::new()), container::tasks(client))?;
     // Both containerd and davitd leave the container's id empty here, and tell the process' own.
     let tasks: BTreeMap<&str, &Process> = tasks.iter().map(|task| (task.id.as_str(), task)).collect();
-    let now = SystemTime::now();
-    let mut table = Table::new(&["CONTAINER ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "NAMES"]);
-    // The newest first.
-    for container in containers.iter().rev() {
-        let state = container::state_of(container, tasks.get(container.id.as_str()).copied());
-        if !options.all && !state.is_live() {
-            continue;
-        }
-        let id = if options.no_trunc { &container.id } else { format::short_id(&container.id) };
-        if options.quiet {
-            format::line(out, id)?;
-            continue;
-        }
-        // A spec that cannot be read must not hide the container.
-        let args = container::spec(container).map(|spec| container::strings(&spec["process"]["args"]));
-        let command = args.unwrap_or_default().join(" ");
-        let length = if options.no_trunc { usize::MAX } else { COMMAND_LENGTH };
-        let created = container.created_at.as_ref().and_then(format::system_time);
-        table.row(vec![
-            id.to_owned(),
-            image::familiar(&container.image),
-            format!("\"{}\"", format::ellipsis(&command, length)),
-            created.map(|time| format::ago(time, now)).unwrap_or_default(),
-            status_text(&state, now, started_at),
-            container::name(container),
-        ]);
+    let see = |container| {
+        let container: davit_proto::containerd::services::containers::v1::Container = container;
+        let state = container::state_of(&container, tasks.get(container.id.as_str()).copied());
+        Seen { container, state }
+    };
+    let mut seen = filters::apply(&options.filter, containers.into_iter().map(see).collect())?;
+    let last = if options.latest { Some(1) } else { options.last };
+    if !options.all && last.is_none() && !options.filter.iter().any(Filter::is_about_state) {
+        seen.retain(|seen| seen.state.is_live());
     }
-    if options.quiet { Ok(()) } else { table.write(out).map_err(Error::Output) }
+    // The newest first.
+    seen.reverse();
+    seen.truncate(last.unwrap_or(usize::MAX));
+    if options.quiet {
+        let id = |seen: &Seen| id(seen, options.no_trunc);
+        return seen.iter().try_for_each(|seen| format::line(out, id(seen)));
+    }
+    let now = SystemTime::now();
+    let rows: Vec<Value> = seen.iter().map(|seen| row(seen, options.no_trunc, now)).collect();
+    let headings = json!({
+        "ID": "CONTAINER ID", "Image": "IMAGE", "Command": "COMMAND", "CreatedAt": "CREATED AT", "RunningFor": "CREATED",
+        "State": "STATE", "Status": "STATUS", "Names": "NAMES", "Labels": "LABELS",
+    });
+    options.format.write(&rows, &headings, out)
+}
+
+fn id(seen: &Seen, whole: bool) -> String {
+    if whole { seen.container.id.clone() } else { format::short_id(&seen.container.id).to_owned() }
+}
+
+/// What there is to be shown of a container, by Docker's names.
+fn row(seen: &Seen, whole: bool, now: SystemTime) -> Value {
+    let Seen { container, state } = seen;
+    // A spec that cannot be read must not hide the container.
+    let args = container::spec(container).map(|spec| container::strings(&spec["process"]["args"]));
+    let command = args.unwrap_or_default().join(" ");
+    let length = if whole { usize::MAX } else { COMMAND_LENGTH };
+    let created = container.created_at.as_ref().and_then(format::system_time);
+    let users = container.labels.iter().filter(|(key, _)| labels::is_users(key));
+    let users: Vec<String> = users.map(|(key, value)| format!("{key}={value}")).collect();
+    json!({
+        "ID": id(seen, whole),
+        "Image": image::familiar(&container.image),
+        "Command": format!("\"{}\"", format::ellipsis(&command, length)),
+        "CreatedAt": created.map(format::rfc3339).unwrap_or_default(),
+        "RunningFor": created.map(|time| format::ago(time, now)).unwrap_or_default(),
+        "State": state.word(),
+        "Status": status_text(state, now, started_at),
+        "Names": container::name(container),
+        "Labels": users.join(","),
+    })
 }
 
 /// Docker's text for a state: `Up 8 seconds`, `Exited (137) 3 minutes ago`.

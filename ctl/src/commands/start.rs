@@ -9,6 +9,7 @@ use crate::commands::{for_each, run};
 use crate::container::{self, State};
 use crate::error::{Error, Result};
 use crate::labels;
+use crate::place::Places;
 use crate::process::Streams;
 use crate::task::{self, TaskIo};
 
@@ -48,7 +49,7 @@ pub(crate) async fn start(client: &Client, given: &str) -> Result<()> {
         Some(log) => log.into(),
         None => {
             let runtime = container.runtime.as_ref().map_or("", |runtime| &runtime.name);
-            task::log_path(client, &container.id, runtime).await?
+            Places::of(client).await?.log(&container.id, runtime)
         }
     };
     let text = log.display().to_string();

@@ -6,11 +6,10 @@ use std::path::{Path, PathBuf};
 
 use davit_oci::environment;
 use davit_oci::spec::seccomp::Profile;
-use davit_oci::spec::{
-    BindMount, Device, Limits, Network, Options as SpecOptions, Rlimit, SeccompChoice, TmpfsMount,
-};
+use davit_oci::spec::{Device, Limits, Network, Options as SpecOptions, Rlimit, SeccompChoice};
 
 use super::CreateOptions;
+use super::mounts::{self, Mount};
 use crate::error::{Error, Result};
 use crate::{format, terminal};
 
@@ -43,13 +42,7 @@ pub(super) struct NotYet {
     #[arg(long, hide = true, default_value = "no")]
     restart: String,
     #[arg(long, hide = true)]
-    mount: Vec<String>,
-    #[arg(long, hide = true)]
     init: bool,
-    #[arg(long, hide = true)]
-    dns: Vec<String>,
-    #[arg(long, hide = true)]
-    add_host: Vec<String>,
     #[arg(long, hide = true)]
     health_cmd: Option<String>,
 }
@@ -67,10 +60,7 @@ impl NotYet {
                 "use --network=host to be reached from outside",
             ),
             ("--restart", self.restart != "no", "let the host's service manager start the container again"),
-            ("--mount", !self.mount.is_empty(), "use -v /HOST:/CONTAINER[:ro] or --tmpfs"),
             ("--init", self.init, "run an init program of the image's as the command"),
-            ("--dns", !self.dns.is_empty(), "mount a file over /etc/resolv.conf"),
-            ("--add-host", !self.add_host.is_empty(), "mount a file over /etc/hosts"),
             ("--health-cmd", self.health_cmd.is_some(), "check from outside with `davit exec`"),
         ];
         match options.iter().find(|(_, given, _)| *given) {
@@ -86,14 +76,19 @@ impl NotYet {
 /// [`Error::Usage`] for what is not well formed or not supported, and those of the files that are named.
 pub(super) fn resolve(options: &CreateOptions, args: &[String]) -> Result<SpecOptions> {
     let network = network(&options.network)?;
-    let mut binds = options.volume.iter().map(|text| bind(text)).collect::<Result<Vec<_>>>()?;
-    let mut hostname = options.hostname.clone().unwrap_or_default();
-    if network == Network::Host {
-        add_host_files(&mut binds);
-        if hostname.is_empty() {
-            let own = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-            hostname = own.trim().to_owned();
+    let mut binds = options.volume.iter().map(|text| mounts::volume(text)).collect::<Result<Vec<_>>>()?;
+    let mut tmpfs: Vec<_> = options.tmpfs.iter().map(|text| mounts::tmpfs(text)).collect();
+    for text in &options.mount {
+        match mounts::mount(text)? {
+            Mount::Bind(mount) => binds.push(mount),
+            Mount::Tmpfs(mount) => tmpfs.push(mount),
         }
+    }
+    options.names.check()?;
+    let mut hostname = options.hostname.clone().unwrap_or_default();
+    if network == Network::Host && hostname.is_empty() {
+        let own = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        hostname = own.trim().to_owned();
     }
     let mut spec = SpecOptions {
         args: args.to_vec(),
@@ -105,7 +100,7 @@ pub(super) fn resolve(options: &CreateOptions, args: &[String]) -> Result<SpecOp
         hostname,
         network,
         binds,
-        tmpfs: options.tmpfs.iter().map(|text| tmpfs(text)).collect(),
+        tmpfs,
         shm_size: options.shm_size,
         read_only: options.read_only,
         privileged: options.privileged,
@@ -154,71 +149,6 @@ fn network(mode: &str) -> Result<Network> {
             "use --network=none (a network of its own with nothing but loopback, the default) or --network=host",
         )),
     }
-}
-
-/// With the host's network a container also gets the host's files for finding names in it.
-fn add_host_files(binds: &mut Vec<BindMount>) {
-    for path in ["/etc/hosts", "/etc/resolv.conf"] {
-        let taken = binds.iter().any(|bind| bind.destination == path);
-        if !taken && fs::metadata(path).is_ok_and(|status| status.is_file()) {
-            binds.push(BindMount {
-                source: path.to_owned(),
-                destination: path.to_owned(),
-                read_only: true,
-                propagation: String::new(),
-            });
-        }
-    }
-}
-
-/// `/host:/container[:options]`. A folder of the host that does not exist is made, as with Docker.
-fn bind(text: &str) -> Result<BindMount> {
-    let error = |message: String, hint: &str| Error::usage(message, hint);
-    let mut parts = text.splitn(3, ':');
-    let (source, destination, options) =
-        (parts.next().unwrap_or(""), parts.next(), parts.next().unwrap_or(""));
-    let is_path = source.starts_with(['/', '.']);
-    let Some(destination) = destination.filter(|_| is_path) else {
-        return Err(error(
-            format!("invalid volume {text:?}: named and anonymous volumes are not there yet"),
-            "mount a folder or file of the host: -v /HOST/PATH:/CONTAINER/PATH[:ro]",
-        ));
-    };
-    let mut mount = BindMount {
-        source: source.to_owned(),
-        destination: destination.to_owned(),
-        read_only: false,
-        propagation: String::new(),
-    };
-    for option in options.split(',').filter(|option| !option.is_empty()) {
-        match option {
-            "ro" => mount.read_only = true,
-            "rw" => mount.read_only = false,
-            "private" | "rprivate" | "shared" | "rshared" | "slave" | "rslave" => {
-                mount.propagation = option.to_owned();
-            }
-            other => {
-                return Err(error(
-                    format!("invalid volume {text:?}: unknown option {other:?}"),
-                    "want ro, rw, or one of private, shared, slave, rprivate, rshared, rslave",
-                ));
-            }
-        }
-    }
-    let path = Path::new(source);
-    let file_error =
-        |source| Error::File { action: "cannot use the volume's folder", path: path.to_owned(), source };
-    if fs::symlink_metadata(path).is_err() {
-        fs::create_dir_all(path).map_err(file_error)?;
-    }
-    mount.source = fs::canonicalize(path).map_err(file_error)?.display().to_string();
-    Ok(mount)
-}
-
-fn tmpfs(text: &str) -> TmpfsMount {
-    let (destination, options) = text.split_once(':').unwrap_or((text, ""));
-    let options = options.split(',').filter(|option| !option.is_empty()).map(str::to_owned).collect();
-    TmpfsMount { destination: destination.to_owned(), options }
 }
 
 fn limits(options: &CreateOptions) -> Result<Limits> {
@@ -330,21 +260,6 @@ fn security_option(spec: &mut SpecOptions, text: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn volumes() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().canonicalize().unwrap().display().to_string();
-        let mount = bind(&format!("{path}:/data:ro,rslave")).unwrap();
-        assert_eq!((mount.source.as_str(), mount.destination.as_str()), (path.as_str(), "/data"));
-        assert!(mount.read_only);
-        assert_eq!(mount.propagation, "rslave");
-        let new = bind(&format!("{path}/new:/data")).unwrap();
-        assert!(Path::new(&new.source).is_dir());
-        for bad in ["data:/data", "/data", &format!("{path}:/data:nope")] {
-            assert!(matches!(bind(bad), Err(Error::Usage { .. })), "{bad}");
-        }
-    }
 
     #[test]
     fn ulimits_devices_and_networks() {

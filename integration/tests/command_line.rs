@@ -1,0 +1,160 @@
+//! `davit` as its users know it from Docker: names, files, mounts, terminals.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Result, ensure};
+use davit_integration::census::Census;
+use davit_integration::daemon::ok;
+use davit_integration::peer::Containerd;
+use davit_integration::{Daemon, bins};
+use davit_proto::containerd::services::leases::v1::CreateRequest;
+use davit_proto::containerd::services::leases::v1::leases_client::LeasesClient;
+use nix::sys::signal::Signal;
+use tonic::Request;
+
+use crate::root;
+
+fn daemon() -> Result<Daemon> {
+    let daemon = Daemon::start()?;
+    daemon.import_busybox()?;
+    Ok(daemon)
+}
+
+fn failed(output: &Output) -> Result<String> {
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(!output.status.success(), "it should fail");
+    Ok(text)
+}
+
+#[test]
+fn of_many_that_want_a_name_one_gets_it() -> Result<()> {
+    const CLIENTS: usize = 20;
+    if !root() {
+        return Ok(());
+    }
+    let daemon = daemon()?;
+    let before = Census::take(&daemon.path(""));
+    let run = || {
+        let mut command = daemon.davit_command(["run", "-d", "--name", "x", "busybox", "sleep", "1000"]);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()
+    };
+    let clients = (0..CLIENTS).map(|_| run()).collect::<std::io::Result<Vec<_>>>()?;
+    let outputs = clients.into_iter().map(std::process::Child::wait_with_output);
+    let outputs = outputs.collect::<std::io::Result<Vec<_>>>()?;
+    let (won, lost): (Vec<&Output>, Vec<&Output>) =
+        outputs.iter().partition(|output| output.status.success());
+    ensure!(won.len() == 1, "{} have the name", won.len());
+    let id = String::from_utf8_lossy(&won[0].stdout).trim().to_owned();
+    for output in lost {
+        let text = failed(output)?;
+        ensure!(text.contains(&format!("\"x\" is already in use by container {}", &id[..12])), "{text}");
+    }
+    ensure!(ok(daemon.davit(["ps", "-aq", "--no-trunc"])?)?.trim() == id, "something else was made");
+    ok(daemon.davit(["rm", "-f", "x"])?)?;
+    ensure!(daemon.ctr().run("leases ls -q")?.trim().is_empty(), "a lock is left");
+    ensure!(daemon.ctr().run("snapshots ls")?.lines().all(|line| !line.contains("Active")));
+    // The name is free again.
+    ok(daemon.davit(["run", "--rm", "--name", "x", "busybox", "true"])?)?;
+    before.settle(&daemon.path(""))
+}
+
+#[test]
+fn a_name_that_a_dead_client_has_locked_is_free_when_the_lock_expires() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let daemon = daemon()?;
+    expired_lock(&daemon.address(), &daemon.namespace())?;
+    // containerd collects nothing as long as nothing is changed.
+    if bins::on_path("containerd").is_none() {
+        eprintln!("skipped in part: needs containerd (apt-get install containerd)");
+        return Ok(());
+    }
+    let peer = Containerd::start()?;
+    peer.import_busybox()?;
+    expired_lock(&peer.address(), &peer.namespace())
+}
+
+fn expired_lock(address: &Path, namespace: &str) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let expires = prost_types::Timestamp::from(SystemTime::now() + Duration::from_secs(2)).to_string();
+    let labels = [("containerd.io/gc.expire".to_owned(), expires)].into();
+    let mut request = Request::new(CreateRequest { id: "davit-name-x".to_owned(), labels });
+    request.metadata_mut().insert("containerd-namespace", namespace.parse()?);
+    runtime.block_on(async {
+        let channel = davit_integration::client::connect(address).await?;
+        LeasesClient::new(channel).create(request).await?;
+        anyhow::Ok(())
+    })?;
+    let davit = |words: &[&str]| {
+        let mut command = Command::new(bins::folder()?.join("davit"));
+        command.args(["--namespace", namespace, "--address"]).arg(address).args(words);
+        ok(command.output()?)
+    };
+    let id = davit(&["create", "--name", "x", "busybox", "true"])?;
+    ensure!(davit(&["ps", "-aq", "--no-trunc"])? == id);
+    davit(&["rm", "x"]).map(drop)
+}
+
+#[test]
+fn a_container_has_files_for_names_and_keeps_them() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let mut daemon = daemon()?;
+    let show = "cat /etc/hostname /etc/hosts /etc/resolv.conf; hostname; id -u";
+    let names = ["--hostname", "me", "--add-host", "db:10.1.2.3", "--dns", "9.9.9.9", "--dns-search", "a.b"];
+    let run = ["run", "--name", "x", "-u", "1000"];
+    let run = run.into_iter().chain(names).chain(["busybox", "sh", "-c", show]);
+    let shown = ok(daemon.davit(run)?)?;
+    let lines: Vec<&str> = shown.lines().collect();
+    ensure!(lines.first() == Some(&"me") && lines.ends_with(&["me", "1000"]), "{shown}");
+    for line in ["127.0.0.1\tlocalhost", "127.0.1.1\tme", "10.1.2.3\tdb", "nameserver 9.9.9.9", "search a.b"]
+    {
+        ensure!(lines.contains(&line), "{line} is not in {shown}");
+    }
+    let folder = daemon.path("root/etc").join(daemon.namespace());
+    ensure!(fs::read_dir(&folder)?.count() == 1);
+    // What the container writes into them is there at the next start, which may be after one of the host.
+    daemon.stop(Signal::SIGKILL)?;
+    daemon.restart()?;
+    let hosts = ok(daemon.davit(["inspect", "-f", "{{.HostsPath}}", "x"])?)?;
+    fs::write(hosts.trim(), "10.0.0.1\tchanged\n")?;
+    let again = ok(daemon.davit(["start", "-a", "x"])?)?;
+    ensure!(again.contains("10.0.0.1\tchanged") && again.starts_with("me\n"), "{again}");
+    ok(daemon.davit(["rm", "x"])?)?;
+    ensure!(fs::read_dir(&folder)?.count() == 0, "its files are left");
+
+    // In the host's network they are the host's, and read-only.
+    let script = "cmp /etc/resolv.conf /host/resolv.conf && ! touch /etc/hosts";
+    let host = ["run", "--rm", "--net=host", "-v", "/etc:/host:ro", "busybox", "sh", "-c", script];
+    ok(daemon.davit(host)?)?;
+    let text = failed(&daemon.davit(["run", "--add-host", "no-address", "busybox"])?)?;
+    ensure!(text.contains("want HOST:ADDRESS"), "{text}");
+    Ok(())
+}
+
+#[test]
+fn mounts_are_described_by_fields() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let daemon = daemon()?;
+    let folder = daemon.path("shared");
+    fs::create_dir(&folder)?;
+    fs::write(folder.join("file"), "text")?;
+    let bind = format!("type=bind,source={},target=/data,readonly", folder.display());
+    let memory = "type=tmpfs,target=/memory,tmpfs-size=1m";
+    let script = "cat /data/file; touch /data/other 2>/dev/null || echo read-only; df -k /memory | tail -1";
+    let run = ["run", "--rm", "--mount", &bind, "--mount", memory, "busybox", "sh", "-c", script];
+    let shown = ok(daemon.davit(run)?)?;
+    ensure!(shown.starts_with("textread-only\n") && shown.contains(" 1024 "), "{shown}");
+    let missing = format!("type=bind,source={}/none,target=/data", folder.display());
+    let text = failed(&daemon.davit(["run", "--rm", "--mount", &missing, "busybox"])?)?;
+    ensure!(text.contains("cannot use the folder or file of the host"), "{text}");
+    ensure!(!folder.join("none").exists(), "a source of --mount is not made");
+    Ok(())
+}
