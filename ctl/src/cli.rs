@@ -75,6 +75,8 @@ enum Command {
     Pause(commands::pause::Options),
     /// Continue frozen containers
     Unpause(commands::pause::Options),
+    /// Keep what containers are doing, to go on from there
+    Checkpoint(commands::checkpoint::Options),
     /// Remove containers
     Rm(commands::rm::Options),
     /// Show the processes of a container
@@ -222,6 +224,7 @@ async fn dispatch(cli: Cli) -> Result<u8> {
         Command::Wait(options) => commands::wait::run(&client, options, out).await?,
         Command::Pause(options) => commands::pause::pause(&client, options, out).await?,
         Command::Unpause(options) => commands::pause::unpause(&client, options, out).await?,
+        Command::Checkpoint(options) => commands::checkpoint::run(&client, options, out).await?,
         Command::Rm(options) => commands::rm::run(&client, options, out).await?,
         Command::Top(options) => commands::top::run(&client, options, out).await?,
         Command::Stats(options) => commands::stats::run(&client, options, out).await?,

@@ -1,5 +1,6 @@
 //! The commands: each a struct of options and a function of the client, the options and the output.
 
+pub(crate) mod checkpoint;
 pub(crate) mod completion;
 pub(crate) mod create;
 pub(crate) mod events;

@@ -6,7 +6,7 @@ use std::path::Path;
 use davit_proto::containerd::services::containers::v1::{Container, DeleteContainerRequest};
 use davit_proto::containerd::services::snapshots::v1::{MountsRequest, RemoveSnapshotRequest};
 use davit_proto::containerd::services::tasks::v1 as api;
-use davit_proto::containerd::types::Mount;
+use davit_proto::containerd::types::{Descriptor, Mount};
 use nix::libc;
 
 use crate::client::Client;
@@ -56,7 +56,7 @@ impl TaskIo {
     }
 }
 
-/// Creates the task of a container and starts it. What was created is deleted again when it does not start.
+/// Creates the task of a container and starts it, afresh or from a checkpoint. What was created is deleted again when it does not start.
 ///
 /// # Errors
 /// [`Error::Start`] when the runtime refuses, and those of the calls.
@@ -65,6 +65,7 @@ pub(crate) async fn create_and_start(
     container: &Container,
     rootfs: Vec<Mount>,
     io: TaskIo,
+    checkpoint: Option<Descriptor>,
 ) -> Result<()> {
     let request = api::CreateTaskRequest {
         container_id: container.id.clone(),
@@ -73,6 +74,7 @@ pub(crate) async fn create_and_start(
         stdout: io.stdout,
         stderr: io.stderr,
         terminal: io.terminal,
+        checkpoint,
         options: container.runtime.as_ref().and_then(|runtime| runtime.options.clone()),
         ..api::CreateTaskRequest::default()
     };

@@ -1,6 +1,7 @@
 //! The black-box tests, in one binary. They know sockets and binaries only.
 
 mod bad_input;
+mod checkpoint;
 mod clients;
 mod command_line;
 mod docker;

@@ -287,8 +287,11 @@ impl Container {
             // What is frozen can neither be killed nor removed.
             let resume = ["resume", &self.id].map(OsStr::new);
             let runtime = self.runtime.until(Deadline::within(OWN_CALL));
-            if let Err(error) = runtime.simple("OCI runtime resume failed", &resume).await {
-                log::warn(chain(&error));
+            match runtime.simple("OCI runtime resume failed", &resume).await {
+                // It was ended by a checkpoint, after which the runtime forgets it.
+                Err(error) if error.to_string().contains("does not exist") => {}
+                Err(error) => log::warn(chain(&error)),
+                Ok(()) => {}
             }
         }
         self.kill_rest().await;

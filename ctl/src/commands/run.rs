@@ -66,7 +66,7 @@ async fn start_new(
             (None, Some(log)) => TaskIo::detached(container, log.as_ref())?,
             (None, None) => TaskIo::default(),
         };
-        task::create_and_start(client, container, rootfs, io).await
+        task::create_and_start(client, container, rootfs, io, None).await
     };
     let result = started.await;
     if result.is_err() {
@@ -91,7 +91,7 @@ pub(crate) async fn foreground(
     if is_new {
         start_new(client, container, rootfs, Some(&streams)).await?;
     } else {
-        task::create_and_start(client, container, rootfs, TaskIo::attached(&streams)).await?;
+        task::create_and_start(client, container, rootfs, TaskIo::attached(&streams), None).await?;
     }
     let process = ProcessId { container: container.id.clone(), exec: String::new() };
     let ended = streams.supervise(client, &process).await;

@@ -5,7 +5,7 @@ use std::io::Write;
 use davit_proto::containerd::services::containers::v1::Container;
 
 use crate::client::Client;
-use crate::commands::{for_each, run};
+use crate::commands::{checkpoint, for_each, run};
 use crate::container::{self, State};
 use crate::error::{Error, Result};
 use crate::labels;
@@ -22,6 +22,9 @@ pub(crate) struct Options {
     /// Pass standard input on (with --attach)
     #[arg(short, long)]
     interactive: bool,
+    /// Go on from this checkpoint of the container, in the background
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["attach", "interactive"])]
+    checkpoint: Option<String>,
     /// Containers, by name or id
     #[arg(required = true, value_name = "CONTAINER")]
     containers: Vec<String>,
@@ -35,13 +38,21 @@ pub(crate) async fn run(client: &Client, options: Options, out: &mut dyn Write) 
         };
         return attach(client, given, options.interactive).await;
     }
-    let start = async |given: &str| start(client, given).await.map(|()| Some(given.to_owned()));
+    let checkpoint = options.checkpoint.as_deref();
+    if checkpoint.is_some() && options.containers.len() > 1 {
+        return Err(Error::usage("--checkpoint is for one container", "name one only"));
+    }
+    let start = async |given: &str| start(client, given, checkpoint).await.map(|()| Some(given.to_owned()));
     for_each(&options.containers, out, start).await.map(|()| 0)
 }
 
-/// Starts one container in the background. One that runs is started.
-pub(crate) async fn start(client: &Client, given: &str) -> Result<()> {
+/// Starts one container in the background, afresh or from one of its checkpoints. One that runs is started.
+async fn start(client: &Client, given: &str, checkpoint: Option<&str>) -> Result<()> {
     let mut container = container::find(client, given).await?;
+    let checkpoint = match checkpoint {
+        Some(name) => Some(checkpoint::find(client, &container, name).await?),
+        None => None,
+    };
     if !prepare(client, given, &container).await? {
         return Ok(());
     }
@@ -59,7 +70,7 @@ pub(crate) async fn start(client: &Client, given: &str) -> Result<()> {
     container.labels.insert(labels::LOG.to_owned(), log.display().to_string());
     let rootfs = task::rootfs(client, &container).await?;
     let io = TaskIo::detached(&container, &log)?;
-    task::create_and_start(client, &container, rootfs, io).await
+    task::create_and_start(client, &container, rootfs, io, checkpoint).await
 }
 
 async fn attach(client: &Client, given: &str, interactive: bool) -> Result<u8> {
