@@ -7,6 +7,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use davit_model::{Coded, ErrorCode};
 use tonic::{Code, Status};
 
 /// The exit code when `davit` or the daemon failed.
@@ -95,6 +96,9 @@ pub(crate) enum Error {
     User(#[from] davit_oci::user::UserError),
     #[error(transparent)]
     Rootfs(#[from] davit_oci::rootfs::RootfsError),
+    /// A root filesystem whose files only a mount shows.
+    #[error("cannot look into the root filesystem")]
+    Mount(#[source] davit_sys::mount::Error),
     #[error(transparent)]
     Spec(#[from] davit_oci::spec::SpecError),
     #[error(transparent)]
@@ -230,8 +234,8 @@ impl Error {
             Error::Spec(davit_oci::spec::SpecError::NoCommand) => {
                 Some("name a command after the image: `davit run IMAGE COMMAND`".to_owned())
             }
-            Error::Rootfs(davit_oci::rootfs::RootfsError::Unsupported { .. }) => {
-                Some("use the snapshotter overlayfs or native".to_owned())
+            Error::Mount(error) if error.code() == ErrorCode::PermissionDenied => {
+                Some("run this as root, or use the snapshotter overlayfs or native".to_owned())
             }
             Error::Archive { .. } => {
                 Some("want an OCI layout or `docker save` archive, plain or compressed with gzip".to_owned())
@@ -244,6 +248,7 @@ impl Error {
             | Error::Platform(_)
             | Error::User(_)
             | Error::Rootfs(_)
+            | Error::Mount(_)
             | Error::Spec(_)
             | Error::Environment(_)
             | Error::Stored { .. }

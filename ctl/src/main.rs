@@ -24,6 +24,7 @@ mod name;
 mod place;
 mod process;
 mod progress;
+mod rootfs;
 mod signal;
 mod table;
 mod task;

@@ -5,7 +5,6 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use davit_oci::platform::Platform;
-use davit_oci::rootfs::Rootfs;
 use davit_oci::spec::{self, Host, Options as SpecOptions};
 use davit_oci::user;
 use davit_proto::containerd::runc::v1::Options as RuncOptions;
@@ -22,7 +21,7 @@ use crate::log::{self, LogOptions};
 use crate::place::Places;
 use crate::progress::Progress;
 use crate::transfer::{self, PullPolicy};
-use crate::{container, format, labels, lease, name, signal, task, unpack};
+use crate::{container, format, labels, lease, name, rootfs, signal, unpack};
 
 mod mounts;
 mod spec_options;
@@ -276,7 +275,7 @@ async fn make(
     };
     let mounts = client.snapshots().prepare(request).await.call("prepare the root filesystem")?.mounts;
     let finished = async {
-        let rootfs = Rootfs::from_mounts(&task::plain_mounts(&mounts))?;
+        let rootfs = rootfs::of_snapshot(&mounts)?;
         let user = options.user.as_deref().unwrap_or(&image.config.config.user);
         let user = user::resolve(&rootfs, user, &options.group_add)?;
         let mut host = Host::detect();

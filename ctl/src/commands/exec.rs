@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 
 use davit_oci::environment;
-use davit_oci::rootfs::Rootfs;
 use davit_oci::spec::{Host, PROCESS_TYPE_URL, capability};
 use davit_oci::user;
 use davit_proto::containerd::services::containers::v1::Container;
@@ -15,7 +14,7 @@ use crate::commands::create;
 use crate::container::{self, State};
 use crate::error::{CallContext, Error, Result};
 use crate::process::{Ended, ProcessId, Streams};
-use crate::{task, terminal};
+use crate::{rootfs, task, terminal};
 
 /// Options of `davit exec`.
 #[derive(Debug, clap::Args)]
@@ -58,12 +57,12 @@ pub(crate) async fn run(client: &Client, options: Options) -> Result<u8> {
         return Err(Error::usage("no command to execute", "davit exec CONTAINER COMMAND [ARGUMENT...]"));
     };
     let container = container::find(client, given).await?;
-    match container::state(client, &container).await? {
-        State::Running { .. } => {}
+    let pid = match container::state(client, &container).await? {
+        State::Running { pid } => pid,
         State::Paused { .. } => return Err(Error::Paused { given: given.clone() }),
         State::Created | State::Exited { .. } => return Err(Error::NotRunning { given: given.clone() }),
-    }
-    let process = describe(client, &container, &options, args).await?;
+    };
+    let process = describe(client, &container, &options, pid, args).await?;
     let exec_id = container::new_id()?;
     if options.detach {
         let request = request(&container.id, &exec_id, &process, None);
@@ -90,6 +89,7 @@ async fn describe(
     client: &Client,
     container: &Container,
     options: &Options,
+    pid: u32,
     args: &[String],
 ) -> Result<Value> {
     let mut process = container::spec(container)?["process"].take();
@@ -120,7 +120,7 @@ async fn describe(
     process["env"] = json!(environment::merge(&env, &own));
     if let Some(name) = &options.user {
         let mounts = task::rootfs(client, container).await?;
-        let rootfs = Rootfs::from_mounts(&task::plain_mounts(&mounts))?;
+        let rootfs = rootfs::of_container(&mounts, pid)?;
         let user = user::resolve(&rootfs, name, &[])?;
         process["user"] = json!({"uid": user.uid, "gid": user.gid, "additionalGids": user.groups});
     }

@@ -9,8 +9,9 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use davit_model::{Coded, ErrorCode, Mount};
 use nix::errno::Errno;
@@ -81,6 +82,8 @@ impl Coded for RootfsError {
 #[derive(Debug, Clone)]
 pub struct Rootfs {
     layers: Vec<PathBuf>,
+    /// What the only layer is a path of.
+    _root: Option<Arc<OwnedFd>>,
 }
 
 /// What one folder holds under a path.
@@ -96,7 +99,13 @@ enum Found {
 impl Rootfs {
     /// The view of a single folder.
     pub fn from_path(path: &Path) -> Rootfs {
-        Rootfs { layers: vec![path.to_owned()] }
+        Rootfs { layers: vec![path.to_owned()], _root: None }
+    }
+
+    /// The view of an open folder, such as the root of something that was mounted.
+    pub fn from_root(root: OwnedFd) -> Rootfs {
+        let path = PathBuf::from(format!("/proc/self/fd/{}", root.as_raw_fd()));
+        Rootfs { layers: vec![path], _root: Some(Arc::new(root)) }
     }
 
     /// The view of a snapshot's mounts: one bind mount or one overlay, as the snapshotters hand them out.
@@ -127,7 +136,7 @@ impl Rootfs {
         if layers.is_empty() {
             return Err(RootfsError::Unsupported { kind: "overlay without layers".to_owned() });
         }
-        Ok(Rootfs { layers })
+        Ok(Rootfs { layers, _root: None })
     }
 
     /// Reads a regular file, following symbolic links below the root; `None` when there is none.

@@ -12,6 +12,7 @@ mod classic;
 mod compose;
 mod idmap;
 mod options;
+mod private;
 pub mod template;
 
 use std::ffi::CString;
@@ -31,6 +32,7 @@ use nix::sys::stat::{Mode, SFlag, fstat};
 use crate::loop_device::{self, LoopDevice};
 use calls::Attributes;
 use options::Options;
+pub use private::mount_privately;
 
 /// The most bytes of a value that `fsconfig(2)` takes.
 const LONGEST_VALUE: usize = 255;

@@ -52,6 +52,9 @@ fn layer(entries: &[&str]) -> Vec<u8> {
 /// What every entry is: mode, owner, time, size and content or target.
 type Tree = BTreeMap<PathBuf, (u32, u32, i64, Vec<u8>)>;
 
+/// What each layer of a chain shows, and the layer as it is made again.
+type Outcome = Vec<(Tree, Vec<u8>)>;
+
 fn describe(root: &Path) -> Tree {
     fn visit(root: &Path, below: &Path, tree: &mut Tree) {
         let path = root.join(below);
@@ -77,8 +80,8 @@ fn describe(root: &Path) -> Tree {
     tree
 }
 
-/// What a chain of layers comes to: what each view shows, and each layer as it is made again.
-fn unpack(snapshotter: &dyn Snapshotter, layers: &[Vec<u8>]) -> Vec<(Tree, Vec<u8>)> {
+/// Unpacks a chain of layers.
+fn unpack(snapshotter: &dyn Snapshotter, layers: &[Vec<u8>]) -> Outcome {
     let none = Labels::new();
     let mut outcome = Vec::new();
     let mut parent: Option<String> = None;
@@ -121,7 +124,7 @@ fn the_same_layers_are_the_same_in_all_snapshotters() {
         layer(&["etc/", "etc/.wh..wh..opq", "etc/new", ".wh.var", "var/", "var/fresh", "bin/sh"]),
         layer(&[".wh.lib", "lib/", "lib/own", "usr/.wh.lib", "bin"]),
     ];
-    let mut expected: Option<(Which, Vec<(Tree, Vec<u8>)>)> = None;
+    let mut expected: Option<(Which, Outcome)> = None;
     for which in Which::ALL {
         let Some(ground) = Ground::new(which) else { continue };
         let snapshotter = which.open(&ground.path().join("root"), database(ground.path()));

@@ -116,3 +116,19 @@ fn what_a_mount_manager_has_to_do_is_left_to_it() {
         assert!(mounts_at(dir).is_empty());
     });
 }
+
+#[test]
+fn a_private_mount_is_seen_by_its_descriptor_alone() {
+    isolated(|dir| {
+        let Some(image) = image(dir, "image", "mkfs.ext4") else { return };
+        let root = mount_privately(&[mount("ext4", &image, &["loop", "rw"])]).unwrap();
+        let table = read_to_string("/proc/thread-self/mountinfo").unwrap();
+        assert!(!table.contains("davit-mount-"), "{table}");
+        let path = classic::fd_path(&root);
+        assert!(path.join("lost+found").is_dir());
+        assert_eq!(write(path.join("new"), "x").unwrap_err().raw_os_error(), Some(Errno::EROFS as i32));
+        drop(root);
+        assert!(no_device_left(dir));
+        assert_eq!(mount_privately(&[mount("xfs", dir, &[])]).unwrap_err().code(), ErrorCode::Unknown);
+    });
+}
