@@ -102,11 +102,32 @@ pub fn digest(bytes: &[u8]) -> String {
     format!("sha256:{hex}")
 }
 
+/// A layer as it is stored.
+pub struct Stored {
+    /// Its media type, behind `application/vnd.oci.image.`.
+    pub kind: &'static str,
+    /// Its bytes.
+    pub blob: Vec<u8>,
+    /// The digest of what it unpacks to.
+    pub diff_id: String,
+}
+
 /// Writes an OCI archive of one image with these uncompressed layers.
 ///
 /// # Errors
 /// The file cannot be written.
 pub fn oci_archive(path: &Path, name: &str, layers: &[Vec<u8>], config: &serde_json::Value) -> Result<()> {
+    let plain =
+        |layer: &Vec<u8>| Stored { kind: "layer.v1.tar", blob: layer.clone(), diff_id: digest(layer) };
+    let layers: Vec<Stored> = layers.iter().map(plain).collect();
+    oci_archive_of(path, name, &layers, config)
+}
+
+/// Writes an OCI archive of one image with layers of any types.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn oci_archive_of(path: &Path, name: &str, layers: &[Stored], config: &serde_json::Value) -> Result<()> {
     let architecture = match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",
@@ -117,14 +138,14 @@ pub fn oci_archive(path: &Path, name: &str, layers: &[Vec<u8>], config: &serde_j
         "architecture": architecture,
         "os": "linux",
         "config": config,
-        "rootfs": { "type": "layers", "diff_ids": layers.iter().map(|layer| digest(layer)).collect::<Vec<_>>() },
+        "rootfs": { "type": "layers", "diff_ids": layers.iter().map(|layer| &layer.diff_id).collect::<Vec<_>>() },
     }))?;
     let descriptor = |kind: &str, bytes: &[u8]| json!({ "mediaType": format!("application/vnd.oci.image.{kind}"), "digest": digest(bytes), "size": bytes.len() });
     let manifest = serde_json::to_vec(&json!({
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
         "config": descriptor("config.v1+json", &config),
-        "layers": layers.iter().map(|layer| descriptor("layer.v1.tar", layer)).collect::<Vec<_>>(),
+        "layers": layers.iter().map(|layer| descriptor(layer.kind, &layer.blob)).collect::<Vec<_>>(),
     }))?;
     let mut entry = descriptor("manifest.v1+json", &manifest);
     entry["annotations"] = json!({
@@ -138,7 +159,7 @@ pub fn oci_archive(path: &Path, name: &str, layers: &[Vec<u8>], config: &serde_j
         ("oci-layout".to_owned(), br#"{"imageLayoutVersion":"1.0.0"}"#.to_vec()),
         ("index.json".to_owned(), index),
     ];
-    for blob in layers.iter().chain([&config, &manifest]) {
+    for blob in layers.iter().map(|layer| &layer.blob).chain([&config, &manifest]) {
         files.push((format!("blobs/sha256/{}", &digest(blob)[7..]), blob.clone()));
     }
     let mut file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;

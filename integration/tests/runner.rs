@@ -13,6 +13,7 @@ mod logs;
 mod net;
 mod operations;
 mod peers;
+mod proxies;
 mod restart;
 mod services;
 mod sharing;

@@ -23,6 +23,33 @@ fn content_through_the_service() -> Result<()> {
 }
 
 #[test]
+fn content_of_a_proxy_plugin_through_the_service() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    davit_content_store::testsuite::run(|_| {
+        Box::new(content::Remote::start_on_proxy().expect("the daemons start"))
+    });
+    Ok(())
+}
+
+#[test]
+fn overlayfs_of_a_proxy_plugin_through_the_service() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let plugin = Daemon::start()?;
+    let address = plugin.address();
+    let config = format!(
+        "[proxy_plugins.overlayfs]\ntype = \"snapshot\"\naddress = {address:?}\ncapabilities = [\"rebase\", \"remap-ids\"]\n"
+    );
+    let mut daemon = Daemon::start_with(&[], &config)?;
+    let remote = snapshots::Remote::connect(&daemon, "overlayfs")?;
+    davit_snapshotter::testsuite::run(&daemon.path("suite"), Traits::default(), &|_| remote.clone());
+    daemon.stop(Signal::SIGTERM)
+}
+
+#[test]
 fn overlayfs_through_the_service() -> Result<()> {
     snapshots("overlayfs", Traits::default())
 }

@@ -25,13 +25,25 @@ pub(super) struct Remote {
     client: ContentClient<Conn>,
     leases: LeasesClient<Conn>,
     runtime: Arc<Runtime>,
-    /// The last field: the client goes before the daemon does.
+    /// The last fields: the client goes before the daemon does, and that before its plugin.
     _daemon: Daemon,
+    _plugin: Option<Daemon>,
 }
 
 impl Remote {
     pub(super) fn start() -> Result<Remote> {
-        let daemon = Daemon::start()?;
+        Remote::connect(Daemon::start()?, None)
+    }
+
+    /// With the store of a second daemon in place of its own.
+    pub(super) fn start_on_proxy() -> Result<Remote> {
+        let plugin = Daemon::start()?;
+        let address = plugin.address();
+        let config = format!("[proxy_plugins.store]\ntype = \"content\"\naddress = {address:?}\n");
+        Remote::connect(Daemon::start_with(&[], &config)?, Some(plugin))
+    }
+
+    fn connect(daemon: Daemon, plugin: Option<Daemon>) -> Result<Remote> {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let (client, leases) = runtime.block_on(async {
             let channel = connect(&daemon.address()).await?;
@@ -41,7 +53,7 @@ impl Remote {
             let leased = InNamespace::new(&daemon.namespace(), Some("suite"))?;
             anyhow::Ok((ContentClient::new(InterceptedService::new(channel, leased)), leases))
         })?;
-        Ok(Remote { client, leases, runtime: Arc::new(runtime), _daemon: daemon })
+        Ok(Remote { client, leases, runtime: Arc::new(runtime), _daemon: daemon, _plugin: plugin })
     }
 }
 

@@ -1,11 +1,11 @@
 //! The connection to a plugin: made when it is needed, and every call on it has a deadline.
 
+use std::error::Error as _;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use davit_model::error::chain;
 use davit_model::{Coded, ErrorCode};
 use davit_proto::containerd::services::namespaces::v1::ListNamespacesRequest;
 use davit_proto::containerd::services::namespaces::v1::namespaces_client::NamespacesClient;
@@ -77,7 +77,9 @@ impl Coded for Failure {
 impl Failure {
     /// Whether the plugin is a daemon, which answers no call without a namespace (containerd `pkg/namespaces`).
     pub(super) fn wants_namespace(&self) -> bool {
-        self.code == ErrorCode::FailedPrecondition && self.text.contains("namespace is required")
+        // In streams, containerd up to 1.7 classes it as unknown.
+        matches!(self.code, ErrorCode::FailedPrecondition | ErrorCode::Unknown)
+            && self.text.contains("namespace is required")
     }
 }
 
@@ -203,9 +205,11 @@ impl Connection {
     /// What a status of the plugin, or of the way to it, says.
     pub(super) fn failure(&self, status: &Status) -> Failure {
         let mut text = status.message().to_owned();
-        if let Some(source) = std::error::Error::source(status) {
-            // The plugin was not reached, and this is why.
-            text = chain(source);
+        let mut source = status.source();
+        while let Some(cause) = source {
+            source = cause.source();
+            // The plugin was not reached, or the connection broke: what lies deepest says why.
+            text = format!("the connection failed: {cause}");
         }
         self.error(ErrorCode::from_number(status.code() as i32), text)
     }

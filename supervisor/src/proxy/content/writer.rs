@@ -118,6 +118,14 @@ impl ProxyWriter {
         Ok(answer)
     }
 
+    /// Asks when the plugin took what it has, so that who asks it later is told the same.
+    fn ask(&mut self) -> Result<(), Error> {
+        let answer =
+            self.step(WriteContentRequest { action: WriteAction::Stat.into(), ..Default::default() })?;
+        self.updated_at = time(answer.updated_at);
+        Ok(())
+    }
+
     /// Appends bytes.
     ///
     /// # Errors
@@ -139,22 +147,24 @@ impl ProxyWriter {
             if let Some(hasher) = &mut self.hasher {
                 hasher.update(piece);
             }
-            self.updated_at = SystemTime::now();
         }
-        Ok(())
+        self.ask()
     }
 
-    /// Throws away what was written; `size` must be 0. The plugin learns it from the next write, which begins anew.
+    /// Throws away what was written; `size` must be 0. On the wire that is a write at the start.
     ///
     /// # Errors
-    /// [`Error::BadTruncation`].
+    /// [`Error::BadTruncation`], [`Error::Remote`].
     pub fn truncate(&mut self, size: u64) -> Result<(), Error> {
         if size != 0 {
             return Err(Error::BadTruncation { size });
         }
+        if self.offset > 0 {
+            self.step(WriteContentRequest { action: WriteAction::Write.into(), ..Default::default() })?;
+        }
         self.offset = 0;
         self.hasher = Some(Hasher::new(Algorithm::Sha256));
-        Ok(())
+        self.ask()
     }
 
     /// Makes what was written a blob.
