@@ -8,7 +8,8 @@ use tracing_subscriber::reload::{self, Handle};
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry};
 
-use crate::config::{Log, LogFormat};
+use crate::config::{Config, LogFormat};
+use crate::trace;
 
 /// Why logs are not as somebody wants them.
 #[derive(Debug, thiserror::Error)]
@@ -43,25 +44,48 @@ pub enum LogsError {
 pub struct Logs {
     filter: Handle<EnvFilter, Registry>,
     level: Arc<Mutex<String>>,
+    #[cfg(feature = "otel")]
+    sender: Option<trace::Sender>,
 }
 
 impl Logs {
-    /// Begins to log on standard error.
+    /// Begins to log on standard error, and to send spans if that is wanted. Must be called in a runtime.
     ///
     /// # Errors
     /// [`LogsError::Level`] and [`LogsError::Filter`] for a level that is none; the logs of a process can begin once.
-    pub fn start(config: &Log) -> Result<Logs, LogsError> {
-        let (filter, handle) = reload::Layer::new(filter(&config.level)?);
+    pub fn start(config: &Config) -> Result<Logs, LogsError> {
+        let level = &config.log.level;
+        let (filter, handle) = reload::Layer::new(filter(level)?);
         let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
-        let lines = match config.format {
+        let lines = match config.log.format {
             LogFormat::Text => lines.with_ansi(false).with_filter(filter).boxed(),
             LogFormat::Json => lines.json().with_filter(filter).boxed(),
         };
         let registry = tracing_subscriber::registry().with(lines);
         #[cfg(feature = "otel")]
-        let registry = registry.with(crate::trace::layer());
+        let sender = trace::Sender::start(&config.tracing);
+        #[cfg(feature = "otel")]
+        let registry = registry.with(trace::layer(sender.as_ref().ok().and_then(Option::as_ref)));
         registry.try_init().map_err(|_| LogsError::Begun)?;
-        Ok(Logs { filter: handle, level: Arc::new(Mutex::new(config.level.clone())) })
+        trace::warn_if_deaf(&config.tracing);
+        Ok(Logs {
+            filter: handle,
+            level: Arc::new(Mutex::new(level.clone())),
+            // As with containerd: without its spans a daemon is as good as with them.
+            #[cfg(feature = "otel")]
+            sender: sender.unwrap_or_else(|error| {
+                tracing::warn!(error = davit_model::error::chain(&error), "no spans are sent");
+                None
+            }),
+        })
+    }
+
+    /// Sends the last spans. Blocks for a moment, and must not be called in a runtime, which must still be there.
+    pub fn end(self) {
+        #[cfg(feature = "otel")]
+        if let Some(sender) = self.sender {
+            sender.end();
+        }
     }
 
     /// The level or filter in force.

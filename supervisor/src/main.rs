@@ -122,7 +122,12 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         }
         None => {
             make_temp(&config)?;
-            let logs = Logs::start(&config.log)?;
+            let workers = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8);
+            let runtime = runtime(workers)?;
+            let logs = {
+                let _entered = runtime.enter();
+                Logs::start(&config)?
+            };
             if !ignored.is_empty() {
                 tracing::warn!(
                     keys = ignored.join(", "),
@@ -133,9 +138,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             if !config.process.cgroup.as_os_str().is_empty() {
                 cgroup::join(&config.process.cgroup, std::process::id())?;
             }
-            let workers = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8);
-            let runtime = runtime(workers)?;
-            let ended = runtime.block_on(server::run(config, logs));
+            let ended = runtime.block_on(server::run(config, logs.clone()));
+            logs.end();
             // A backend that hangs must not keep the daemon from ending; what it was at is as after a crash.
             runtime.shutdown_timeout(std::time::Duration::from_secs(1));
             ended

@@ -2,9 +2,35 @@
 //!
 //! Without the feature `otel` a span is there for the logs alone, and nothing is sent.
 
+#[cfg(feature = "otel")]
+mod otel;
+
 use http::HeaderMap;
 use tonic::Code;
 use tracing::{Span, field};
+
+use crate::config::Tracing;
+
+#[cfg(feature = "otel")]
+pub(crate) use otel::{Sender, layer};
+
+/// The variables that name a collector, the more particular one first.
+const ENDPOINTS: [&str; 2] = ["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"];
+
+/// The first of some variables that says something.
+fn variable(names: &[&str]) -> Option<String> {
+    names.iter().find_map(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
+}
+
+/// Says when spans are wanted of a daemon that sends none.
+pub(crate) fn warn_if_deaf(config: &Tracing) {
+    let wanted = !config.endpoint.is_empty() || variable(&ENDPOINTS).is_some();
+    if wanted && !cfg!(feature = "otel") {
+        tracing::warn!(
+            "spans are sent by a davitd that was built with the feature otel, and this one was not"
+        );
+    }
+}
 
 /// The span of a call.
 #[cfg_attr(not(feature = "otel"), expect(unused_variables, reason = "the headers name the trace"))]

@@ -113,7 +113,8 @@ pub(super) async fn create(
                 let context = owner.context.clone();
                 tokio::spawn(
                     async move { create::run(context, binary, options).await }
-                        .instrument(span(namespace, &id)),
+                        // Part of the call's trace, while the owner has no end that a trace could wait for.
+                        .instrument(info_span!("create", namespace, container.id = id)),
                 );
                 owner.spawn();
                 return Ok(answer);

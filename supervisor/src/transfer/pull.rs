@@ -18,6 +18,7 @@ use crate::metadata::{Content, Scope};
 const QUEUE: usize = 64;
 
 /// Pulls into a scope that has a lease.
+#[tracing::instrument(name = "pull", level = "debug", skip_all, fields(reference = %from))]
 pub(super) async fn pull(
     transfers: &Transfers,
     scope: &Scope,

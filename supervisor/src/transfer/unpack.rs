@@ -19,6 +19,7 @@ use davit_oci::{chain, media_type};
 use davit_snapshotter::{native, overlayfs};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tracing::Instrument;
 
 use super::{Error, Listener, News, Transfers, Unpack, document, set_labels};
 use crate::differs::Differs;
@@ -151,7 +152,7 @@ impl Unpacker {
                 chain: chain::chain_ids(&diff_ids),
                 diff_ids,
             };
-            tasks.spawn(image.run(receiver));
+            tasks.spawn(image.run(receiver).in_current_span());
             started.push(sender);
         }
         Ok(started)
@@ -192,6 +193,7 @@ impl Unpacking {
         set_labels(&self.unpacker.content, &self.config, Labels::from([(label, top.to_string())])).await
     }
 
+    #[tracing::instrument(name = "unpack", level = "debug", skip_all, fields(digest = %self.layers[index].digest))]
     async fn layer(&self, index: usize) -> Result<(), Error> {
         let snapshots = &self.place.snapshots;
         let (name, layer) = (self.chain[index].to_string(), &self.layers[index]);
