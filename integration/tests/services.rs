@@ -1,9 +1,11 @@
 //! The services beside the life of a container, as their clients see them on the socket.
 
 mod configuration;
+mod letter;
 mod metrics;
 mod mounts;
 mod restart;
+mod rootfs;
 mod sandboxes;
 mod streaming;
 mod transfer;

@@ -16,7 +16,7 @@ pub enum IdentifierError {
         id: String,
     },
     /// A character or an order of characters that is not allowed.
-    #[error("identifier {id:?} must match pattern ^[A-Za-z0-9]+(?:[._-](?:[A-Za-z0-9]+))*$")]
+    #[error("identifier {id:?} must match ^[A-Za-z0-9]+(?:[._-](?:[A-Za-z0-9]+))*$")]
     Pattern {
         /// What was given.
         id: String,
@@ -65,7 +65,7 @@ pub fn validate_topic(topic: &str) -> Result<(), TopicError> {
         return Err(error("must have at least one component"));
     }
     for part in rest.split('/') {
-        validate(part).map_err(|source| error(&format!("component {part:?}: {source}")))?;
+        validate(part).map_err(|source| error(&format!("failed validation on component {part:?}: {source}")))?;
     }
     Ok(())
 }

@@ -126,7 +126,12 @@ impl Content for ContentService {
         request: Request<wire::StatusRequest>,
     ) -> Result<Response<wire::StatusResponse>, Status> {
         let scope = Context::of(&request).scope()?;
-        let status = self.metadata.content(&scope).status(&request.into_inner().r#ref).await.map_err(from)?;
+        let reference = request.into_inner().r#ref;
+        let status = self.metadata.content(&scope).status(&reference).await.map_err(|error| {
+            let refused = from(error);
+            let text = format!("could not get status for ref {reference:?}: {}", refused.message());
+            Status::new(refused.code(), text)
+        })?;
         Ok(Response::new(wire::StatusResponse { status: Some(status_to_wire(status)) }))
     }
 

@@ -38,7 +38,7 @@ fn publish(
     event: Option<Any>,
 ) -> Result<(), Status> {
     validate(namespace).map_err(|error| invalid(format!("event envelope has invalid namespace: {error}")))?;
-    validate_topic(topic).map_err(|error| invalid(format!("envelope topic {topic:?}: {error}")))?;
+    validate_topic(topic).map_err(|error| invalid(format!("envelope topic {topic:?}: {}", error.reason)))?;
     let event = event.unwrap_or_default();
     let (namespace, topic) = (namespace.to_owned(), topic.to_owned());
     hub.publish(Envelope { timestamp, namespace, topic, event, cause: Cause::None });
@@ -57,10 +57,10 @@ impl Events for EventsService {
 
     async fn forward(&self, request: Request<wire::ForwardRequest>) -> Result<Response<()>, Status> {
         let envelope = request.into_inner().envelope.ok_or_else(|| invalid("envelope is required"))?;
-        let timestamp = envelope
-            .timestamp
-            .and_then(convert::time_from_wire)
-            .ok_or_else(|| invalid("event envelope has no timestamp"))?;
+        // containerd takes an event without a time for one of 1970.
+        let timestamp = envelope.timestamp.unwrap_or_default();
+        let timestamp = convert::time_from_wire(timestamp)
+            .ok_or_else(|| invalid("event envelope has a timestamp out of range"))?;
         let event = envelope.event.map(convert::any_from_wire);
         publish(&self.hub, &envelope.namespace, &envelope.topic, timestamp, event)?;
         Ok(Response::new(()))

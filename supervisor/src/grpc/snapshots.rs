@@ -150,6 +150,6 @@ impl Snapshots for SnapshotsService {
 
     async fn cleanup(&self, _: Request<wire::CleanupRequest>) -> Result<Response<()>, Status> {
         // The collector cleans up; containerd's daemon answers this call so, whatever the snapshotter can do.
-        Err(unimplemented("cleanup"))
+        Err(unimplemented("snapshotter does not implement Cleanup method"))
     }
 }

@@ -82,7 +82,12 @@ pub fn status(code: ErrorCode, text: &str) -> Status {
 
 /// A request that is malformed.
 pub fn invalid(text: impl std::fmt::Display) -> Status {
-    status(ErrorCode::InvalidArgument, &format!("{text}: invalid argument"))
+    let text = text.to_string();
+    let class = ErrorCode::InvalidArgument.text();
+    if text.ends_with(class) {
+        return status(ErrorCode::InvalidArgument, &text);
+    }
+    status(ErrorCode::InvalidArgument, &format!("{text}: {class}"))
 }
 
 /// What is not built.
@@ -136,5 +141,8 @@ mod tests {
     #[test]
     fn the_text_ends_with_its_class_once() {
         assert_eq!(from(Missing).message(), "image \"x\": not found");
+        for text in ["no filter", "no filter: invalid argument"] {
+            assert_eq!(invalid(text).message(), "no filter: invalid argument");
+        }
     }
 }

@@ -125,9 +125,9 @@ impl Containers {
     /// Makes a container; the times of the argument are ignored.
     ///
     /// # Errors
-    /// [`Error::AlreadyExists`]; [`Error::Identifier`], [`Error::Label`] or [`Error::Invalid`] for what cannot be.
+    /// [`Error::AlreadyExists`]; [`Error::Validation`] for what cannot be.
     pub async fn create(&self, mut container: Container) -> Result<Container, Error> {
-        validate(&container)?;
+        validate(&container, "create container")?;
         fields::drop_empty(&mut container.labels);
         container.created_at = SystemTime::now();
         container.updated_at = container.created_at;
@@ -158,7 +158,7 @@ impl Containers {
     /// [`Error::NotFound`], [`Error::Field`], [`Error::Immutable`], and those of [`create`](Containers::create).
     pub async fn update(&self, container: Container, paths: &[String]) -> Result<Container, Error> {
         if container.id.is_empty() {
-            return Err(Error::Invalid { rule: "must specify a container id" });
+            return Err(Error::Invalid { rule: "Container.ID required" });
         }
         let (namespace, mut paths) = (self.scope.namespace.clone(), paths.to_vec());
         let change = move |txn: &mut Txn<'_>| {
@@ -179,7 +179,7 @@ impl Containers {
             for path in paths {
                 apply(&path, &mut updated, &container)?;
             }
-            validate(&updated)?;
+            validate(&updated, "update")?;
             fields::drop_empty(&mut updated.labels);
             updated.updated_at = SystemTime::now();
             schema::store(txn, &key, &to_record(&updated));
@@ -203,7 +203,7 @@ impl Containers {
         let change = move |txn: &mut Txn<'_>| {
             let key = Table::Container.key(&namespace, &id);
             if txn.get(&key).is_none() {
-                return Err(Error::not_found(Object::Container(id)));
+                return Err(Error::not_found(Object::AbsentContainer(id)));
             }
             txn.delete(&key);
             Ok(((), Effects::removed().with_event(Event::ContainerDelete { id })))
@@ -227,7 +227,12 @@ fn apply(path: &str, updated: &mut Container, wanted: &Container) -> Result<(), 
     Ok(())
 }
 
-fn validate(container: &Container) -> Result<(), Error> {
+/// Checks what is to be stored by `operation`.
+fn validate(container: &Container, operation: &'static str) -> Result<(), Error> {
+    check(container).map_err(|source| Error::Validation { operation, source: Box::new(source) })
+}
+
+fn check(container: &Container) -> Result<(), Error> {
     identifier::validate(&container.id)
         .map_err(|source| Error::Identifier { field: "container.ID", source })?;
     if container.extensions.contains_key("") {

@@ -18,6 +18,9 @@ pub enum Object {
     /// A container.
     #[error("container {0:?}")]
     Container(String),
+    /// A container that was to be deleted.
+    #[error("container {0}")]
+    AbsentContainer(String),
     /// A container that was asked for, with the namespace it is not in.
     #[error("container {id:?} in namespace {namespace:?}")]
     ContainerIn {
@@ -84,6 +87,14 @@ pub enum Error {
     AlreadyExists {
         /// Which one.
         object: Object,
+    },
+    /// What was to be stored breaks a rule.
+    #[error("{operation} failed validation")]
+    Validation {
+        /// What was tried.
+        operation: &'static str,
+        /// The rule.
+        source: Box<Error>,
     },
     /// A name breaks the rules of identifiers.
     #[error("{field}")]
@@ -164,6 +175,12 @@ pub enum Error {
     /// A resource type has parts that it should not have, or lacks some.
     #[error("invalid resource type {kind}: invalid argument")]
     ResourceType {
+        /// The type.
+        kind: String,
+    },
+    /// The type of a snapshot as a resource does not name one snapshotter.
+    #[error("invalid snapshot resource type {kind}: invalid argument")]
+    SnapshotResourceType {
         /// The type.
         kind: String,
     },
@@ -283,6 +300,7 @@ impl Coded for Error {
             | Error::Immutable { .. }
             | Error::Field { .. }
             | Error::ResourceType { .. }
+            | Error::SnapshotResourceType { .. }
             | Error::ResourceId { .. }
             | Error::SnapshotterUnknown { .. }
             | Error::ParentMismatch { .. } => ErrorCode::InvalidArgument,
@@ -292,6 +310,7 @@ impl Coded for Error {
             | Error::CommitDigest { .. }
             | Error::Version { .. } => ErrorCode::FailedPrecondition,
             Error::ResourceUnsupported { .. } => ErrorCode::Unimplemented,
+            Error::Validation { source, .. } => source.code(),
             Error::Filter(source) => source.code(),
             Error::Mounts(source) => source.code(),
             Error::Store(source) => source.code(),

@@ -34,7 +34,16 @@ pub(crate) fn drop_empty(labels: &mut Labels) {
 
 /// Checks the labels that `field` holds.
 pub(crate) fn check_labels(field: &'static str, labels: &Labels) -> Result<(), Error> {
+    check_keys(labels)?;
     label::validate(labels).map_err(|source| Error::Label { field, source })
+}
+
+/// Checks that each label has a key. containerd's database takes none without; but one that is being deleted may have any.
+pub(crate) fn check_keys(labels: &Labels) -> Result<(), Error> {
+    if labels.get("").is_some_and(|value| !value.is_empty()) {
+        return Err(Error::Invalid { rule: "label key must not be empty" });
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -43,6 +52,13 @@ mod tests {
 
     fn labels(pairs: &[(&str, &str)]) -> Labels {
         pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+    }
+
+    #[test]
+    fn a_label_has_a_key() {
+        for (key, value, fits) in [("", "v", false), ("", "", true), ("k", "", true)] {
+            assert_eq!(check_labels("labels", &labels(&[(key, value)])).is_ok(), fits, "{key:?}={value:?}");
+        }
     }
 
     #[test]

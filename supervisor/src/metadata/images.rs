@@ -167,7 +167,7 @@ impl Images {
         source_date_epoch: Option<SystemTime>,
     ) -> Result<Image, Error> {
         if image.name.is_empty() {
-            return Err(Error::Invalid { rule: "image name is required for update" });
+            return Err(Error::Invalid { rule: "Image.Name required" });
         }
         let (scope, paths) = (self.scope.clone(), paths.to_vec());
         let change = move |txn: &mut Txn<'_>| {
@@ -248,7 +248,7 @@ fn drop_empty(image: &mut Image) {
 
 fn validate(image: &Image) -> Result<(), Error> {
     if image.name.is_empty() {
-        return Err(Error::Invalid { rule: "image name must not be empty" });
+        return Err(Error::Invalid { rule: "Image.Name required" });
     }
     fields::check_labels("image.Labels", &image.labels)?;
     image.target.digest.parse::<Digest>().map_err(|source| Error::Digest {

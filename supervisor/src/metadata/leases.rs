@@ -50,20 +50,27 @@ impl Resource {
     fn path(&self) -> Result<String, Error> {
         let kind = &self.kind;
         let malformed = || Error::ResourceType { kind: kind.clone() };
-        match kind.split_once('/') {
+        let snapshot_malformed = || Error::SnapshotResourceType { kind: kind.clone() };
+        let path = match kind.split_once('/') {
             None if kind == "content" => {
                 let digest: Digest =
                     self.id.parse().map_err(|source| Error::ResourceId { id: self.id.clone(), source })?;
-                Ok(content(&digest))
+                content(&digest)
             }
-            None if kind == "ingests" => Ok(ingest(&self.id)),
-            None if kind == "images" => Ok(image(&self.id)),
-            None if kind == "snapshots" => Err(malformed()),
-            Some(("content" | "ingests" | "images", _)) => Err(malformed()),
-            Some(("snapshots", name)) if name.is_empty() || name.contains('/') => Err(malformed()),
-            Some(("snapshots", name)) => Ok(snapshot(name, &self.id)),
-            None | Some(_) => Err(Error::ResourceUnsupported { kind: kind.clone() }),
+            None if kind == "ingests" => ingest(&self.id),
+            None if kind == "images" => image(&self.id),
+            None if kind == "snapshots" => return Err(snapshot_malformed()),
+            Some(("content" | "ingests" | "images", _)) => return Err(malformed()),
+            Some(("snapshots", name)) if name.is_empty() || name.contains('/') => {
+                return Err(snapshot_malformed());
+            }
+            Some(("snapshots", name)) => snapshot(name, &self.id),
+            None | Some(_) => return Err(Error::ResourceUnsupported { kind: kind.clone() }),
+        };
+        if self.id.is_empty() {
+            return Err(Error::Invalid { rule: "resource id must not be empty" });
         }
+        Ok(path)
     }
 
     /// The inverse of [`path`](Resource::path).
@@ -140,8 +147,9 @@ impl Leases {
     /// Makes a lease; without an id it gets one.
     ///
     /// # Errors
-    /// [`Error::AlreadyExists`].
+    /// [`Error::AlreadyExists`], [`Error::Invalid`].
     pub async fn create(&self, id: Option<&str>, mut labels: Labels) -> Result<Lease, Error> {
+        fields::check_keys(&labels)?;
         fields::drop_empty(&mut labels);
         let namespace = self.scope.namespace.clone();
         let id = id.filter(|id| !id.is_empty()).map(str::to_owned);
@@ -203,7 +211,8 @@ impl Leases {
     /// Attaches a resource, which need not exist.
     ///
     /// # Errors
-    /// [`Error::NotFound`]; [`Error::ResourceUnsupported`], [`Error::ResourceType`], [`Error::ResourceId`].
+    /// [`Error::NotFound`]; [`Error::ResourceUnsupported`], [`Error::ResourceType`],
+    /// [`Error::SnapshotResourceType`], [`Error::ResourceId`], [`Error::Invalid`].
     pub async fn add_resource(&self, id: &str, resource: &Resource) -> Result<(), Error> {
         let path = resource.path();
         let (namespace, id) = (self.scope.namespace.clone(), id.to_owned());
@@ -297,8 +306,14 @@ mod tests {
     #[test]
     fn other_resources_are_refused() {
         assert!(matches!(resource("content", "x").path(), Err(Error::ResourceId { .. })));
-        for kind in ["content/x", "images/x", "snapshots", "snapshots/", "snapshots/a/b"] {
+        for kind in ["content/x", "images/x", "ingests/x"] {
             assert!(matches!(resource(kind, DIGEST).path(), Err(Error::ResourceType { .. })), "{kind}");
+        }
+        for kind in ["snapshots", "snapshots/", "snapshots/a/b"] {
+            assert!(matches!(resource(kind, "k").path(), Err(Error::SnapshotResourceType { .. })), "{kind}");
+        }
+        for kind in ["ingests", "images", "snapshots/a"] {
+            assert!(matches!(resource(kind, "").path(), Err(Error::Invalid { .. })), "{kind}");
         }
         for kind in ["", "streams", "mounts/x"] {
             assert!(matches!(resource(kind, "x").path(), Err(Error::ResourceUnsupported { .. })), "{kind}");

@@ -105,7 +105,7 @@ impl Session {
         let mut answer = WriteContentResponse {
             action: request.action,
             offset: bytes(before.offset),
-            ..Default::default()
+            ..self.previous.clone().unwrap_or_default()
         };
         match WriteAction::try_from(request.action) {
             Ok(WriteAction::Stat) => {

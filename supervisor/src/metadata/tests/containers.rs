@@ -42,7 +42,7 @@ async fn come_back_as_they_were_stored() {
         "container \"c\": already exists",
     );
     containers.delete("c").await.unwrap();
-    refused(containers.delete("c").await, ErrorCode::NotFound, "container \"c\": not found");
+    refused(containers.delete("c").await, ErrorCode::NotFound, "container c: not found");
     assert_eq!(fixture.events(), [("a".to_owned(), Event::ContainerDelete { id: "c".to_owned() })]);
 }
 
@@ -67,7 +67,8 @@ async fn must_be_complete() {
         (container(""), "container.ID: identifier must not be empty"),
     ];
     for (wrong, text) in table {
-        refused(containers.create(wrong).await, ErrorCode::InvalidArgument, text);
+        let text = format!("create container failed validation: {text}");
+        refused(containers.create(wrong).await, ErrorCode::InvalidArgument, &text);
     }
     for id in ["../x", "a/b", &"x".repeat(77)] {
         assert_eq!(containers.create(container(id)).await.unwrap_err().code(), ErrorCode::InvalidArgument);
@@ -135,7 +136,7 @@ async fn change_by_field_mask() {
         "cannot update \"runtime\" field on \"c\": invalid argument",
     );
     let none = Container { spec: None, ..original };
-    let text = "container.Spec must be set: invalid argument";
+    let text = "update failed validation: container.Spec must be set: invalid argument";
     refused(containers.update(none, &paths(&["spec"])).await, ErrorCode::InvalidArgument, text);
     let text = "container \"x\": not found";
     refused(containers.update(container("x"), &[]).await, ErrorCode::NotFound, text);

@@ -51,7 +51,7 @@ async fn must_have_a_target() {
         image
     };
     let table = [
-        (with(|image| image.name.clear()), "image name must not be empty: invalid argument"),
+        (with(|image| image.name.clear()), "Image.Name required: invalid argument"),
         (with(|image| image.target.size = 0), "target.Size must be greater than zero: invalid argument"),
         (with(|image| image.target.media_type.clear()), "target.MediaType must be set: invalid argument"),
     ];
