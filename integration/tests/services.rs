@@ -1,5 +1,6 @@
 //! The services beside the life of a container, as their clients see them on the socket.
 
+mod archives;
 mod configuration;
 mod letter;
 mod metrics;

@@ -342,9 +342,9 @@ impl Transfers {
         let options = PushOptions { platforms: from.platforms.clone(), ..PushOptions::default() };
         let observer = Arc::new(Telling { listener: listener.clone(), root: image.name.clone() });
         distribution::push(&repository, source, &root, &options, observer).await?;
-        listener(about("pushed content"));
         let descriptor = Some(root.clone());
         listener(News { event: format!("Completed push to {to}"), descriptor, ..News::default() });
+        listener(about("pushed content"));
         Ok(())
     }
 
@@ -405,9 +405,14 @@ impl Transfers {
         }
         let labels =
             Labels::from([(gc::LABEL_EXPIRE.to_owned(), rfc3339(SystemTime::now() + LEASE_LIFETIME))]);
-        let lease = leases.create(None, labels).await?;
-        let scope = Scope::new(scope.namespace(), Some(&lease.id))?;
-        Ok((scope, Held { leases, id: Some(lease.id) }))
+        // In a task of its own: who gives up while the lease is made still ends it.
+        let making = tokio::spawn(async move {
+            let lease = leases.create(None, labels).await?;
+            Ok::<_, metadata::Error>(Held { leases, id: Some(lease.id) })
+        });
+        let held = making.await.map_err(|_| Error::Interrupted { task: "making a lease" })??;
+        let scope = Scope::new(scope.namespace(), held.id.as_deref())?;
+        Ok((scope, held))
     }
 
     /// Makes records of these names, in place of those that are there, and returns the names.

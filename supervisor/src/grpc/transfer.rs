@@ -89,7 +89,11 @@ impl TransferService {
         let (out, pieces) = mpsc::channel(bytes::QUEUE);
         let making =
             async { self.transfers.export(scope, from, options, out, listener).await.map_err(to_status) };
-        let sent = tokio::try_join!(making, bytes::send(to, pieces)).map(drop);
+        let mut sender = bytes::Sender::new(to);
+        let sent = match tokio::try_join!(making, sender.send(pieces)) {
+            Ok(_) => sender.end_archive().await,
+            Err(status) => Err(status),
+        };
         to.close();
         sent
     }
@@ -197,7 +201,8 @@ fn export_options(export: ImageExportStream) -> ExportOptions {
 /// Sends back what comes, which is how clients try a way (containerd's `echo`).
 async fn echo(from: &Stream, to: &Stream) -> Result<(), Status> {
     let (out, pieces) = mpsc::channel(bytes::QUEUE);
-    let echoed = tokio::try_join!(bytes::receive(from, out), bytes::send(to, pieces)).map(drop);
+    let mut sender = bytes::Sender::new(to);
+    let echoed = tokio::try_join!(bytes::receive(from, out), sender.send(pieces)).map(drop);
     from.close();
     to.close();
     echoed

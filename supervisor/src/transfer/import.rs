@@ -59,14 +59,21 @@ pub(super) async fn import(
         let names = names::annotated(to, image.digest.as_str(), &image.annotations);
         (names, image)
     });
+    let mut saved = Vec::new();
     for (names, descriptor) in std::iter::once(index).chain(annotated) {
         // What nobody has a name for is left to the collector.
         for name in transfers.save(scope, names, &descriptor).await? {
-            let descriptor = Some(descriptor.clone());
-            listener(News { event: "saved".to_owned(), name, descriptor, ..News::default() });
+            saved.push(News {
+                event: "saved".to_owned(),
+                name,
+                descriptor: Some(descriptor.clone()),
+                ..News::default()
+            });
         }
     }
+    // As with a pull, the names come last.
     listener(News { event: "Completed import".to_owned(), ..News::default() });
+    saved.into_iter().for_each(|news| listener(news));
     Ok(())
 }
 

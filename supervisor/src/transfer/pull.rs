@@ -55,11 +55,13 @@ pub(super) async fn pull(
     for (descriptor, labels) in &contents {
         label(&content, &from.reference, descriptor, labels).await?;
     }
-    for name in transfers.save(scope, names::required(to, root.digest.as_str())?, &root).await? {
+    let names = transfers.save(scope, names::required(to, root.digest.as_str())?, &root).await?;
+    // Of what has no name `ctr` shows the last before something named: so the names come last.
+    listener(News { event: format!("Completed pull from {from}"), ..News::default() });
+    for name in names {
         let descriptor = Some(root.clone());
         listener(News { event: "saved".to_owned(), name, descriptor, ..News::default() });
     }
-    listener(News { event: format!("Completed pull from {from}"), ..News::default() });
     Ok(())
 }
 

@@ -9,9 +9,12 @@
 //!      │◀──────── end ────────────│ it sends no more: that was all
 //! ```
 
+use std::time::Duration;
+
 use davit_proto::any;
 use davit_proto::containerd::types::transfer::{Data, WindowUpdate};
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 use tonic::Status;
 
 use crate::grpc::convert::{any_from_wire, any_to_wire};
@@ -22,30 +25,71 @@ use crate::streams::Stream;
 const MAX_DATA: usize = 32 << 10;
 /// What is granted at once.
 const WINDOW: i32 = 2 * (32 << 10);
+/// How long a receiver is waited for that does not say that it has taken all.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// How many pieces wait between a stream and what is made of it.
 pub(super) const QUEUE: usize = 4;
 
-/// Sends what comes, and closes the stream after that.
-pub(super) async fn send(stream: &Stream, mut pieces: mpsc::Receiver<Vec<u8>>) -> Result<(), Status> {
-    let mut window = 0_usize;
-    while let Some(piece) = pieces.recv().await {
-        let mut rest = piece.as_slice();
+/// Sends bytes.
+pub(super) struct Sender<'a> {
+    stream: &'a Stream,
+    /// What was granted and not sent.
+    window: usize,
+}
+
+impl Sender<'_> {
+    /// Sends to `stream`.
+    pub(super) fn new(stream: &Stream) -> Sender<'_> {
+        Sender { stream, window: 0 }
+    }
+
+    /// Sends what comes.
+    pub(super) async fn send(&mut self, mut pieces: mpsc::Receiver<Vec<u8>>) -> Result<(), Status> {
+        while let Some(piece) = pieces.recv().await {
+            self.send_piece(&piece).await?;
+        }
+        Ok(())
+    }
+
+    async fn send_piece(&mut self, mut rest: &[u8]) -> Result<(), Status> {
         while !rest.is_empty() {
-            while window == 0 {
-                let gone = || Status::unavailable("the client reads no more: unavailable");
-                let message = any_to_wire(stream.receive().await.map_err(from)?.ok_or_else(gone)?);
-                let update = any::unpack::<WindowUpdate>(&message).map_err(invalid)?;
-                let update = update.ok_or_else(|| invalid("want a WindowUpdate"))?.update;
-                window = window.saturating_add(usize::try_from(update).unwrap_or(0));
+            while self.window == 0 {
+                self.grant().await?;
             }
-            let (now, later) = rest.split_at(rest.len().min(window).min(MAX_DATA));
+            let (now, later) = rest.split_at(rest.len().min(self.window).min(MAX_DATA));
             let data = Data { data: now.to_vec() };
-            stream.send(any_from_wire(any::pack(&data))).await.map_err(from)?;
-            window -= now.len();
+            self.stream.send(any_from_wire(any::pack(&data))).await.map_err(from)?;
+            self.window -= now.len();
             rest = later;
         }
+        Ok(())
     }
-    Ok(())
+
+    /// Takes what the receiver grants.
+    async fn grant(&mut self) -> Result<(), Status> {
+        let gone = || Status::unavailable("the client reads no more: unavailable");
+        let message = any_to_wire(self.stream.receive().await.map_err(from)?.ok_or_else(gone)?);
+        let update = any::unpack::<WindowUpdate>(&message).map_err(invalid)?;
+        let update = update.ok_or_else(|| invalid("want a WindowUpdate"))?.update;
+        self.window = self.window.saturating_add(usize::try_from(update).unwrap_or(0));
+        Ok(())
+    }
+
+    /// Ends an archive so that its receiver has all of it before it hears of the end of the call. `ctr` goes away then,
+    /// with what it has not written yet. So zeros follow, which mean nothing behind the end of a tar; who has granted
+    /// a window beyond them has taken all but the last window of them, and written all but the last message of that.
+    pub(super) async fn end_archive(&mut self) -> Result<(), Status> {
+        self.send_piece(&[0; WINDOW as usize + MAX_DATA]).await?;
+        let taken = async {
+            while self.window < WINDOW as usize {
+                self.grant().await?;
+            }
+            Ok(())
+        };
+        // A receiver that grants less at once, or goes away, knows what it does.
+        let _: Result<Result<(), Status>, _> = timeout(PATIENCE, taken).await;
+        Ok(())
+    }
 }
 
 /// Passes on what the client sends until it says that this was all, or until nobody wants more.
@@ -100,6 +144,40 @@ mod tests {
         assert_eq!(pieces.recv().await.unwrap(), b"one");
         assert_eq!(pieces.recv().await.unwrap().len(), 1000);
         assert_eq!(pieces.recv().await, None);
+    }
+
+    #[tokio::test]
+    async fn an_archive_ends_when_its_receiver_has_taken_it() {
+        let streams = Streams::default();
+        let (to_service, from_service) = streams.register("ns", None, "s").unwrap().split();
+        let stream = streams.get("ns", "s").unwrap();
+        let (out, pieces) = mpsc::channel(QUEUE);
+        out.send(vec![7; 100_000]).await.unwrap();
+        drop(out);
+        let sending = async {
+            let mut sender = Sender::new(&stream);
+            sender.send(pieces).await.unwrap();
+            sender.end_archive().await.unwrap();
+            stream.close();
+        };
+        let receiving = async {
+            let mut messages = std::pin::pin!(from_service);
+            let (mut window, mut all) = (0, Vec::new());
+            loop {
+                if window < WINDOW {
+                    let update = any_from_wire(any::pack(&WindowUpdate { update: WINDOW }));
+                    assert!(to_service.send(update).await || all.len() > 100_000);
+                    window += WINDOW;
+                }
+                let Some(message) = messages.next().await else { return all };
+                let data = any::unpack::<Data>(&any_to_wire(message)).unwrap().unwrap().data;
+                window -= i32::try_from(data.len()).unwrap();
+                all.extend(data);
+            }
+        };
+        let ((), all) = tokio::join!(sending, receiving);
+        assert!(all[..100_000].iter().all(|byte| *byte == 7));
+        assert!(all.len() > 100_000 && all[100_000..].iter().all(|byte| *byte == 0));
     }
 
     #[tokio::test]
