@@ -5,6 +5,7 @@
 //! functions to libFuzzer (`cargo +nightly fuzz run frame`); `tests/smoke.rs` runs all of them on its own inputs for
 //! a few seconds with a stable compiler.
 
+mod archive;
 mod entries;
 mod history;
 mod layer;
@@ -12,8 +13,9 @@ mod protocol;
 mod registry;
 mod text;
 
-pub use history::history;
+pub use archive::image_archive;
 pub use davit_shim::inputs as shim;
+pub use history::history;
 pub use layer::{layer_bytes, layer_entries};
 pub use protocol::{bootstrap, frame, journal};
 pub use registry::{challenge, hosts};
@@ -23,7 +25,7 @@ pub use text::{documents, filter, names, rootfs};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 17] = [
+pub const TARGETS: [Target; 18] = [
     ("frame", frame),
     ("bootstrap", bootstrap),
     ("journal", journal),
@@ -39,6 +41,7 @@ pub const TARGETS: [Target; 17] = [
     ("challenge", challenge),
     ("hosts", hosts),
     ("rootfs", rootfs),
+    ("image_archive", image_archive),
     ("layer_bytes", layer_bytes),
     ("layer_entries", layer_entries),
 ];

@@ -166,6 +166,32 @@ fn seeds(target: &str) -> Vec<Vec<u8>> {
             "user:wheel\0root:x:0:0:::\nuser:x:7:8:::\n\0wheel:x:9:user\n\0A=1\nB\n# c\n",
             "4294967296",
         ]),
+        "image_archive" => {
+            let layout = br#"{"imageLayoutVersion":"1.0.0"}"#;
+            let index = format!(r#"{{"manifests":[{{"mediaType":"x","digest":"{digest}","size":0}}]}}"#);
+            let table = br#"[{"Config":"c.json","RepoTags":["a:1"],"Layers":["a/layer.tar","b"]}]"#;
+            // Members by the number of their name; 14 is a link to `a/layer.tar`.
+            let members = |members: &[(u8, &[u8])]| {
+                let mut bytes = vec![1];
+                for (name, data) in members {
+                    bytes.extend([*name, u8::try_from(data.len()).expect("short")]);
+                    bytes.extend(*data);
+                }
+                bytes
+            };
+            let mut tar = tar::Builder::new(vec![0]);
+            for (name, data) in [("c.json", b"{}".as_slice()), ("manifest.json", br#"[{"Config":"c.json"}]"#)]
+            {
+                let mut header = tar::Header::new_gnu();
+                header.set_size(data.len() as u64);
+                tar.append_data(&mut header, name, data).expect("memory");
+            }
+            vec![
+                members(&[(0, layout), (1, index.as_bytes()), (9, b"")]),
+                members(&[(3, b"{}"), (4, b"layer"), (14, b"b"), (2, table)]),
+                tar.into_inner().expect("memory"),
+            ]
+        }
         _ => {
             // Entries are made of the very bytes; and one small archive for the target that takes archives.
             let mut header = tar::Header::new_ustar();
