@@ -19,7 +19,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use http::{HeaderMap, Request, Response};
 use tonic::Code;
@@ -28,6 +28,7 @@ use tower::{Layer, Service};
 use tracing::Span;
 
 use crate::grpc::context;
+use crate::histogram::Histogram;
 use crate::metrics::Page;
 use crate::trace;
 use body::{Observed, Observer, told};
@@ -54,9 +55,6 @@ const CODES: [&str; 17] = [
     "Unauthenticated",
 ];
 
-/// The upper bounds of the histogram, in seconds: the defaults of the clients of Prometheus.
-const BOUNDS: [f64; 11] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
-
 /// The most letters of a namespace that are kept: a valid one has no more than 76 (`davit_model::identifier`).
 const NAMESPACE: usize = 76;
 
@@ -67,9 +65,7 @@ struct Counters {
     received: AtomicU64,
     sent: AtomicU64,
     handled: [AtomicU64; CODES.len()],
-    /// How many took as long as each bound, and not as long as the one before; the last is for all that took longer.
-    took: [AtomicU64; BOUNDS.len() + 1],
-    nanoseconds: AtomicU64,
+    took: Histogram,
 }
 
 /// A call that is not finished.
@@ -173,28 +169,11 @@ impl Calls {
                 page.add("grpc_server_handled_total", "counter", help, &labels, count as f64);
             }
             if histogram {
-                counters.add_histogram(page, &labels);
+                let help = "Histogram of response latency (seconds) of gRPC that had been application-level handled \
+                            by the server.";
+                counters.took.add_to(page, "grpc_server_handling_seconds", help, &labels);
             }
         }
-    }
-}
-
-impl Counters {
-    fn add_histogram(&self, page: &mut Page, labels: &[(&str, &str); 3]) {
-        let name = "grpc_server_handling_seconds";
-        let help = "Histogram of response latency (seconds) of gRPC that had been application-level handled by \
-                    the server.";
-        page.head(name, "histogram", help);
-        let mut total = 0;
-        for (at, took) in self.took.iter().enumerate() {
-            total += took.load(Ordering::Relaxed);
-            let bound = BOUNDS.get(at).map_or("+Inf".to_owned(), f64::to_string);
-            let [method, service, kind] = *labels;
-            page.sample(name, "_bucket", &[method, service, kind, ("le", &bound)], total as f64);
-        }
-        let seconds = Duration::from_nanos(self.nanoseconds.load(Ordering::Relaxed)).as_secs_f64();
-        page.sample(name, "_sum", labels, seconds);
-        page.sample(name, "_count", labels, total as f64);
     }
 }
 
@@ -225,11 +204,7 @@ impl Call {
         trace::ended(&self.span, code);
         let Some(counters) = self.counters() else { return };
         counters.handled[code as usize].fetch_add(1, Ordering::Relaxed);
-        let took = self.began.elapsed();
-        let within = BOUNDS.iter().position(|bound| took.as_secs_f64() <= *bound).unwrap_or(BOUNDS.len());
-        counters.took[within].fetch_add(1, Ordering::Relaxed);
-        let nanoseconds = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
-        counters.nanoseconds.fetch_add(nanoseconds, Ordering::Relaxed);
+        counters.took.count(self.began.elapsed());
     }
 }
 

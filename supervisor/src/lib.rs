@@ -16,6 +16,7 @@ pub mod config;
 pub mod differs;
 pub mod events;
 pub mod grpc;
+mod histogram;
 pub mod lane;
 pub mod logs;
 pub mod metadata;

@@ -63,6 +63,7 @@ async fn text(source: &Source) -> String {
     page.add("containerd_build_info_total", "counter", "containerd build information", &labels, 1.0);
     process(&mut page, source.started);
     source.calls.add_to(&mut page, source.grpc_histogram);
+    source.metadata.add_collections(&mut page);
     if !source.containers {
         return page.finish();
     }

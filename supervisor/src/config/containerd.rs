@@ -342,8 +342,9 @@ impl Reader<'_> {
         // One that is no time is refused as well when nothing is bound by it.
         let names: Vec<String> = timeouts.table.keys().cloned().collect();
         for name in names {
-            self.duration(&mut timeouts, &name)?;
-            self.ignored.push(format!("timeouts.{name:?}"));
+            if self.duration(&mut timeouts, &name)?.is_some_and(|seconds| seconds > 0.0) {
+                self.ignored.push(format!("timeouts.{name:?}"));
+            }
         }
         Ok(())
     }

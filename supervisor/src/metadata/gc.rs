@@ -29,6 +29,7 @@ use super::error::Error;
 use super::event::Event;
 use super::schema::Table;
 use super::{Dirty, Metadata, mounts};
+use crate::metrics::Page;
 
 pub use schedule::Config;
 pub(super) use schedule::Schedule;
@@ -76,6 +77,11 @@ impl Metadata {
     /// [`Error::CollectionFailed`].
     pub async fn collected(&self) -> Result<(), Error> {
         self.inner.schedule.request().await
+    }
+
+    /// Adds what was collected to a page of metrics.
+    pub fn add_collections(&self, page: &mut Page) {
+        self.inner.schedule.add_to(page);
     }
 
     /// Carries out one collection now. The collector calls this; two at a time do no harm, and little good.

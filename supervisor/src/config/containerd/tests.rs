@@ -51,6 +51,7 @@ fn the_newest_version_has_its_settings_elsewhere() {
         [timeouts]
           "io.containerd.timeout.shim.load" = "1.5s"
           "io.containerd.timeout.bolt.open" = "0s"
+          "io.containerd.timeout.cri.defercleanup" = "1m"
         [plugins."io.containerd.server.v1.grpc"]
           address = "/s"
           gid = 7
@@ -87,7 +88,7 @@ fn the_newest_version_has_its_settings_elsewhere() {
     let expected = [
         "plugins.\"io.containerd.server.v1.grpc-tcp\".max_recv_message_size",
         "plugins.\"io.containerd.server.v1.grpc-tcp\".tls_common_name",
-        "timeouts.\"io.containerd.timeout.bolt.open\"",
+        "timeouts.\"io.containerd.timeout.cri.defercleanup\"",
     ];
     assert_eq!(ignored, expected);
     // The places are containerd's where the file names none.

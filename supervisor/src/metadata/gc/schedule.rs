@@ -20,8 +20,10 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::histogram::Histogram;
 use crate::metadata::Metadata;
 use crate::metadata::error::Error;
+use crate::metrics::Page;
 
 /// A collection counts as no shorter than this, so that short ones do not follow each other without rest.
 const SHORTEST_RUN: Duration = Duration::from_millis(5);
@@ -73,6 +75,9 @@ pub(in crate::metadata) struct Schedule {
     runs: Mutex<Runs>,
     wake: Notify,
     finished: watch::Sender<Finished>,
+    /// The collections that failed, and how long the others took.
+    failures: AtomicU64,
+    took: Histogram,
 }
 
 #[derive(Debug, Default)]
@@ -113,6 +118,17 @@ impl Schedule {
         match finished {
             Ok(run) if run.number >= number && !run.failed => Ok(()),
             Ok(_) | Err(_) => Err(Error::CollectionFailed),
+        }
+    }
+
+    /// Adds what was collected to a page of metrics, by containerd's names.
+    pub(in crate::metadata) fn add_to(&self, page: &mut Page) {
+        let help = "duration of gc scheduler collections";
+        self.took.add_to(page, "containerd_gc_gc_seconds", help, &[]);
+        let (name, help) = ("containerd_gc_collections_total", "counter of gc scheduler collections");
+        let counts = [("fail", self.failures.load(Ordering::Relaxed)), ("success", self.took.total())];
+        for (status, count) in counts {
+            page.add(name, "counter", help, &[("status", status)], count as f64);
         }
     }
 
@@ -222,6 +238,10 @@ pub(super) async fn run(metadata: &Metadata, config: &Config, shutdown: &Cancell
         let outcome = metadata.collect().await;
         if let Err(error) = &outcome {
             tracing::error!(error = davit_model::error::chain(error), "garbage collection failed");
+        }
+        match &outcome {
+            Ok(stats) => schedule.took.count(stats.records),
+            Err(_) => drop(schedule.failures.fetch_add(1, Ordering::Relaxed)),
         }
         let failed = outcome.is_err();
         let outcome = outcome.map(|stats| (stats.records, stats.next_expiry)).map_err(|_| ());
