@@ -61,6 +61,8 @@ enum Command {
     Start(commands::start::Options),
     /// Run a command in a running container
     Exec(commands::exec::Options),
+    /// Come back to a container that runs
+    Attach(commands::attach::Options),
     /// List containers
     Ps(commands::ps::Options),
     /// Show the output of a container
@@ -115,6 +117,9 @@ enum Command {
     Version,
     /// Print the completion script of a shell
     Completion(commands::completion::Options),
+    /// Remove a container when it has exited
+    #[command(hide = true)]
+    Reap(commands::reap::Options),
     /// Write the manual pages into a folder
     #[command(hide = true)]
     Man(commands::completion::ManOptions),
@@ -214,6 +219,7 @@ async fn dispatch(cli: Cli) -> Result<u8> {
     };
     match cli.command {
         Command::Run(options) => return commands::run::run(&client, options, out).await,
+        Command::Attach(options) => return commands::attach::run(&client, options, out).await,
         Command::Exec(options) => return commands::exec::run(&client, options).await,
         Command::Start(options) => return commands::start::run(&client, options, out).await,
         Command::Create(options) => commands::create::run(&client, options, out).await?,
@@ -239,6 +245,7 @@ async fn dispatch(cli: Cli) -> Result<u8> {
         Command::Inspect(options) => commands::inspect::run(&client, options, out).await?,
         Command::Events(options) => commands::events::run(&client, options, out).await?,
         Command::Shim(options) => commands::shim::run(&client, options, out).await?,
+        Command::Reap(options) => commands::reap::run(&client, options).await?,
         Command::Info => commands::info::run(&client, &global.address, out).await?,
         Command::Version
         | Command::Login(_)

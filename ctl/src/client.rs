@@ -49,6 +49,7 @@ pub(crate) struct Client {
     channel: Channel,
     headers: Headers,
     namespace: String,
+    address: String,
 }
 
 macro_rules! services {
@@ -103,7 +104,12 @@ impl Client {
             .map_err(error)?;
         let channel = channel(&path, first).await.map_err(|source| error(std::io::Error::other(source)))?;
         let headers = Headers { namespace: value, lease: None };
-        Ok(Client { channel, headers, namespace: namespace.to_owned() })
+        Ok(Client { channel, headers, namespace: namespace.to_owned(), address: address.to_owned() })
+    }
+
+    /// The socket, as it was given.
+    pub(crate) fn address(&self) -> &str {
+        &self.address
     }
 
     /// The namespace of all calls.

@@ -1,5 +1,6 @@
 //! The commands: each a struct of options and a function of the client, the options and the output.
 
+pub(crate) mod attach;
 pub(crate) mod checkpoint;
 pub(crate) mod completion;
 pub(crate) mod create;
@@ -16,6 +17,7 @@ pub(crate) mod pause;
 pub(crate) mod ps;
 pub(crate) mod pull;
 pub(crate) mod push;
+pub(crate) mod reap;
 pub(crate) mod rm;
 pub(crate) mod rmi;
 pub(crate) mod run;

@@ -1,6 +1,7 @@
-//! FIFOs between `davit` and a shim: made here, opened by both, gone when the client is.
+//! FIFOs between `davit` and a shim: made here, opened by both, gone with the process or its last client.
 //!
-//! The folder is the client's own (0700, a random name), so that nobody else can put anything in their place. Our ends
+//! The folder is the client's own (0700, a random name), so that nobody else can put anything in their place; a client that
+//! has it locks it, and one that leaves the process alone leaves the folder behind for another to come. Our ends
 //! are opened before the shim is told of them: the output's for reading, without waiting for a writer, and the input's
 //! for reading and writing, so that neither end ever fails for want of the other.
 
@@ -10,6 +11,8 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::Mode;
@@ -17,6 +20,7 @@ use tokio::sync::oneshot;
 
 use crate::container;
 use crate::error::{Error, Result};
+use crate::keys::{DetachKeys, Watch};
 
 /// The folder of what a reboot may clear, shared with the daemon.
 const STATE: &str = "/run/davit";
@@ -25,10 +29,12 @@ const BASE: &str = "/run/davit/fifo";
 /// As much as a pipe holds.
 const BUFFER_SIZE: usize = 64 << 10;
 
-/// A folder of FIFOs, removed when it is dropped.
+/// A folder of FIFOs that this client alone has, removed when it is dropped.
 #[derive(Debug)]
 pub(crate) struct FifoDir {
     path: PathBuf,
+    kept: bool,
+    _lock: Flock<File>,
 }
 
 impl FifoDir {
@@ -40,7 +46,43 @@ impl FifoDir {
         let path = Path::new(BASE).join(&container::new_id()?[..16]);
         make_base()?;
         make_folder(&path)?;
-        Ok(FifoDir { path })
+        FifoDir::lock(path)?.ok_or_else(|| Error::Usage {
+            message: "somebody has locked a folder of a random name".to_owned(),
+            hint: "try again".to_owned(),
+        })
+    }
+
+    /// Takes over the folder that another client has left. `None` if one has it still.
+    ///
+    /// # Errors
+    /// [`Error::File`].
+    pub(crate) fn take_over(path: &Path) -> Result<Option<FifoDir>> {
+        let mut folder = FifoDir::lock(path.to_owned())?;
+        if let Some(folder) = &mut folder {
+            // It is not ours to remove before the process is over.
+            folder.kept = true;
+        }
+        Ok(folder)
+    }
+
+    fn lock(path: PathBuf) -> Result<Option<FifoDir>> {
+        let error = |source| Error::File { action: "cannot lock the folder", path: path.clone(), source };
+        let folder = File::open(&path).map_err(error)?;
+        match Flock::lock(folder, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Some(FifoDir { path, kept: false, _lock: lock })),
+            Err((_, Errno::EWOULDBLOCK)) => Ok(None),
+            Err((_, errno)) => Err(error(errno.into())),
+        }
+    }
+
+    /// Its path.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Says whether it is to stay for another client.
+    pub(crate) fn keep(&mut self, kept: bool) {
+        self.kept = kept;
     }
 
     /// Makes a FIFO and returns its path.
@@ -57,7 +99,17 @@ impl FifoDir {
 impl Drop for FifoDir {
     fn drop(&mut self) {
         // The shim holds what it has open; a name left behind is only untidy.
-        let _ = fs::remove_dir_all(&self.path);
+        if !self.kept {
+            let _ = fs::remove_dir_all(&self.path);
+        }
+    }
+}
+
+/// Removes a folder of FIFOs that a client has left, and no other folder.
+pub(crate) fn remove_left(path: &Path) {
+    if path.parent() == Some(Path::new(BASE)) {
+        // What belongs to a container that is gone is of no use to anyone, and may be gone too.
+        let _ = fs::remove_dir_all(path);
     }
 }
 
@@ -163,25 +215,53 @@ pub(crate) fn copy_out(mut fifo: File, mut output: impl Write + Send + 'static) 
     finished
 }
 
-/// Copies standard input into a FIFO on a thread of its own; the receiver gets the FIFO back at the end of the input.
-/// It must stay open until the shim was told, or what is in it may be lost.
-pub(crate) fn copy_in(mut fifo: File) -> oneshot::Receiver<File> {
+/// Why no more input is copied.
+#[derive(Debug)]
+pub(crate) enum InputEnd {
+    /// There is none. The FIFO must stay open until the shim was told, or what is in it may be lost.
+    Over(File),
+    /// The user has pressed the keys that leave the process alone.
+    Detached,
+}
+
+/// Copies standard input into a FIFO on a thread of its own, until its end or until `keys` are pressed.
+pub(crate) fn copy_in(fifo: File, keys: Option<DetachKeys>) -> oneshot::Receiver<InputEnd> {
     let (done, finished) = oneshot::channel();
     std::thread::spawn(move || {
-        let mut input = io::stdin().lock();
-        let mut buffer = vec![0; BUFFER_SIZE];
-        loop {
-            match input.read(&mut buffer) {
-                Ok(0) => break,
-                Ok(count) if fifo.write_all(&buffer[..count]).is_err() => break,
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => break,
-            }
-        }
-        let _ = done.send(fifo);
+        let _ = done.send(copy_input(fifo, &mut io::stdin().lock(), keys.map(DetachKeys::watch)));
     });
     finished
+}
+
+fn copy_input(mut fifo: File, input: &mut impl Read, mut keys: Option<Watch>) -> InputEnd {
+    let mut buffer = vec![0; BUFFER_SIZE];
+    let mut passed = Vec::new();
+    loop {
+        let count = match input.read(&mut buffer) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(_) => 0,
+        };
+        passed.clear();
+        let detached = match &mut keys {
+            Some(keys) if count == 0 => {
+                keys.give_up(&mut passed);
+                false
+            }
+            Some(keys) => keys.feed(&buffer[..count], &mut passed),
+            None => {
+                passed.extend_from_slice(&buffer[..count]);
+                false
+            }
+        };
+        let failed = fifo.write_all(&passed).is_err();
+        if detached {
+            return InputEnd::Detached;
+        }
+        if failed || count == 0 {
+            return InputEnd::Over(fifo);
+        }
+    }
 }
 
 #[cfg(test)]

@@ -6,6 +6,8 @@ pub(crate) const NAME: &str = "davit/name";
 pub(crate) const LOG: &str = "davit/log";
 /// How the log is rotated, as the address of a json log says it; absent for not at all.
 pub(crate) const LOG_OPTIONS: &str = "davit/log-options";
+/// The folder of the FIFOs of a container in the foreground whose client has left it alone.
+pub(crate) const FIFOS: &str = "davit/fifos";
 /// The folder of the files that the container has in its `/etc`.
 pub(crate) const ETC: &str = "davit/etc";
 /// Set when the container's standard input stays open without a client (`run -d -i`).

@@ -17,6 +17,7 @@ mod etc;
 mod fifo;
 mod format;
 mod image;
+mod keys;
 mod labels;
 mod lease;
 mod log;

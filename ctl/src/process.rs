@@ -2,17 +2,21 @@
 //!
 //! ```text
 //! open ──► engage ──► (the task or exec is created and started) ──► supervise ──► exit ──► drain
-//!          raw mode,                                                 │  stdin at its end → CloseIO
-//!          signals caught                                            │  SIGWINCH → ResizePty
-//!                                                                    │  signals → Kill, or the end of the client
+//!          raw mode,                                              ▲  │  stdin at its end → CloseIO
+//!          signals caught                                         │  │  SIGWINCH → ResizePty
+//!                                                                 │  │  signals → Kill, or the end of the client
+//!                                               reattach ─────────┘  └► detached: by keys, or a client that ends
 //! ```
 
 use std::io::IsTerminal;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use davit_proto::containerd::services::tasks::v1::{
     CloseIoRequest, KillRequest, ResizePtyRequest, WaitRequest,
 };
+use davit_proto::containerd::v1::types::Process;
 use nix::libc;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
@@ -20,7 +24,8 @@ use tonic::Code;
 
 use crate::client::Client;
 use crate::error::{CallContext, Error, Result};
-use crate::fifo::{self, FifoDir};
+use crate::fifo::{self, FifoDir, InputEnd};
+use crate::keys::DetachKeys;
 use crate::terminal::{self, RawMode};
 
 /// How long the output may take after the process is gone and the shim has closed its ends. Only a process that was
@@ -42,10 +47,16 @@ pub(crate) struct Streams {
     /// Whether the process has a terminal.
     pub(crate) terminal: bool,
     input: Option<std::fs::File>,
+    /// The end of our input is that of the process, too.
+    input_ends: bool,
+    /// Signals are for the process.
+    pass_signals: bool,
+    keys: DetachKeys,
     outputs: Vec<oneshot::Receiver<()>>,
     raw: Option<RawMode>,
     signals: Option<Signals>,
-    _folder: FifoDir,
+    /// `None` where another place than ours has the output.
+    folder: Option<FifoDir>,
 }
 
 /// Which process: a container's first one, or an exec in it.
@@ -73,6 +84,8 @@ pub(crate) enum Ended {
     Exited(Exit),
     /// The client is to end, by the signal of this number; the process runs on.
     Interrupted(i32),
+    /// The user has left the process alone.
+    Detached,
 }
 
 impl Streams {
@@ -80,7 +93,7 @@ impl Streams {
     ///
     /// # Errors
     /// Those of making and opening them, and [`Error::Usage`] for a terminal on an input that is none.
-    pub(crate) fn open(interactive: bool, terminal: bool) -> Result<Streams> {
+    pub(crate) fn open(interactive: bool, terminal: bool, keys: &DetachKeys) -> Result<Streams> {
         if interactive && terminal && !std::io::stdin().is_terminal() {
             let hint = "leave out -t: -i alone passes standard input on";
             return Err(Error::usage("the input is not a terminal", hint));
@@ -103,9 +116,86 @@ impl Streams {
             input = Some(fifo::open_writer(&path)?);
             stdin = text(&path);
         }
-        let stdout = text(&stdout);
-        let (raw, signals) = (None, None);
-        Ok(Streams { stdin, stdout, stderr, terminal, input, outputs, raw, signals, _folder: folder })
+        Ok(Streams {
+            stdin,
+            stdout: text(&stdout),
+            stderr,
+            terminal,
+            input,
+            input_ends: true,
+            pass_signals: true,
+            keys: keys.clone(),
+            outputs,
+            raw: None,
+            signals: None,
+            folder: Some(folder),
+        })
+    }
+
+    /// Opens the streams of a process that another client has left alone; none of the output where it goes to a log.
+    ///
+    /// # Errors
+    /// Those of opening them, and [`Error::Usage`] when a client is there.
+    pub(crate) fn reopen(
+        process: &Process,
+        interactive: bool,
+        pass_signals: bool,
+        keys: &DetachKeys,
+    ) -> Result<Streams> {
+        let is_fifo = |path: &str| std::fs::metadata(path).is_ok_and(|status| status.file_type().is_fifo());
+        let mut outputs = Vec::new();
+        let mut folder = None;
+        if is_fifo(&process.stdout) {
+            let path = Path::new(&process.stdout).parent().unwrap_or(Path::new("/"));
+            folder = FifoDir::take_over(path)?;
+            if folder.is_none() {
+                let hint = "detach that one first (ctrl-p ctrl-q), or follow a log: run containers with -d";
+                return Err(Error::usage("another client is attached to the container", hint));
+            }
+            let reader = fifo::open_reader(process.stdout.as_ref())?;
+            outputs.push(fifo::copy_out(reader, std::io::stdout()));
+            if is_fifo(&process.stderr) {
+                outputs.push(fifo::copy_out(fifo::open_reader(process.stderr.as_ref())?, std::io::stderr()));
+            }
+        }
+        let mut input = None;
+        if interactive && is_fifo(&process.stdin) {
+            input = Some(fifo::open_writer(process.stdin.as_ref())?);
+        }
+        Ok(Streams {
+            stdin: process.stdin.clone(),
+            stdout: process.stdout.clone(),
+            stderr: process.stderr.clone(),
+            terminal: process.terminal,
+            input,
+            // The input of a container in the background stays open without a client.
+            input_ends: folder.is_some(),
+            pass_signals,
+            keys: keys.clone(),
+            outputs,
+            raw: None,
+            signals: None,
+            folder,
+        })
+    }
+
+    /// Whether the output comes here.
+    pub(crate) fn has_output(&self) -> bool {
+        !self.outputs.is_empty()
+    }
+
+    /// The folder of the FIFOs, which stays for another client: this one leaves the process alone.
+    pub(crate) fn leave(&mut self) -> Option<PathBuf> {
+        let folder = self.folder.as_mut()?;
+        folder.keep(true);
+        Some(folder.path().to_owned())
+    }
+
+    /// Has a terminal show again what it shows: a program that draws on it does so when the size changes.
+    pub(crate) async fn redraw(&self, client: &Client, process: &ProcessId) {
+        if let Some((height, width)) = terminal::size().filter(|_| self.terminal) {
+            resize(client, process, (height.saturating_add(1), width)).await;
+        }
     }
 
     /// From here on the terminal is the process', and signals wait for [`Streams::supervise`]: what is started after
@@ -121,8 +211,11 @@ impl Streams {
         Ok(())
     }
 
-    /// Waits until all output is written.
+    /// Waits until all output is written. The process is over, and so are its FIFOs.
     pub(crate) async fn drain(&mut self) {
+        if let Some(folder) = &mut self.folder {
+            folder.keep(false);
+        }
         let all = async {
             for output in &mut self.outputs {
                 // A thread that ended otherwise has nothing more to write either.
@@ -142,10 +235,12 @@ impl Streams {
         }
         let raw = self.raw.take();
         let mut signals = self.signals.take().expect("it was engaged");
-        if self.terminal {
-            resize(client, process).await;
+        if let Some(size) = terminal::size().filter(|_| self.terminal) {
+            resize(client, process, size).await;
         }
-        let mut input_end = self.input.take().map(fifo::copy_in);
+        // Keys are for people.
+        let keys = raw.is_some().then(|| self.keys.clone());
+        let mut input_end = self.input.take().map(|fifo| fifo::copy_in(fifo, keys));
         let mut interrupts = 0;
         let exit = wait(client, process);
         tokio::pin!(exit);
@@ -154,18 +249,26 @@ impl Streams {
             // what they have when they are dropped.
             tokio::select! {
                 exit = &mut exit => return exit.map(Ended::Exited),
-                end = at_end(&mut input_end) => {
-                    close_stdin(client, process).await;
-                    // Only now may our end go: the shim has been told, and reads what is left.
-                    drop(end);
-                }
+                end = at_end(&mut input_end) => match end {
+                    InputEnd::Detached => return Ok(Ended::Detached),
+                    InputEnd::Over(fifo) => {
+                        if self.input_ends {
+                            close_stdin(client, process).await;
+                        }
+                        // Only now may our end go: the shim has been told, and reads what is left.
+                        drop(fifo);
+                    }
+                },
                 number = signals.receiver.recv() => {
                     let Some(number) = number else { continue };
                     if number == libc::SIGWINCH {
-                        resize(client, process).await;
+                        if let Some(size) = terminal::size() {
+                            resize(client, process, size).await;
+                        }
                         continue;
                     }
-                    let ends_client = raw.is_some() || self.terminal && number != libc::SIGINT;
+                    let ends_client =
+                        !self.pass_signals || raw.is_some() || self.terminal && number != libc::SIGINT;
                     if number == libc::SIGINT {
                         interrupts += 1;
                     }
@@ -185,11 +288,15 @@ impl Streams {
 }
 
 /// The end of the input, once; never when there is none.
-async fn at_end(input: &mut Option<oneshot::Receiver<std::fs::File>>) -> Option<std::fs::File> {
+async fn at_end(input: &mut Option<oneshot::Receiver<InputEnd>>) -> InputEnd {
     let Some(receiver) = input else { return std::future::pending().await };
-    let end = receiver.await.ok();
+    let end = receiver.await;
     *input = None;
-    end
+    match end {
+        Ok(end) => end,
+        // A thread that ended otherwise has nothing more to pass on.
+        Err(_) => std::future::pending().await,
+    }
 }
 
 /// Waits for the exit of a process, through restarts of the daemon.
@@ -242,9 +349,8 @@ pub(crate) async fn kill(client: &Client, process: &ProcessId, signal: u32, all:
     client.tasks().kill(request).await.call("signal the container")
 }
 
-/// Tells the terminal of the process the size of ours. A process that is already gone needs none.
-async fn resize(client: &Client, process: &ProcessId) {
-    let Some((height, width)) = terminal::size() else { return };
+/// Tells the terminal of the process its size, rows and columns. A process that is already gone needs none.
+async fn resize(client: &Client, process: &ProcessId, (height, width): (u16, u16)) {
     let request = ResizePtyRequest {
         container_id: process.container.clone(),
         exec_id: process.exec.clone(),

@@ -166,6 +166,9 @@ pub(crate) async fn remove_container(client: &Client, container: &Container) -> 
             remove_quietly(fs::remove_file(log::rotated(path.as_ref(), number)));
         }
     }
+    if let Some(folder) = container.labels.get(labels::FIFOS) {
+        fifo::remove_left(folder.as_ref());
+    }
     if let Some(folder) = container.labels.get(labels::ETC) {
         etc::remove(folder.as_ref());
     }

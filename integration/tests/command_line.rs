@@ -1,15 +1,17 @@
 //! `davit` as its users know it from Docker: names, files, mounts, terminals.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use davit_integration::census::Census;
 use davit_integration::daemon::ok;
 use davit_integration::peer::Containerd;
-use davit_integration::{Daemon, bins};
+use davit_integration::{Daemon, bins, wait};
 use davit_proto::containerd::services::leases::v1::CreateRequest;
 use davit_proto::containerd::services::leases::v1::leases_client::LeasesClient;
 use nix::sys::signal::Signal;
@@ -157,4 +159,159 @@ fn mounts_are_described_by_fields() -> Result<()> {
     ensure!(text.contains("cannot use the folder or file of the host"), "{text}");
     ensure!(!folder.join("none").exists(), "a source of --mount is not made");
     Ok(())
+}
+
+/// A terminal with `davit` in it.
+struct Screen {
+    keyboard: fs::File,
+    shown: Arc<Mutex<String>>,
+    davit: Child,
+}
+
+impl Screen {
+    fn open(daemon: &Daemon, words: &[&str]) -> Result<Screen> {
+        let pty = nix::pty::openpty(None, None)?;
+        let end = || pty.slave.try_clone();
+        let mut command = daemon.davit_command(words);
+        let davit = command.stdin(end()?).stdout(end()?).stderr(end()?).spawn()?;
+        drop((command, pty.slave));
+        let keyboard = fs::File::from(pty.master);
+        let (mut screen, shown) = (keyboard.try_clone()?, Arc::new(Mutex::new(String::new())));
+        let text = shown.clone();
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            // At the end of its last process a terminal fails with EIO.
+            while let Ok(count @ 1..) = screen.read(&mut buffer) {
+                text.lock().unwrap().push_str(&String::from_utf8_lossy(&buffer[..count]));
+            }
+        });
+        Ok(Screen { keyboard, shown, davit })
+    }
+
+    fn types(&mut self, keys: &str) -> Result<()> {
+        Ok(self.keyboard.write_all(keys.as_bytes())?)
+    }
+
+    fn shows(&self, text: &str) -> Result<()> {
+        wait::until(text, || self.shown.lock().unwrap().contains(text).then_some(()))
+            .with_context(|| format!("shown: {}", self.shown.lock().unwrap()))
+    }
+
+    /// The exit code of `davit`.
+    fn ends(&mut self) -> Result<Option<i32>> {
+        let status = wait::until("davit ends", || self.davit.try_wait().ok().flatten())?;
+        Ok(status.code())
+    }
+}
+
+impl Drop for Screen {
+    fn drop(&mut self) {
+        let _ = self.davit.kill();
+        let _ = self.davit.wait();
+    }
+}
+
+#[test]
+fn a_container_is_left_alone_and_found_again() -> Result<()> {
+    const LEAVE: &str = "\u{10}\u{11}";
+    if !root() {
+        return Ok(());
+    }
+    let mut daemon = daemon()?;
+    let before = Census::take(&daemon.path(""));
+    // The quotes keep what is typed from being taken for what is answered.
+    let mut screen = Screen::open(&daemon, &["run", "-it", "--name", "x", "busybox", "sh"])?;
+    screen.types("kept=42; echo fir''st\r")?;
+    screen.shows("first")?;
+    // Half of the keys are for the shell.
+    screen.types("\u{10}")?;
+    screen.types("\r")?;
+    screen.types(LEAVE)?;
+    screen.shows("detached; `davit attach x` comes back")?;
+    ensure!(screen.ends()? == Some(0));
+    ensure!(ok(daemon.davit(["ps", "--format", "{{.Names}} {{.State}}"])?)? == "x running\n");
+
+    // It outlives the daemon, as all do.
+    daemon.stop(Signal::SIGKILL)?;
+    daemon.restart()?;
+    let mut screen = Screen::open(&daemon, &["attach", "x"])?;
+    screen.types("echo $kept again''st\r")?;
+    screen.shows("42 against")?;
+    let text = failed(&daemon.davit(["attach", "x"])?)?;
+    ensure!(text.contains("another client is attached"), "{text}");
+    // A client that dies gives it up, too.
+    screen.davit.kill()?;
+    screen.davit.wait()?;
+    let mut screen = Screen::open(&daemon, &["attach", "--detach-keys", "ctrl-a,d", "x"])?;
+    screen.types(&format!("echo $kept {LEAVE}third''ly\r"))?;
+    screen.shows("thirdly")?;
+    screen.types("\u{1}d")?;
+    ensure!(screen.ends()? == Some(0));
+
+    // A process in it is left alone, and ends with it.
+    let mut exec = Screen::open(&daemon, &["exec", "-it", "x", "sh"])?;
+    exec.types("echo ins''ide\r")?;
+    exec.shows("inside")?;
+    exec.types(LEAVE)?;
+    exec.shows("the process goes on")?;
+    ensure!(exec.ends()? == Some(0));
+
+    let mut screen = Screen::open(&daemon, &["attach", "x"])?;
+    screen.types("exit 5\r")?;
+    ensure!(screen.ends()? == Some(5), "the exit code is that of the container");
+    ensure!(ok(daemon.davit(["ps", "-a", "--format", "{{.Status}}"])?)?.starts_with("Exited (5) "));
+    let text = failed(&daemon.davit(["attach", "x"])?)?;
+    ensure!(text.contains("is not running"), "{text}");
+
+    // Once more, and removed while nobody is there.
+    let mut screen = Screen::open(&daemon, &["start", "-ai", "x"])?;
+    screen.types("echo agai''n\r")?;
+    screen.shows("again")?;
+    screen.types(LEAVE)?;
+    ensure!(screen.ends()? == Some(0));
+    let left = ok(daemon.davit(["inspect", "-f", "{{.State.Pid}}", "x"])?)?;
+    ensure!(left.trim() != "0", "it was ended");
+    let id = ok(daemon.davit(["ps", "-q", "--no-trunc"])?)?;
+    let record: serde_json::Value =
+        serde_json::from_str(&daemon.ctr().run(&format!("containers info {}", id.trim()))?)?;
+    let folder = Path::new(record["Labels"]["davit/fifos"].as_str().context("no folder of FIFOs")?);
+    ensure!(folder.is_dir());
+    ok(daemon.davit(["rm", "-f", "x"])?)?;
+    ensure!(!folder.exists(), "its FIFOs are left");
+    before.settle(&daemon.path(""))
+}
+
+#[test]
+fn a_container_in_the_background_is_joined_and_removed_at_its_end() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let mut daemon = daemon()?;
+    let before = Census::take(&daemon.path(""));
+    let script = "while read -r word; do [ $word = end ] && exit 6; echo got $word; done";
+    ok(daemon.davit(["run", "-d", "-i", "--rm", "--name", "x", "busybox", "sh", "-c", script])?)?;
+    let mut attach = daemon.davit_command(["attach", "x"]);
+    let mut joined = attach.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let mut input = joined.stdin.take().context("no input")?;
+    let mut output = BufReader::new(joined.stdout.take().context("no output")?);
+    let mut line = String::new();
+    input.write_all(b"one\n")?;
+    output.read_line(&mut line)?;
+    ensure!(line == "got one\n", "{line}");
+    // The end of this client's input is not that of the container.
+    drop(input);
+    // The time for it to be told, if it were.
+    ok(daemon.davit(["exec", "x", "true"])?)?;
+    joined.kill()?;
+    joined.wait()?;
+    daemon.stop(Signal::SIGKILL)?;
+    daemon.restart()?;
+    let mut joined = daemon.davit_command(["attach", "x"]).stdin(Stdio::piped()).spawn()?;
+    joined.stdin.take().context("no input")?.write_all(b"end\n")?;
+    ensure!(joined.wait()?.code() == Some(6));
+    wait::until("the container is removed", || {
+        let left = ok(daemon.davit(["ps", "-aq"]).ok()?).ok()?;
+        left.is_empty().then_some(())
+    })?;
+    before.settle(&daemon.path(""))
 }

@@ -10,9 +10,10 @@ use davit_proto::containerd::services::tasks::v1::{DeleteProcessRequest, ExecPro
 use serde_json::{Value, json};
 
 use crate::client::Client;
-use crate::commands::create;
+use crate::commands::{create, run};
 use crate::container::{self, State};
 use crate::error::{CallContext, Error, Result};
+use crate::keys::{self, DetachKeys};
 use crate::process::{Ended, ProcessId, Streams};
 use crate::{rootfs, task, terminal};
 
@@ -42,6 +43,9 @@ pub(crate) struct Options {
     /// Working directory (default: the container's)
     #[arg(short, long, value_name = "PATH")]
     workdir: Option<String>,
+    /// The keys that leave a process with a terminal alone; it cannot be attached to again
+    #[arg(long, value_name = "KEYS", default_value = keys::DEFAULT)]
+    detach_keys: DetachKeys,
     /// Give the process all capabilities
     #[arg(long)]
     privileged: bool,
@@ -68,20 +72,20 @@ pub(crate) async fn run(client: &Client, options: Options) -> Result<u8> {
         let request = request(&container.id, &exec_id, &process, None);
         return start(client, request).await.map(|()| 0);
     }
-    let mut streams = Streams::open(options.interactive, options.tty)?;
+    let mut streams = Streams::open(options.interactive, options.tty, &options.detach_keys)?;
     streams.engage()?;
     start(client, request(&container.id, &exec_id, &process, Some(&streams))).await?;
     let id = ProcessId { container: container.id.clone(), exec: exec_id.clone() };
     let ended = streams.supervise(client, &id).await?;
-    let code = match ended {
-        Ended::Exited(exit) => {
+    match ended {
+        Ended::Exited(_) => {
             delete(client, &container.id, &exec_id).await;
             streams.drain().await;
-            exit.code
         }
-        Ended::Interrupted(signal) => 128 + signal.unsigned_abs(),
-    };
-    Ok(u8::try_from(code & 0xff).expect("eight bits"))
+        Ended::Interrupted(_) => {}
+        Ended::Detached => run::say_detached("the process goes on as long as the container does"),
+    }
+    Ok(run::exit_code(&ended))
 }
 
 /// The process of the container's spec with what the options change in it. What `davit` does not know of it stays.

@@ -107,26 +107,38 @@ pub(crate) fn without_daemon(
     AnyLog::open(path, MOST_PARTS, options)?.copy(out)
 }
 
+/// What a log gets from now on.
+///
+/// # Errors
+/// When it cannot be read.
+pub(super) fn from_now(path: &Path, rotation: &str) -> Result<AnyLog> {
+    AnyLog::open_at(path.to_owned(), log::max_files(rotation), Show::default(), Tail::Lines(0))
+}
+
 /// A log in either form.
-enum AnyLog {
+pub(super) enum AnyLog {
     Plain(Log),
     Json(JsonLog),
 }
 
 impl AnyLog {
     fn open(path: PathBuf, max_files: u32, options: &Options) -> Result<AnyLog> {
+        let show = Show { since: options.since, timestamps: options.timestamps };
+        AnyLog::open_at(path, max_files, show, options.tail)
+    }
+
+    fn open_at(path: PathBuf, max_files: u32, show: Show, tail: Tail) -> Result<AnyLog> {
         if log::is_json(&path) {
-            let show = Show { since: options.since, timestamps: options.timestamps };
-            return JsonLog::open(path, max_files, show, options.tail).map(AnyLog::Json);
+            return JsonLog::open(path, max_files, show, tail).map(AnyLog::Json);
         }
-        if options.since.is_some() || options.timestamps {
+        if show.since.is_some() || show.timestamps {
             return Err(Error::usage(
                 "this log is plain text, without times",
                 "leave out --since and --timestamps",
             ));
         }
         let mut log = Log { path, file: None, position: 0 };
-        if let (Tail::Lines(lines), true) = (options.tail, log.open()?) {
+        if let (Tail::Lines(lines), true) = (tail, log.open()?) {
             log.position = log
                 .file
                 .as_mut()
@@ -138,7 +150,7 @@ impl AnyLog {
     }
 
     /// Writes everything new.
-    fn copy(&mut self, out: &mut dyn Write) -> Result<()> {
+    pub(super) fn copy(&mut self, out: &mut dyn Write) -> Result<()> {
         match self {
             AnyLog::Plain(log) => log.copy(out),
             AnyLog::Json(log) => log.copy(&mut Outputs { out, err: &mut std::io::stderr() }),
@@ -147,7 +159,7 @@ impl AnyLog {
 }
 
 /// A log file that may not exist yet, may be cut, and may be replaced by a new one.
-struct Log {
+pub(super) struct Log {
     path: PathBuf,
     file: Option<File>,
     position: u64,

@@ -7,7 +7,9 @@ use davit_proto::containerd::types::Mount;
 
 use crate::client::Client;
 use crate::commands::create::{self, CreateOptions};
-use crate::error::{Error, Result};
+use crate::commands::reap;
+use crate::error::Result;
+use crate::keys::{self, DetachKeys};
 use crate::process::{Ended, Exit, ProcessId, Streams};
 use crate::task::{self, TaskIo};
 use crate::{container, format, labels};
@@ -28,27 +30,29 @@ pub(crate) struct Options {
     /// Run in the background and print the id; the output goes to a log
     #[arg(short, long)]
     pub(crate) detach: bool,
-    /// Remove the container when it exits
+    /// Remove the container when it exits; with --detach a small process waits for that
     #[arg(long)]
     pub(crate) rm: bool,
+    /// The keys that leave a container with a terminal alone; `davit attach` comes back
+    #[arg(long, value_name = "KEYS", default_value = keys::DEFAULT)]
+    detach_keys: DetachKeys,
     #[command(flatten)]
     pub(crate) create: CreateOptions,
 }
 
 /// `davit run`; returns the exit code of the container.
 pub(crate) async fn run(client: &Client, options: Options, out: &mut dyn Write) -> Result<u8> {
-    if options.detach && options.rm {
-        let hint = "leave one of them out, and remove the container with `davit rm` when it is done";
-        return Err(Error::usage("--rm does not go with --detach yet", hint));
-    }
     if options.detach {
         let created = create::create(client, &options.create, true).await?;
         start_new(client, &created.container, created.rootfs, None).await?;
+        if options.rm {
+            reap::leave_behind(client, &created.container.id)?;
+        }
         format::line(out, created.container.id)?;
         return Ok(0);
     }
     // The streams come first: what is wrong with them is found before anything is made.
-    let streams = Streams::open(options.create.interactive, options.create.tty)?;
+    let streams = Streams::open(options.create.interactive, options.create.tty, &options.detach_keys)?;
     let created = create::create(client, &options.create, false).await?;
     foreground(client, &created.container, created.rootfs, streams, options.rm, true).await
 }
@@ -93,30 +97,71 @@ pub(crate) async fn foreground(
     } else {
         task::create_and_start(client, container, rootfs, TaskIo::attached(&streams), None).await?;
     }
+    stay(client, container, streams, remove).await
+}
+
+/// Stays with a container that runs until it exits, or its user leaves it alone; with `remove` it is gone after its end.
+///
+/// # Errors
+/// When the daemon loses it.
+pub(crate) async fn stay(
+    client: &Client,
+    container: &Container,
+    mut streams: Streams,
+    remove: bool,
+) -> Result<u8> {
     let process = ProcessId { container: container.id.clone(), exec: String::new() };
     let ended = streams.supervise(client, &process).await;
+    match &ended {
+        Ok(Ended::Exited(exit)) => finish(client, container, &mut streams, *exit, remove).await?,
+        Ok(Ended::Interrupted(_)) if remove => {
+            task::kill_and_wait(client, &container.id).await?;
+            task::remove_container(client, container).await?;
+        }
+        // The daemon may be gone, and this client the next to go.
+        Ok(Ended::Interrupted(_)) => leave(client, container, &mut streams).await.unwrap_or_default(),
+        Ok(Ended::Detached) => {
+            leave(client, container, &mut streams).await?;
+            if remove {
+                reap::leave_behind(client, &container.id)?;
+            }
+            say_detached(&format!("`davit attach {}` comes back", container::name(container)));
+        }
+        Err(_) if remove => {
+            let _ = task::kill_and_wait(client, &container.id).await;
+            let _ = task::remove_container(client, container).await;
+        }
+        Err(_) => {}
+    }
+    ended.map(|ended| exit_code(&ended))
+}
+
+/// Tells a user who has pressed the keys what becomes of the process. The cursor is somewhere in its output.
+pub(crate) fn say_detached(what_now: &str) {
+    // That nobody can read it changes nothing.
+    let _ = writeln!(std::io::stderr(), "\ndavit: detached; {what_now}");
+}
+
+/// The exit code of a command that has stayed with a process.
+pub(crate) fn exit_code(ended: &Ended) -> u8 {
     let code = match ended {
-        Ok(Ended::Exited(exit)) => {
-            finish(client, container, &mut streams, exit, remove).await?;
-            exit.code
-        }
-        Ok(Ended::Interrupted(signal)) => {
-            if remove {
-                task::kill_and_wait(client, &container.id).await?;
-                task::remove_container(client, container).await?;
-            }
-            128 + signal.unsigned_abs()
-        }
-        Err(error) => {
-            if remove {
-                let _ = task::kill_and_wait(client, &container.id).await;
-                let _ = task::remove_container(client, container).await;
-            }
-            return Err(error);
-        }
+        Ended::Exited(exit) => exit.code,
+        Ended::Interrupted(signal) => 128 + signal.unsigned_abs(),
+        Ended::Detached => 0,
     };
     // Exit codes have eight bits.
-    Ok(u8::try_from(code & 0xff).expect("eight bits"))
+    u8::try_from(code & 0xff).expect("eight bits")
+}
+
+/// Leaves a container that runs on to another client: its FIFOs stay, and it knows which they are, to remove them.
+async fn leave(client: &Client, container: &Container, streams: &mut Streams) -> Result<()> {
+    match streams.leave() {
+        Some(folder) => {
+            let label = (labels::FIFOS, folder.display().to_string());
+            container::set_labels(client, &container.id, vec![label]).await
+        }
+        None => Ok(()),
+    }
 }
 
 /// After the exit: the task is deleted, which closes the shim's ends of the streams, so that they can be drained.
@@ -134,7 +179,10 @@ async fn finish(
     if remove {
         return task::remove_container(client, container).await;
     }
-    let code = (labels::EXIT_CODE, exit.code.to_string());
-    container::set_labels(client, &container.id, vec![code, (labels::EXITED_AT, format::rfc3339(exit.at))])
-        .await
+    let labels = vec![
+        (labels::EXIT_CODE, exit.code.to_string()),
+        (labels::EXITED_AT, format::rfc3339(exit.at)),
+        (labels::FIFOS, String::new()),
+    ];
+    container::set_labels(client, &container.id, labels).await
 }

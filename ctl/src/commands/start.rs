@@ -8,10 +8,11 @@ use crate::client::Client;
 use crate::commands::{checkpoint, for_each, run};
 use crate::container::{self, State};
 use crate::error::{Error, Result};
-use crate::labels;
+use crate::keys::{self, DetachKeys};
 use crate::place::Places;
 use crate::process::Streams;
 use crate::task::{self, TaskIo};
+use crate::{fifo, labels};
 
 /// Options of `davit start`.
 #[derive(Debug, clap::Args)]
@@ -25,6 +26,9 @@ pub(crate) struct Options {
     /// Go on from this checkpoint of the container, in the background
     #[arg(long, value_name = "NAME", conflicts_with_all = ["attach", "interactive"])]
     checkpoint: Option<String>,
+    /// The keys that leave a container with a terminal alone (with --attach)
+    #[arg(long, value_name = "KEYS", default_value = keys::DEFAULT)]
+    detach_keys: DetachKeys,
     /// Containers, by name or id
     #[arg(required = true, value_name = "CONTAINER")]
     containers: Vec<String>,
@@ -36,7 +40,7 @@ pub(crate) async fn run(client: &Client, options: Options, out: &mut dyn Write) 
         let [given] = options.containers.as_slice() else {
             return Err(Error::usage("--attach is for one container", "name one only"));
         };
-        return attach(client, given, options.interactive).await;
+        return attach(client, given, options.interactive, &options.detach_keys).await;
     }
     let checkpoint = options.checkpoint.as_deref();
     if checkpoint.is_some() && options.containers.len() > 1 {
@@ -73,21 +77,18 @@ async fn start(client: &Client, given: &str, checkpoint: Option<&str>) -> Result
     task::create_and_start(client, &container, rootfs, io, checkpoint).await
 }
 
-async fn attach(client: &Client, given: &str, interactive: bool) -> Result<u8> {
+async fn attach(client: &Client, given: &str, interactive: bool, keys: &DetachKeys) -> Result<u8> {
     let container = container::find(client, given).await?;
     if !prepare(client, given, &container).await? {
-        return Err(Error::usage(
-            format!("container {given} runs already"),
-            "`davit logs -f` shows its output",
-        ));
+        return Err(Error::usage(format!("container {given} runs already"), "`davit attach` joins it"));
     }
     let terminal = container::spec(&container)?["process"]["terminal"].as_bool().unwrap_or(false);
-    let streams = Streams::open(interactive, terminal)?;
+    let streams = Streams::open(interactive, terminal, keys)?;
     let rootfs = task::rootfs(client, &container).await?;
     run::foreground(client, &container, rootfs, streams, false, false).await
 }
 
-/// Makes way for a new task. False when the container runs.
+/// Makes way for a new task, and for new FIFOs. False when the container runs.
 async fn prepare(client: &Client, given: &str, container: &Container) -> Result<bool> {
     match container::task(client, &container.id).await? {
         None => {}
@@ -100,6 +101,9 @@ async fn prepare(client: &Client, given: &str, container: &Container) -> Result<
                 task::delete(client, &container.id).await?;
             }
         },
+    }
+    if let Some(folder) = container.labels.get(labels::FIFOS) {
+        fifo::remove_left(folder.as_ref());
     }
     Ok(true)
 }

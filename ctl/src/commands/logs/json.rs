@@ -53,7 +53,7 @@ struct Part {
 }
 
 /// A log and its parts.
-pub(super) struct JsonLog {
+pub(in crate::commands) struct JsonLog {
     path: PathBuf,
     max_files: u32,
     show: Show,
