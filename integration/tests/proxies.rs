@@ -99,19 +99,29 @@ fn containers_survive_the_plugin_that_their_snapshots_are_of() -> Result<()> {
     let run = |args: &[&str]| daemon::ok(daemon.davit(args)?);
     let on = ["--snapshotter", "overlayfs"];
     run(&["run", "-d", on[0], on[1], "--name", "long", "busybox", "sleep", "1000"])?;
+    let ctr = daemon.ctr();
+    ctr.run("snapshots --snapshotter overlayfs prepare short")?;
+    let collect = || -> Result<()> {
+        ctr.run("leases create --id collect")?;
+        ctr.run("leases delete --sync collect").map(drop)
+    };
     let pid = Pid::from_raw(plugin.pid().context("the plugin runs")? as i32);
     kill(pid, Signal::SIGSTOP)?;
-    // Who has nothing to do with the plugin does not notice, the collector included.
+    // Who has nothing to do with the plugin does not notice, and the collector does not wait for it.
+    ctr.run("snapshots --snapshotter overlayfs rm short")?;
     run(&["run", "--rm", "--snapshotter", "native", "busybox", "true"])?;
-    daemon.ctr().run("leases create --id collect")?;
-    daemon.ctr().run("leases delete --sync collect")?;
+    collect()?;
     run(&["exec", "long", "true"])?;
     kill(pid, Signal::SIGKILL)?;
     plugin.stop(Signal::SIGKILL)?;
     run(&["exec", "long", "true"])?;
-    let refused = daemon.ctr().fails("snapshots --snapshotter overlayfs prepare x")?;
+    let refused = ctr.fails("snapshots --snapshotter overlayfs prepare x")?;
     ensure!(refused.contains("proxy plugin overlayfs: the connection failed"), "{refused}");
     plugin.restart()?;
+    wait::until("what was removed meanwhile is collected", || {
+        collect().ok()?;
+        (!snapshots(&behind, "overlayfs").ok()?.iter().any(|key| key.ends_with("/short"))).then_some(())
+    })?;
     run(&["run", "--rm", on[0], on[1], "busybox", "true"])?;
     run(&["rm", "-f", "long"])?;
     census.settle(&daemon.path(""))

@@ -50,7 +50,7 @@ impl Blobs {
     pub fn reader(&self, digest: &Digest) -> Result<BlobReader, Error> {
         match self {
             Blobs::Local(store) => store.reader(digest).map(BlobReader::Local),
-            Blobs::Proxy(store) => store.reader(digest).map(BlobReader::Proxy),
+            Blobs::Proxy(store) => Ok(BlobReader::Proxy(Box::new(store.reader(digest)?))),
         }
     }
 
@@ -61,7 +61,7 @@ impl Blobs {
     pub fn writer(&self, reference: &str, total: u64) -> Result<BlobWriter, Error> {
         match self {
             Blobs::Local(store) => store.writer(reference, total, None).map(BlobWriter::Local),
-            Blobs::Proxy(store) => store.writer(reference, total).map(BlobWriter::Proxy),
+            Blobs::Proxy(store) => Ok(BlobWriter::Proxy(Box::new(store.writer(reference, total)?))),
         }
     }
 
@@ -127,7 +127,7 @@ pub enum BlobReader {
     /// A file.
     Local(Reader),
     /// What another process sends.
-    Proxy(ProxyReader),
+    Proxy(Box<ProxyReader>),
 }
 
 impl BlobReader {
@@ -166,7 +166,7 @@ pub enum BlobWriter {
     /// A file.
     Local(Writer),
     /// A conversation with another process.
-    Proxy(ProxyWriter),
+    Proxy(Box<ProxyWriter>),
 }
 
 impl BlobWriter {

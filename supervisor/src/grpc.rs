@@ -23,6 +23,7 @@ pub mod tasks;
 pub mod transfer;
 pub mod version;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -54,6 +55,7 @@ use crate::events::{History, Hub};
 use crate::lane::Lane;
 use crate::metadata::Metadata;
 use crate::plugins::Plugin;
+use crate::proxy::ProxyController;
 use crate::runtime::{Sandboxes, Tasks};
 use crate::transfer::Transfers;
 
@@ -65,6 +67,8 @@ pub struct Parts {
     pub tasks: Tasks,
     /// The sandboxes that shims run.
     pub sandboxes: Sandboxes,
+    /// Those that other processes run, by their controllers.
+    pub controllers: BTreeMap<String, ProxyController>,
     /// What happens.
     pub hub: Hub,
     /// What has happened.
@@ -82,7 +86,7 @@ pub struct Parts {
 /// # Errors
 /// The identity can be neither read nor written.
 pub async fn routes(parts: Parts, identity: &Path, limits: &config::Grpc) -> io::Result<Routes> {
-    let Parts { metadata, tasks, sandboxes, hub, history, differs, layers, plugins } = parts;
+    let Parts { metadata, tasks, sandboxes, controllers, hub, history, differs, layers, plugins } = parts;
     let introspection = introspection::IntrospectionService::open(identity, plugins, tasks.clone())?;
     let (health, health_server) = tonic_health::server::health_reporter();
     health.set_service_status("", tonic_health::ServingStatus::Serving).await;
@@ -115,7 +119,7 @@ pub async fn routes(parts: Parts, identity: &Path, limits: &config::Grpc) -> io:
         serve!(routes, StreamingServer, streaming::StreamingService::new(metadata.streams().clone()));
     let routes = serve!(routes, MountsServer, mounts::MountsService::new(metadata.clone()));
     let routes = serve!(routes, StoreServer, sandboxes::StoreService::new(metadata.clone()));
-    let routes = serve!(routes, ControllerServer, sandboxes::ControllerService::new(sandboxes));
+    let routes = serve!(routes, ControllerServer, sandboxes::ControllerService::new(sandboxes, controllers));
     let routes = serve!(routes, EventsServer, events::EventsService::new(hub));
     let routes = serve!(routes, HistoryServer, history::HistoryService::new(history));
     let routes = serve!(routes, ShimsServer, shims::ShimsService::new(tasks.clone()));

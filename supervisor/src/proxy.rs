@@ -18,6 +18,7 @@
 mod connection;
 mod content;
 mod diff;
+mod sandbox;
 mod snapshots;
 
 use std::collections::BTreeMap;
@@ -27,11 +28,13 @@ use std::sync::Arc;
 use davit_snapshotter::Snapshotter;
 
 use crate::config::{ProxyKind, ProxyPlugin};
+use crate::events::Hub;
 use crate::plugins::Plugin;
 use connection::Connection;
 pub use connection::Failure;
 pub use content::{ProxyReader, ProxyStore, ProxyWriter};
 pub use diff::ProxyDiffer;
+pub use sandbox::ProxyController;
 use snapshots::ProxySnapshotter;
 
 /// The plugins of a configuration.
@@ -43,14 +46,16 @@ pub struct Proxies {
     pub content: Option<ProxyStore>,
     /// The differs by name.
     pub differs: BTreeMap<String, ProxyDiffer>,
+    /// The sandbox controllers by name.
+    pub controllers: BTreeMap<String, ProxyController>,
     /// What clients are told of all of them.
     pub entries: Vec<Plugin>,
 }
 
 impl Proxies {
-    /// The plugins of `config`, none of which is asked anything yet. Needs the runtime; plugins on one socket share a
-    /// connection.
-    pub fn open(config: &BTreeMap<String, ProxyPlugin>) -> Proxies {
+    /// The plugins of `config`, none of which is asked anything yet; `hub` hears of what sandboxes do. Needs the runtime;
+    /// plugins on one socket share a connection.
+    pub fn open(config: &BTreeMap<String, ProxyPlugin>, hub: &Hub) -> Proxies {
         let mut channels = BTreeMap::<PathBuf, _>::new();
         let mut proxies = Proxies::default();
         for (name, plugin) in config {
@@ -67,7 +72,10 @@ impl Proxies {
                     proxies.differs.insert(name.clone(), ProxyDiffer::new(connection));
                 }
                 ProxyKind::Content => proxies.content = Some(ProxyStore::new(connection)),
-                ProxyKind::Sandbox => {}
+                ProxyKind::Sandbox => {
+                    let controller = ProxyController::new(connection, hub.clone());
+                    proxies.controllers.insert(name.clone(), controller);
+                }
             }
             proxies.entries.push(Plugin::proxy(name, plugin));
         }

@@ -37,7 +37,7 @@ use crate::metrics::Source;
 use crate::mounts::Targets;
 use crate::pages::{self, Listener};
 use crate::plugins::{self, Plugin, SnapshotterEntry};
-use crate::proxy::{Proxies, ProxyDiffer};
+use crate::proxy::{Proxies, ProxyController, ProxyDiffer};
 use crate::restart::Monitor;
 use crate::runtime::{self, Sandboxes, Tasks};
 use crate::snapshotters;
@@ -88,7 +88,7 @@ pub async fn run(config: Config, logs: Logs) -> Result<()> {
     }
 
     let opening = config.clone();
-    let Stores { db, history, hub, metadata, snapshotters: entries, differs, proxies } =
+    let Stores { db, history, hub, metadata, snapshotters: entries, differs, controllers, proxies } =
         tokio::task::spawn_blocking(move || open_stores(&opening)).await??;
     let stop = CancellationToken::new();
     let collector =
@@ -148,6 +148,7 @@ pub async fn run(config: Config, logs: Logs) -> Result<()> {
         layers,
         tasks,
         sandboxes,
+        controllers,
         hub: hub.clone(),
         history: history.clone(),
         plugins: plugins.into(),
@@ -245,6 +246,7 @@ struct Stores {
     metadata: Metadata,
     snapshotters: Vec<SnapshotterEntry>,
     differs: BTreeMap<String, ProxyDiffer>,
+    controllers: BTreeMap<String, ProxyController>,
     proxies: Vec<Plugin>,
 }
 
@@ -261,8 +263,8 @@ fn open_stores(config: &Config) -> Result<Stores> {
     let hub = Hub::with_history(notice::READING, history.clone());
     let disabled = |name: &str| config.plugin_list.disables_snapshotter(name);
     let (mut snapshotters, entries) = snapshotters::open(root, &config.snapshotters, &db, disabled);
-    let proxies = Proxies::open(&config.proxy_plugins);
-    let Proxies { snapshotters: others, content, differs, entries: proxies } = proxies;
+    let proxies = Proxies::open(&config.proxy_plugins, &hub);
+    let Proxies { snapshotters: others, content, differs, controllers, entries: proxies } = proxies;
     let store = match content {
         Some(proxy) => Blobs::Proxy(proxy),
         None => Store::open(&root.join(CONTENT)).context("cannot open the content store")?.into(),
@@ -278,7 +280,7 @@ fn open_stores(config: &Config) -> Result<Stores> {
         .context("cannot open the folder of mounts")?;
     let parts = Parts { db: db.clone(), store, snapshotters, mounts, sharing, events };
     let metadata = Metadata::open(parts).context("cannot open the metadata")?;
-    Ok(Stores { db, history, hub, metadata, snapshotters: entries, differs, proxies })
+    Ok(Stores { db, history, hub, metadata, snapshotters: entries, differs, controllers, proxies })
 }
 
 fn open_runtime(config: &Config, hub: &Hub) -> Result<Tasks> {

@@ -43,6 +43,12 @@ impl Context {
         request.extensions().get::<Context>().cloned().unwrap_or_default()
     }
 
+    /// The context of a call in a namespace.
+    #[cfg(test)]
+    pub(crate) fn within(namespace: &str) -> Context {
+        Context { namespace: Some(Arc::from(namespace)), lease: None }
+    }
+
     /// The namespace and the lease as they came, for a call that requires neither.
     pub fn as_given(&self) -> (Option<&str>, Option<&str>) {
         (self.namespace.as_deref(), self.lease.as_deref())

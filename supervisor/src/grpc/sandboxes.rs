@@ -1,5 +1,6 @@
 //! The two Sandbox services: the store of records, and the controllers of what runs.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use davit_model::{Any, ErrorCode};
@@ -13,9 +14,10 @@ use super::context::Context;
 use super::convert::{any_from_wire, any_to_wire, mount_from_wire, time_to_wire};
 use super::status::{from, invalid, status};
 use crate::metadata::{Metadata, Runtime, Sandbox};
+use crate::proxy::ProxyController;
 use crate::runtime::{SandboxOptions, Sandboxes};
 
-/// The one controller that there is. CRI's `podsandbox` belongs to a CRI that is not served.
+/// The one controller that is built in. CRI's `podsandbox` belongs to a CRI that is not served.
 const SHIM: &str = "shim";
 
 /// Serves the records.
@@ -113,12 +115,14 @@ impl Store for StoreService {
 /// Serves the controllers.
 pub struct ControllerService {
     shim: Sandboxes,
+    /// The controllers in other processes, by name.
+    proxies: BTreeMap<String, ProxyController>,
 }
 
 impl ControllerService {
-    /// A service over the controller `shim`.
-    pub fn new(shim: Sandboxes) -> ControllerService {
-        ControllerService { shim }
+    /// A service over the controller `shim` and those of other processes.
+    pub fn new(shim: Sandboxes, proxies: BTreeMap<String, ProxyController>) -> ControllerService {
+        ControllerService { shim, proxies }
     }
 
     /// The controller of a name, with containerd's words if there is none.
@@ -148,6 +152,9 @@ impl Controller for ControllerService {
         &self,
         request: Request<wire::ControllerCreateRequest>,
     ) -> Result<Response<wire::ControllerCreateResponse>, Status> {
+        if let Some(proxy) = self.proxies.get(&request.get_ref().sandboxer) {
+            return proxy.create(request).await;
+        }
         let context = Context::of(&request);
         let request = request.into_inner();
         let controller = self.controller(&request.sandboxer)?;
@@ -176,6 +183,9 @@ impl Controller for ControllerService {
         &self,
         request: Request<wire::ControllerStartRequest>,
     ) -> Result<Response<wire::ControllerStartResponse>, Status> {
+        if let Some(proxy) = self.proxies.get(&request.get_ref().sandboxer) {
+            return proxy.start(request).await;
+        }
         let context = Context::of(&request);
         let wire::ControllerStartRequest { sandbox_id, sandboxer } = request.into_inner();
         let controller = self
@@ -197,6 +207,9 @@ impl Controller for ControllerService {
         &self,
         request: Request<wire::ControllerPlatformRequest>,
     ) -> Result<Response<wire::ControllerPlatformResponse>, Status> {
+        if let Some(proxy) = self.proxies.get(&request.get_ref().sandboxer) {
+            return proxy.platform(request).await;
+        }
         let context = Context::of(&request);
         let wire::ControllerPlatformRequest { sandbox_id, sandboxer } = request.into_inner();
         let told = self.controller(&sandboxer)?.platform(context.namespace()?, &sandbox_id).await;
@@ -214,6 +227,9 @@ impl Controller for ControllerService {
         &self,
         request: Request<wire::ControllerStopRequest>,
     ) -> Result<Response<wire::ControllerStopResponse>, Status> {
+        if let Some(proxy) = self.proxies.get(&request.get_ref().sandboxer) {
+            return proxy.stop(request).await;
+        }
         let context = Context::of(&request);
         let wire::ControllerStopRequest { sandbox_id, timeout_secs, sandboxer } = request.into_inner();
         let timeout = Duration::from_secs(timeout_secs.into());
@@ -226,6 +242,9 @@ impl Controller for ControllerService {
         &self,
         request: Request<wire::ControllerWaitRequest>,
     ) -> Result<Response<wire::ControllerWaitResponse>, Status> {
+        if let Some(proxy) = self.proxies.get(&request.get_ref().sandboxer) {
+            return proxy.wait(request).await;
+        }
         let context = Context::of(&request);
         let wire::ControllerWaitRequest { sandbox_id, sandboxer } = request.into_inner();
         let exit = self.controller(&sandboxer)?.wait(context.namespace()?, &sandbox_id).await;
@@ -238,6 +257,9 @@ impl Controller for ControllerService {
         &self,
         request: Request<wire::ControllerStatusRequest>,
     ) -> Result<Response<wire::ControllerStatusResponse>, Status> {
+        if let Some(proxy) = self.proxies.get(&request.get_ref().sandboxer) {
+            return proxy.status(request).await;
+        }
         let context = Context::of(&request);
         let wire::ControllerStatusRequest { sandbox_id, verbose, sandboxer } = request.into_inner();
         let told = self.controller(&sandboxer)?.status(context.namespace()?, &sandbox_id, verbose).await;
@@ -260,6 +282,9 @@ impl Controller for ControllerService {
         &self,
         request: Request<wire::ControllerShutdownRequest>,
     ) -> Result<Response<wire::ControllerShutdownResponse>, Status> {
+        if let Some(proxy) = self.proxies.get(&request.get_ref().sandboxer) {
+            return proxy.shutdown(request).await;
+        }
         let context = Context::of(&request);
         let wire::ControllerShutdownRequest { sandbox_id, sandboxer } = request.into_inner();
         let down = self.controller(&sandboxer)?.shutdown(context.namespace()?, &sandbox_id).await;
@@ -271,6 +296,9 @@ impl Controller for ControllerService {
         &self,
         request: Request<wire::ControllerMetricsRequest>,
     ) -> Result<Response<wire::ControllerMetricsResponse>, Status> {
+        if let Some(proxy) = self.proxies.get(&request.get_ref().sandboxer) {
+            return proxy.metrics(request).await;
+        }
         let context = Context::of(&request);
         let wire::ControllerMetricsRequest { sandbox_id, sandboxer } = request.into_inner();
         let metric = self.controller(&sandboxer)?.metrics(context.namespace()?, &sandbox_id).await;
@@ -287,6 +315,9 @@ impl Controller for ControllerService {
         &self,
         request: Request<wire::ControllerUpdateRequest>,
     ) -> Result<Response<wire::ControllerUpdateResponse>, Status> {
+        if let Some(proxy) = self.proxies.get(&request.get_ref().sandboxer) {
+            return proxy.update(request).await;
+        }
         let request = request.into_inner();
         self.controller(&request.sandboxer)?;
         if request.sandbox.is_none() {

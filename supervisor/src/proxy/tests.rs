@@ -10,6 +10,8 @@ use davit_content_store::Hasher;
 use davit_model::{Algorithm, Coded, Digest, ErrorCode, Labels};
 use davit_proto::containerd::services::content::v1 as content;
 use davit_proto::containerd::services::content::v1::content_server::{Content, ContentServer};
+use davit_proto::containerd::services::sandbox::v1 as sandbox;
+use davit_proto::containerd::services::sandbox::v1::controller_server::{Controller, ControllerServer};
 use davit_proto::containerd::services::snapshots::v1 as wire;
 use davit_proto::containerd::services::snapshots::v1::snapshots_server::{Snapshots, SnapshotsServer};
 use davit_snapshotter::{Kind, Snapshotter, TARGET_LABEL};
@@ -22,6 +24,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::connection::{self, Connection, Patience};
 use super::snapshots::ProxySnapshotter;
 use super::*;
+use crate::grpc::context::Context;
 
 /// How a plugin behaves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -268,6 +271,77 @@ impl Content for Plugin {
     }
 }
 
+#[tonic::async_trait]
+impl Controller for Plugin {
+    async fn create(
+        &self,
+        request: Request<sandbox::ControllerCreateRequest>,
+    ) -> Result<Response<sandbox::ControllerCreateResponse>, Status> {
+        self.behave(&request).await?;
+        Ok(Response::new(Default::default()))
+    }
+
+    async fn start(
+        &self,
+        request: Request<sandbox::ControllerStartRequest>,
+    ) -> Result<Response<sandbox::ControllerStartResponse>, Status> {
+        self.behave(&request).await?;
+        let sandbox_id = request.into_inner().sandbox_id;
+        Ok(Response::new(sandbox::ControllerStartResponse { sandbox_id, pid: 7, ..Default::default() }))
+    }
+
+    async fn platform(
+        &self,
+        _: Request<sandbox::ControllerPlatformRequest>,
+    ) -> Result<Response<sandbox::ControllerPlatformResponse>, Status> {
+        unused()
+    }
+
+    async fn stop(
+        &self,
+        _: Request<sandbox::ControllerStopRequest>,
+    ) -> Result<Response<sandbox::ControllerStopResponse>, Status> {
+        unused()
+    }
+
+    async fn wait(
+        &self,
+        request: Request<sandbox::ControllerWaitRequest>,
+    ) -> Result<Response<sandbox::ControllerWaitResponse>, Status> {
+        self.behave(&request).await?;
+        Ok(Response::new(sandbox::ControllerWaitResponse { exit_status: 3, exited_at: None }))
+    }
+
+    async fn status(
+        &self,
+        request: Request<sandbox::ControllerStatusRequest>,
+    ) -> Result<Response<sandbox::ControllerStatusResponse>, Status> {
+        self.behave(&request).await?;
+        Ok(Response::new(Default::default()))
+    }
+
+    async fn shutdown(
+        &self,
+        _: Request<sandbox::ControllerShutdownRequest>,
+    ) -> Result<Response<sandbox::ControllerShutdownResponse>, Status> {
+        unused()
+    }
+
+    async fn metrics(
+        &self,
+        _: Request<sandbox::ControllerMetricsRequest>,
+    ) -> Result<Response<sandbox::ControllerMetricsResponse>, Status> {
+        unused()
+    }
+
+    async fn update(
+        &self,
+        _: Request<sandbox::ControllerUpdateRequest>,
+    ) -> Result<Response<sandbox::ControllerUpdateResponse>, Status> {
+        unused()
+    }
+}
+
 fn digest_of(data: &[u8]) -> Digest {
     let mut hasher = Hasher::new(Algorithm::Sha256);
     hasher.update(data);
@@ -306,7 +380,8 @@ impl Scene {
         let listener = UnixListener::bind(socket).unwrap();
         let server = tonic::transport::Server::builder()
             .add_service(SnapshotsServer::new(self.plugin.clone()).max_encoding_message_size(64 << 20))
-            .add_service(ContentServer::new(self.plugin.clone()));
+            .add_service(ContentServer::new(self.plugin.clone()))
+            .add_service(ControllerServer::new(self.plugin.clone()));
         threads.spawn(async move {
             server.serve_with_incoming(UnixListenerStream::new(listener)).await.unwrap();
         });
@@ -472,4 +547,52 @@ fn content_of_a_plugin_is_what_its_digest_says() {
     assert!(matches!(store.status("a/1/ref"), Err(davit_content_store::Error::NoIngest { .. })));
     // What is no blob is left out.
     assert_eq!(store.walk().unwrap().len(), 1);
+}
+
+/// A request as the layer of this daemon makes it.
+fn called<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.extensions_mut().insert(Context::within("ns"));
+    request
+}
+
+#[test]
+fn sandboxes_of_a_plugin_are_told_of_and_waited_for() {
+    let scene = Scene::new();
+    let socket = scene.socket();
+    let hub = Hub::new(crate::grpc::notice::READING);
+    let mut events = hub.subscribe(davit_model::Filter::parse(&[]).unwrap());
+    let mut topic = move || events.try_recv().ok().map(|envelope| envelope.topic.clone());
+    let mut connection = scene.connection(&socket);
+    connection.patience.look = Duration::from_millis(200);
+    let controller = ProxyController::new(connection, hub);
+    let id = || "s".to_owned();
+    let wait = move || called(sandbox::ControllerWaitRequest { sandbox_id: id(), ..Default::default() });
+    let waiting = {
+        let controller = controller.clone();
+        scene.runtime.spawn(async move { controller.wait(wait()).await })
+    };
+    let status = || called(sandbox::ControllerStatusRequest { sandbox_id: id(), ..Default::default() });
+    let gone = scene.runtime.block_on(controller.status(status())).unwrap_err();
+    assert_eq!(gone.code(), tonic::Code::Unavailable, "{gone}");
+    assert!(!waiting.is_finished(), "who waits waits for the plugin");
+
+    let _server = scene.serve(&socket);
+    scene.runtime.block_on(async {
+        let exit = tokio::time::timeout(Duration::from_secs(60), waiting).await.unwrap().unwrap().unwrap();
+        assert_eq!(exit.into_inner().exit_status, 3);
+        let create = called(sandbox::ControllerCreateRequest { sandbox_id: id(), ..Default::default() });
+        assert_eq!(controller.create(create).await.unwrap().into_inner().sandbox_id, "s");
+        let start = called(sandbox::ControllerStartRequest { sandbox_id: id(), ..Default::default() });
+        assert_eq!(controller.start(start).await.unwrap().into_inner().pid, 7);
+        assert!(controller.status(status()).await.unwrap().into_inner().extra.is_some());
+    });
+    assert_eq!(
+        [topic(), topic(), topic(), topic()].map(Option::unwrap_or_default),
+        ["/sandboxes/exit", "/sandboxes/create", "/sandboxes/start", ""]
+    );
+    assert!(scene.plugin.told.lock().unwrap().iter().all(|namespace| namespace == "ns"));
+    scene.set(Mode::Hangs);
+    let late = scene.runtime.block_on(controller.status(status())).unwrap_err();
+    assert_eq!(late.code(), tonic::Code::DeadlineExceeded, "{late}");
 }
