@@ -195,6 +195,9 @@ impl Error {
             Error::Call { status, .. } => match status.code() {
                 Code::Unavailable => Some("the daemon went away or is restarting; try again".to_owned()),
                 Code::Unimplemented => Some("this daemon does not support it".to_owned()),
+                Code::InvalidArgument if status.message().contains("snapshotter not loaded") => {
+                    Some("`davit info` lists the snapshotters that are there".to_owned())
+                }
                 _ => None,
             },
             Error::Start { status, .. } if Error::names_no_runtime(&status.message().to_lowercase()) => {

@@ -18,6 +18,7 @@ mod restart;
 mod services;
 mod sharing;
 mod slope;
+mod snapshotters;
 mod soak;
 mod suites;
 mod tour;

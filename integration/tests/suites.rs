@@ -59,6 +59,15 @@ fn native_through_the_service() -> Result<()> {
     snapshots("native", Traits { renames_folders: true, usage_excludes_parents: false, ..Traits::default() })
 }
 
+#[test]
+fn erofs_through_the_service() -> Result<()> {
+    if !std::fs::read_to_string("/proc/filesystems")?.contains("\terofs\n") {
+        eprintln!("skipped: needs a kernel with erofs");
+        return Ok(());
+    }
+    snapshots("erofs", Traits { committed_is_file: true, ..Traits::default() })
+}
+
 fn snapshots(name: &str, traits: Traits) -> Result<()> {
     if !root() {
         return Ok(());
