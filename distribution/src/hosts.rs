@@ -19,7 +19,11 @@ use davit_model::{Coded, ErrorCode};
 use davit_oci::reference::DEFAULT_DOMAIN;
 use http::{HeaderName, HeaderValue};
 
+use crate::uri;
 use file::ServerEntry;
+
+/// The folders of hosts that are configured, if no other one is named: containerd's and Docker's.
+pub const DIRECTORIES: [&str; 2] = ["/etc/containerd/certs.d", "/etc/docker/certs.d"];
 
 /// The host behind the name `docker.io`.
 const DOCKER_HOST: &str = "registry-1.docker.io";
@@ -277,10 +281,7 @@ fn own_host(options: &HostOptions, registry: &str, mut settings: Settings) -> Ho
 
 /// Whether a name with or without port is `localhost` or a loopback address.
 fn is_this_machine(registry: &str) -> bool {
-    let host = match registry.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
-        Some((address, _)) => address,
-        None => registry.split_once(':').map_or(registry, |(host, _)| host),
-    };
+    let host = uri::without_port(registry);
     host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())
 }
 

@@ -8,6 +8,8 @@ use davit_oci::image::{ANNOTATION_REF_NAME, Descriptor};
 use davit_oci::media_type;
 use davit_oci::reference::Reference;
 
+use crate::uri;
+
 /// The label that holds, for the registry after the last dot, the repositories that content came from or went to.
 const SOURCE: &str = "containerd.io/distribution.source";
 /// The longest annotation that becomes part of an ingest's name.
@@ -63,12 +65,7 @@ pub fn of_children<'a>(children: impl IntoIterator<Item = &'a Descriptor>) -> La
 
 /// The key of the label of a reference's registry; the port is no part of it.
 pub fn source_key(reference: &Reference) -> String {
-    let domain = reference.domain();
-    let host = match domain.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
-        Some((address, _)) => address,
-        None => domain.split_once(':').map_or(domain, |(host, _)| host),
-    };
-    format!("{SOURCE}.{host}")
+    format!("{SOURCE}.{}", uri::without_port(reference.domain()))
 }
 
 /// Whether a label tells where content comes from.

@@ -22,8 +22,7 @@ impl Origin {
             "http" => false,
             _ => return None,
         };
-        let port = uri.port_u16().unwrap_or(if https { 443 } else { 80 });
-        Some(Origin { https, host: uri.host()?.to_ascii_lowercase(), port })
+        Some(Origin { https, host: uri.host()?.to_ascii_lowercase(), port: port(uri) })
     }
 }
 
@@ -31,6 +30,14 @@ impl Origin {
 pub(crate) fn bare_host(uri: &Uri) -> &str {
     let host = uri.host().unwrap_or_default();
     host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host)
+}
+
+/// The host of a registry's name, without its port and the brackets of an IPv6 address.
+pub(crate) fn without_port(registry: &str) -> &str {
+    match registry.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((address, _)) => address,
+        None => registry.split_once(':').map_or(registry, |(host, _)| host),
+    }
 }
 
 /// The port of an address.

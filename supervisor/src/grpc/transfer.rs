@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
 
-use davit_distribution::hosts::HostOptions;
+use davit_distribution::hosts::{DIRECTORIES, HostOptions};
 use davit_distribution::{CredentialSource, Options};
 use davit_oci::platform::Platform;
 use davit_oci::reference::Reference;
@@ -31,9 +31,6 @@ use crate::streams::{Stream, Streams};
 use crate::transfer::{ExportOptions, ExtraName, Listener, Local, Remote, Transfers, Unpack};
 use credentials::Asking;
 use progress::Reporter;
-
-/// Where the hosts of registries are configured, if a client names no other folder: containerd's and Docker's.
-const HOSTS: [&str; 2] = ["/etc/containerd/certs.d", "/etc/docker/certs.d"];
 
 /// Serves transfers.
 pub struct TransferService {
@@ -131,7 +128,7 @@ impl TransferService {
         let reference: Reference = text.parse().map_err(to_status)?;
         let resolver = registry.resolver.unwrap_or_default();
         let directories = match resolver.host_dir.as_str() {
-            "" => HOSTS.iter().map(PathBuf::from).collect(),
+            "" => DIRECTORIES.iter().map(PathBuf::from).collect(),
             folder => vec![PathBuf::from(folder)],
         };
         let plain_http = match resolver.default_scheme.as_str() {
