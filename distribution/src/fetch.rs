@@ -24,7 +24,7 @@ use tracing::{debug, warn};
 
 use crate::endpoint::{Ask, Endpoint, failure};
 use crate::error::Error;
-use crate::repository::{DIGEST_HEADER, Operation, Repository, Worst};
+use crate::repository::{Operation, Repository, Worst, check_digest};
 use crate::retry::Backoff;
 use crate::store::{SinkError, SinkWriter};
 use crate::transport::Response;
@@ -288,12 +288,7 @@ async fn fetch_at(
     };
     // A `Content-Encoding` is ignored: none was asked for, and storage services send what was once stored with a blob.
     // The digest tells whether the bytes are the right ones.
-    if let Some(told) = response.header(DIGEST_HEADER)
-        && told.split(':').next() == Some(descriptor.digest.algorithm().as_str())
-        && told != descriptor.digest.as_str()
-    {
-        return Err(Error::WrongDigest { actual: told.to_owned(), expected: descriptor.digest.clone(), url });
-    }
+    check_digest(&response, &descriptor.digest)?;
     if partial {
         let range = response.header(CONTENT_RANGE.as_str()).and_then(content_range);
         let (first, last, total) = range.ok_or_else(|| malformed("it does not say which part it is"))?;

@@ -1,6 +1,12 @@
 //! What a transfer tells while it runs.
 
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
 use davit_oci::image::Descriptor;
+
+/// How often bytes are told of.
+const NEWS: Duration = Duration::from_millis(100);
 
 /// How far something has come; the words are those that `ctr` shows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,4 +69,24 @@ pub struct Unobserved;
 
 impl Observer for Unobserved {
     fn progress(&self, _: Progress) {}
+}
+
+/// The pace at which bytes are told of.
+pub(crate) struct Pace(Mutex<Instant>);
+
+impl Pace {
+    /// A pace that begins now.
+    pub(crate) fn new() -> Pace {
+        Pace(Mutex::new(Instant::now()))
+    }
+
+    /// Whether it is time for news.
+    pub(crate) fn is_due(&self) -> bool {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_due = last.elapsed() >= NEWS;
+        if is_due {
+            *last = Instant::now();
+        }
+        is_due
+    }
 }

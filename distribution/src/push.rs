@@ -1,8 +1,7 @@
 //! Pushing an image: its blobs side by side, then its manifests, then the indexes, the outermost last and by its tag, so
 //! that a name never stands for something incomplete.
 
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use davit_model::{Coded, Digest, ErrorCode, Labels};
@@ -14,15 +13,12 @@ use tokio::task::JoinSet;
 
 use crate::error::Error;
 use crate::labels;
-use crate::progress::{Observer, Progress, State};
+use crate::progress::{Observer, Pace, Progress, State};
 use crate::registry::Retry;
 use crate::repository::Repository;
 use crate::retry::Backoff;
 use crate::store::{Source, read_whole};
 use crate::upload::Uploaded;
-
-/// How often bytes are told of.
-const NEWS: Duration = Duration::from_millis(100);
 
 /// How an image is pushed.
 #[derive(Debug, Clone)]
@@ -124,11 +120,9 @@ impl Job {
         let from = labels::mount_source(&labels, &self.repository.reference);
         let told = {
             let (job, blob, parent) = (self.clone(), blob.clone(), parent.to_owned());
-            let last = Mutex::new(Instant::now());
+            let pace = Pace::new();
             move |offset| {
-                let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
-                if last.elapsed() >= NEWS {
-                    *last = Instant::now();
+                if pace.is_due() {
                     job.tell(State::Uploading, &blob, Some(&parent), offset);
                 }
             }

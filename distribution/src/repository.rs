@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use davit_model::Digest;
 use davit_oci::reference::Reference;
 use http::Method;
 use serde::Deserialize;
@@ -10,6 +11,7 @@ use tracing::info;
 use crate::endpoint::{Ask, Endpoint, failure};
 use crate::error::Error;
 use crate::hosts::Capabilities;
+use crate::transport::Response;
 use crate::uri;
 
 /// The header in which registries tell the digest of what they send or took.
@@ -58,11 +60,6 @@ impl Operation {
 impl Repository {
     pub(crate) fn new(reference: Reference, endpoints: Vec<Endpoint>) -> Repository {
         Repository { reference, endpoints: Arc::new(endpoints) }
-    }
-
-    /// The reference that it was made for, with its tag or digest.
-    pub fn reference(&self) -> &Reference {
-        &self.reference
     }
 
     /// The hosts for an operation, with their places in the list of all, but for those at the `excluded` places.
@@ -162,6 +159,15 @@ impl Worst {
     pub(crate) fn into_error(self, otherwise: impl FnOnce() -> Error) -> Error {
         self.0.unwrap_or_else(otherwise)
     }
+}
+
+/// Refuses a response that tells another digest of the same algorithm; what comes without one is checked by its bytes.
+pub(crate) fn check_digest(response: &Response, expected: &Digest) -> Result<(), Error> {
+    let is_other = |told: &&str| {
+        told.split(':').next() == Some(expected.algorithm().as_str()) && *told != expected.as_str()
+    };
+    let Some(told) = response.header(DIGEST_HEADER).filter(is_other) else { return Ok(()) };
+    Err(Error::WrongDigest { url: response.shown(), actual: told.to_owned(), expected: expected.clone() })
 }
 
 #[cfg(test)]

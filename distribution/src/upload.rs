@@ -24,7 +24,7 @@ use tracing::debug;
 use crate::endpoint::{Ask, Endpoint, Payload, Target, failure};
 use crate::error::Error;
 use crate::policy::Policy;
-use crate::repository::{DIGEST_HEADER, Operation, Repository};
+use crate::repository::{DIGEST_HEADER, Operation, Repository, check_digest};
 use crate::retry::Backoff;
 use crate::store::Source;
 use crate::transport::{RequestBody, Response};
@@ -146,7 +146,7 @@ impl Repository {
         let path = self.path(&format!("manifests/{}", tag.unwrap_or(descriptor.digest.as_str())));
         let head = Ask::new(Method::HEAD, path.clone(), &scopes).accept(&[&descriptor.media_type, "*/*"]);
         if let Some(response) = existing(host, &head).await?
-            && (tag.is_none() || told_digest(&response) == Some(descriptor.digest.as_str()))
+            && (tag.is_none() || response.header(DIGEST_HEADER) == Some(descriptor.digest.as_str()))
         {
             return Ok(Uploaded::Existed);
         }
@@ -290,22 +290,12 @@ async fn existing(host: &Endpoint, ask: &Ask<'_>) -> Result<Option<Response>, Er
     }
 }
 
-fn told_digest(response: &Response) -> Option<&str> {
-    response.header(DIGEST_HEADER)
-}
-
 /// The end of a `PUT`.
 async fn finished(response: Response, digest: &Digest) -> Result<Uploaded, Error> {
     if !matches!(response.status.as_u16(), 200 | 201 | 204) {
         return Err(failure(response, Method::PUT).await);
     }
-    if let Some(told) = told_digest(&response)
-        && told.split(':').next() == Some(digest.algorithm().as_str())
-        && told != digest.as_str()
-    {
-        let (url, actual) = (response.shown(), told.to_owned());
-        return Err(Error::WrongDigest { url, actual, expected: digest.clone() });
-    }
+    check_digest(&response, digest)?;
     response.discard().await;
     Ok(Uploaded::Sent)
 }

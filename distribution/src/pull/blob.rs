@@ -1,8 +1,6 @@
 //! One blob of an image: from the registry into the store, once.
 
-use std::sync::Mutex;
-use std::sync::PoisonError;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use davit_model::Labels;
 use davit_oci::image::Descriptor;
@@ -10,12 +8,10 @@ use davit_oci::image::Descriptor;
 use super::Job;
 use crate::error::Error;
 use crate::labels;
-use crate::progress::State;
+use crate::progress::{Pace, State};
 use crate::retry::Backoff;
 use crate::store::{Opened, SinkError, SinkWriter};
 
-/// How often bytes are told of.
-const NEWS: Duration = Duration::from_millis(100);
 /// The first and the longest pause between two looks at what another pull fetches.
 const LOOKS: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
@@ -33,11 +29,9 @@ pub(super) async fn fetch(
         return Ok(());
     };
     job.tell(State::Downloading, descriptor, parent, writer.offset());
-    let last = Mutex::new(Instant::now());
+    let pace = Pace::new();
     let told = |offset| {
-        let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
-        if last.elapsed() >= NEWS {
-            *last = Instant::now();
+        if pace.is_due() {
             job.tell(State::Downloading, descriptor, parent, offset);
         }
     };
