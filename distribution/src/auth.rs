@@ -111,7 +111,7 @@ impl Authorizer {
                 return Ok(());
             }
             if matches!(answers.get(&origin), Some(Answer::Header(_))) && used.is_some() {
-                return Err(Error::Unauthorized { message: message(&challenges) });
+                return Err(Error::Unauthorized { reason: reason(&challenges) });
             }
             let realm = realm_address(&response.uri, bearer).map_err(unusable)?;
             let credentials = if configured { self.credentials().await? } else { Credentials::Anonymous };
@@ -131,7 +131,7 @@ impl Authorizer {
         }
         // A password that was refused once is not sent again: too many attempts lock accounts.
         if used.is_some() || !configured {
-            return Err(Error::Unauthorized { message: message(&challenges) });
+            return Err(Error::Unauthorized { reason: reason(&challenges) });
         }
         let credentials = self.credentials().await?;
         let value = match credentials {
@@ -145,7 +145,8 @@ impl Authorizer {
                 return Err(unusable("it has no scheme that is supported (basic, bearer)"));
             }
             Credentials::Anonymous | Credentials::IdentityToken(_) => {
-                return Err(Error::Unauthorized { message: message(&challenges) });
+                let reason = reason(&challenges).unwrap_or_else(|| "no basic auth credentials".to_owned());
+                return Err(Error::Unauthorized { reason: Some(reason) });
             }
         };
         self.answers.lock().await.insert(origin, Answer::Header(value));
@@ -165,12 +166,14 @@ impl Authorizer {
 
 /// What a 401 that cannot be helped says.
 pub(crate) fn refusal(headers: &HeaderMap) -> Error {
-    Error::Unauthorized { message: message(&challenge::of_headers(headers)) }
+    Error::Unauthorized { reason: reason(&challenge::of_headers(headers)) }
 }
 
-fn message(challenges: &[Challenge]) -> Option<String> {
+/// What the server says, in words that are fit to be shown.
+fn reason(challenges: &[Challenge]) -> Option<String> {
     let found = challenges.iter().find_map(|challenge| challenge.parameter("error"))?;
-    Some(found.chars().filter(|character| !character.is_control()).take(MAX_MESSAGE).collect())
+    let text: String = found.chars().filter(|character| !character.is_control()).take(MAX_MESSAGE).collect();
+    Some(format!("server message: {text}"))
 }
 
 /// The address of a realm, if the host that names it may do so.

@@ -70,10 +70,10 @@ pub enum Error {
         source: Box<Error>,
     },
     /// The credentials, or none, were not accepted.
-    #[error("authorization failed{}", message.as_ref().map(|text| format!(": server message: {text}")).unwrap_or_default())]
+    #[error("authorization failed{}", reason.as_ref().map(|text| format!(": {text}")).unwrap_or_default())]
     Unauthorized {
-        /// What the server says.
-        message: Option<String>,
+        /// What the server says of it, or that there were none.
+        reason: Option<String>,
     },
     /// A challenge that cannot be answered.
     #[error("cannot answer the challenge of {host}: {reason}")]
