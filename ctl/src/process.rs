@@ -26,7 +26,7 @@ use crate::client::Client;
 use crate::error::{CallContext, Error, Result};
 use crate::fifo::{self, FifoDir, InputEnd};
 use crate::keys::DetachKeys;
-use crate::terminal::{self, RawMode};
+use crate::terminal::{self, Changed};
 
 /// How long the output may take after the process is gone and the shim has closed its ends. Only a process that was
 /// handed one of the FIFOs and outlives the container can make it as long.
@@ -53,7 +53,7 @@ pub(crate) struct Streams {
     pass_signals: bool,
     keys: DetachKeys,
     outputs: Vec<oneshot::Receiver<()>>,
-    raw: Option<RawMode>,
+    raw: Option<Changed>,
     signals: Option<Signals>,
     /// `None` where another place than ours has the output.
     folder: Option<FifoDir>,
@@ -206,7 +206,7 @@ impl Streams {
     pub(crate) fn engage(&mut self) -> Result<()> {
         self.signals = Some(Signals::listen(self.terminal)?);
         if self.terminal && self.input.is_some() {
-            self.raw = RawMode::enter()?;
+            self.raw = Changed::raw()?;
         }
         Ok(())
     }

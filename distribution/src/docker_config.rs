@@ -136,29 +136,15 @@ impl DockerConfig {
     /// # Errors
     /// [`DockerConfigError`].
     pub fn load(path: &Path) -> Result<DockerConfig, DockerConfigError> {
-        let read = |source| DockerConfigError::Read { path: path.to_owned(), source };
-        let file = match std::fs::File::open(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(DockerConfig::default()),
-            result => result.map_err(read)?,
-        };
-        let mut text = Vec::new();
-        io::Read::read_to_end(&mut io::Read::take(file, MAX_SIZE + 1), &mut text).map_err(read)?;
-        if text.len() as u64 > MAX_SIZE {
-            return Err(DockerConfigError::TooLarge { path: path.to_owned() });
-        }
-        serde_json::from_slice(&text).map_err(|error| DockerConfigError::Syntax {
-            path: path.to_owned(),
-            line: error.line(),
-            column: error.column(),
-        })
+        parse(path, &read(path)?)
     }
 
-    /// The helper that keeps the secrets of a host, if one does.
-    fn helper(&self, host: &str) -> Option<&str> {
+    /// The helper that keeps the secrets of a host, if one does, and the name that it has for the host.
+    fn helper<'a>(&'a self, host: &'a str) -> Option<(&'a str, &'a str)> {
         let server = server_name(host);
         let own = self.cred_helpers.iter().find(|(key, _)| host_of(key) == host_of(server));
-        let helper = own.map_or(self.creds_store.as_str(), |(_, helper)| helper.as_str());
-        Some(helper).filter(|helper| !helper.is_empty())
+        let (helper, name) = own.map_or((&self.creds_store, server), |(key, helper)| (helper, key.as_str()));
+        (!helper.is_empty()).then_some((helper, name))
     }
 
     /// The credentials for a host.
@@ -167,12 +153,7 @@ impl DockerConfig {
     /// [`CredentialError`] if a helper cannot be run or fails, or an entry cannot be read.
     pub async fn find(&self, host: &str) -> Result<Credentials, CredentialError> {
         let server = server_name(host);
-        let helper = self.cred_helpers.iter().find(|(key, _)| host_of(key) == host_of(server));
-        let (helper, name) = match helper {
-            Some((key, helper)) => (helper.as_str(), key.as_str()),
-            None => (self.creds_store.as_str(), server),
-        };
-        if !helper.is_empty() {
+        if let Some((helper, name)) = self.helper(host) {
             if helper.contains('/') {
                 let reason = format!("credential helper {helper:?}: its name must not be a path");
                 return Err(CredentialError { reason });
@@ -237,8 +218,31 @@ fn server_name(host: &str) -> &str {
     if matches!(host, "docker.io" | "index.docker.io" | "registry-1.docker.io") { HUB } else { host }
 }
 
-/// The host of a key, which may be an address.
-fn host_of(key: &str) -> &str {
+/// The text of a file; one that is not there is an empty object.
+fn read(path: &Path) -> Result<Vec<u8>, DockerConfigError> {
+    let failed = |source| DockerConfigError::Read { path: path.to_owned(), source };
+    let file = match std::fs::File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(b"{}".to_vec()),
+        result => result.map_err(failed)?,
+    };
+    let mut text = Vec::new();
+    io::Read::read_to_end(&mut io::Read::take(file, MAX_SIZE + 1), &mut text).map_err(failed)?;
+    if text.len() as u64 > MAX_SIZE {
+        return Err(DockerConfigError::TooLarge { path: path.to_owned() });
+    }
+    Ok(text)
+}
+
+fn parse<'a, T: Deserialize<'a>>(path: &Path, text: &'a [u8]) -> Result<T, DockerConfigError> {
+    serde_json::from_slice(text).map_err(|error| DockerConfigError::Syntax {
+        path: path.to_owned(),
+        line: error.line(),
+        column: error.column(),
+    })
+}
+
+/// The host of what people write for a registry, and of a key of the file: an address, or with a path behind it.
+pub fn host_of(key: &str) -> &str {
     let rest = key.strip_prefix("https://").or_else(|| key.strip_prefix("http://")).unwrap_or(key);
     rest.split('/').next().unwrap_or_default()
 }

@@ -5,18 +5,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use davit_distribution::docker_config::{self, DockerConfig};
-use davit_distribution::hosts::HostOptions;
+use davit_distribution::hosts::{DIRECTORIES, HostOptions};
 use davit_distribution::{CredentialError, CredentialSource, Credentials, Registry, Secret};
-use nix::sys::termios::{LocalFlags, SetArg, Termios, tcgetattr, tcsetattr};
 
 use crate::error::{Error, Result};
 use crate::format;
+use crate::terminal::Changed;
 use crate::transfer::Reach;
 
 /// The most bytes of a name or password.
 const MAX_INPUT: u64 = 64 << 10;
-/// Where the hosts of registries are configured, if no other folder is named; as for the daemon.
-const HOSTS: [&str; 2] = ["/etc/containerd/certs.d", "/etc/docker/certs.d"];
 
 /// Options of `davit login`.
 #[derive(Debug, clap::Args)]
@@ -53,7 +51,7 @@ pub(crate) async fn login(options: Options, out: &mut dyn Write) -> Result<()> {
     let given = Given(Credentials::Password { username: username.clone(), password: password.clone() });
     let directories = match options.reach.hosts_dir {
         Some(folder) => vec![PathBuf::from(folder)],
-        None => HOSTS.iter().map(PathBuf::from).collect(),
+        None => DIRECTORIES.iter().map(PathBuf::from).collect(),
     };
     let plain_http = options.reach.plain_http.then_some(true);
     let registry = Registry::new(davit_distribution::Options {
@@ -80,8 +78,7 @@ fn path() -> Result<PathBuf> {
 
 /// The host of what people write: an address, or with a path behind it.
 fn host(given: &str) -> Result<String> {
-    let rest = given.strip_prefix("https://").or_else(|| given.strip_prefix("http://")).unwrap_or(given);
-    let host = rest.split('/').next().unwrap_or_default();
+    let host = docker_config::host_of(given);
     // The name of a registry is what an image's name may begin with.
     match format!("{host}/x").parse::<davit_oci::reference::Reference>() {
         Ok(reference) if reference.domain() == host => Ok(host.to_owned()),
@@ -124,7 +121,7 @@ async fn ask(username: Option<String>, from_stdin: bool) -> Result<(String, Secr
         Some(username) => username,
         None => line("Username: ").await.map_err(error)?,
     };
-    let silence = Silence::enter()?;
+    let silence = Changed::silence()?;
     let password = line("Password: ").await.map_err(error)?;
     drop(silence);
     let _ = writeln!(io::stderr());
@@ -148,28 +145,6 @@ async fn line(prompt: &str) -> io::Result<String> {
     });
     let text = read.await.map_err(io::Error::other)??;
     Ok(text.trim_end_matches(['\r', '\n']).to_owned())
-}
-
-/// The terminal without its echo. Dropping it brings that back.
-struct Silence(Termios);
-
-impl Silence {
-    fn enter() -> Result<Silence> {
-        let error =
-            |errno: nix::errno::Errno| Error::System { action: "set up the terminal", source: errno.into() };
-        let before = tcgetattr(stdin()).map_err(error)?;
-        let mut silent = before.clone();
-        silent.local_flags.remove(LocalFlags::ECHO);
-        tcsetattr(stdin(), SetArg::TCSANOW, &silent).map_err(error)?;
-        Ok(Silence(before))
-    }
-}
-
-impl Drop for Silence {
-    fn drop(&mut self) {
-        // A terminal that went away has no mode to restore.
-        let _ = tcsetattr(stdin(), SetArg::TCSADRAIN, &self.0);
-    }
 }
 
 #[cfg(test)]

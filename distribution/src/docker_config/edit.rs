@@ -1,7 +1,7 @@
 //! Changing the file: what `docker login` and `docker logout` write, and nothing else of it.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Map, Value, json};
 
-use super::{DockerConfig, DockerConfigError, MAX_SIZE, host_of, server_name};
+use super::{DockerConfig, DockerConfigError, host_of, parse, read, server_name};
 use crate::credentials::Secret;
 
 /// Puts a user and the password for a host into the file, which only its owner can read then. What else is in it stays.
@@ -17,7 +17,7 @@ use crate::credentials::Secret;
 /// # Errors
 /// [`DockerConfigError`]; where a helper keeps the secrets of the host, nothing is written.
 pub fn store(path: &Path, host: &str, username: &str, password: &Secret) -> Result<(), DockerConfigError> {
-    let mut document = read(path, host)?;
+    let mut document = open(path, host)?;
     let auth = STANDARD.encode(format!("{username}:{}", password.expose()));
     let auths = document.entry("auths").or_insert_with(|| Value::Object(Map::new()));
     let Some(auths) = auths.as_object_mut() else { return Err(malformed(path)) };
@@ -32,7 +32,7 @@ pub fn store(path: &Path, host: &str, username: &str, password: &Secret) -> Resu
 /// # Errors
 /// As [`store`].
 pub fn forget(path: &Path, host: &str) -> Result<bool, DockerConfigError> {
-    let mut document = read(path, host)?;
+    let mut document = open(path, host)?;
     let Some(auths) = document.get_mut("auths").and_then(Value::as_object_mut) else { return Ok(false) };
     let (before, server) = (auths.len(), server_name(host));
     auths.retain(|key, _| host_of(key) != host_of(server));
@@ -46,19 +46,15 @@ fn malformed(path: &Path) -> DockerConfigError {
     DockerConfigError::Syntax { path: path.to_owned(), line: 1, column: 1 }
 }
 
-fn read(path: &Path, host: &str) -> Result<Map<String, Value>, DockerConfigError> {
+/// All of the file, if it is ours to change.
+fn open(path: &Path, host: &str) -> Result<Map<String, Value>, DockerConfigError> {
+    let text = read(path)?;
     // What could not be read again is not written over.
-    let config = DockerConfig::load(path)?;
-    if let Some(helper) = config.helper(host) {
+    let config: DockerConfig = parse(path, &text)?;
+    if let Some((helper, _)) = config.helper(host) {
         return Err(DockerConfigError::Helper { path: path.to_owned(), helper: helper.to_owned() });
     }
-    let text = match fs::read(path) {
-        Ok(text) if text.len() as u64 <= MAX_SIZE => text,
-        Ok(_) => return Err(DockerConfigError::TooLarge { path: path.to_owned() }),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Map::new()),
-        Err(source) => return Err(DockerConfigError::Read { path: path.to_owned(), source }),
-    };
-    serde_json::from_slice(&text).map_err(|_| malformed(path))
+    parse(path, &text)
 }
 
 /// Replaces the file by a new one, so that there is always a whole one. A link stays a link.
