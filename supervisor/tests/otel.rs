@@ -1,5 +1,7 @@
 //! Spans as a collector gets them from a daemon, over HTTP and over gRPC. It takes the feature `otel`.
 
+#![allow(clippy::unwrap_used)] // helpers of tests, too, fail by panicking
+
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::io::{Read, Write};

@@ -95,6 +95,23 @@ fn what_is_required_is_there_or_the_daemon_is_not() -> Result<()> {
     Ok(())
 }
 
+/// Spans are sent by a build with the feature `otel`, which the tests do not run.
+#[test]
+fn spans_that_nobody_sends_are_named() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    for config in [
+        "[tracing]\nendpoint = \"http://127.0.0.1:1\"\n",
+        "version = 2\n[plugins.\"io.containerd.tracing.processor.v1.otlp\"]\nendpoint = \"127.0.0.1:1\"\n",
+    ] {
+        let log = Daemon::start_with(&[], config)?.log();
+        ensure!(log.contains("built with the feature otel"), "{config}\n{log}");
+    }
+    ensure!(!Daemon::start()?.log().contains("feature otel"));
+    Ok(())
+}
+
 /// `oom_score`, `temp` and the variables of shims are honoured, in containerd's file as in ours.
 #[test]
 fn the_process_is_as_it_was_told_to_be() -> Result<()> {

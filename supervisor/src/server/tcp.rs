@@ -11,6 +11,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -139,6 +140,10 @@ fn server_config(config: &config::Tcp) -> Result<ServerConfig, TcpError> {
         path: config.key.clone(),
         source,
     })?;
+    let mode = std::fs::metadata(&config.key).map_or(0, |found| found.permissions().mode());
+    if mode & 0o077 != 0 {
+        tracing::warn!(key = %config.key.display(), "others than its owner may read the key");
+    }
     let mut server = ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .expect("the provider has suites for TLS 1.2 and 1.3")
