@@ -58,7 +58,7 @@ pub use credentials::{CredentialError, CredentialSource, Credentials, Secret};
 pub use error::Error;
 pub use fetch::Download;
 pub use progress::{Observer, Progress, State, Unobserved};
-pub use pull::{Platforms, PullOptions, Ready, pull};
+pub use pull::{Platforms, PullOptions, Ready, Wanted, pull};
 pub use push::{PushOptions, push};
 pub use registry::{Limits, Options, Registry, Retry, Timeouts};
 pub use repository::Repository;

@@ -49,6 +49,9 @@ pub struct PullOptions {
     pub all_metadata: bool,
     /// How many layers are fetched at once.
     pub parallel: usize,
+    /// Whether the receiver of what is ready is asked which layers it wants, as long as there is one image: the lowest may be
+    /// somewhere already, and need not be fetched.
+    pub ask: bool,
     /// How a blob whose connection breaks is tried again. Attempts that bring a megabyte do not count.
     pub retry: Retry,
 }
@@ -57,9 +60,12 @@ impl Default for PullOptions {
     fn default() -> PullOptions {
         // Three is the number of Docker and of containerd's CRI plugin.
         let platforms = Platforms::Best(Platform::host());
-        PullOptions { platforms, all_metadata: false, parallel: 3, retry: Retry::default() }
+        PullOptions { platforms, all_metadata: false, parallel: 3, ask: false, retry: Retry::default() }
     }
 }
+
+/// Takes the place of the first layer that is wanted.
+pub type Wanted = Arc<watch::Sender<Option<usize>>>;
 
 /// What is ready to be unpacked.
 #[derive(Debug, Clone)]
@@ -72,6 +78,9 @@ pub enum Ready {
         config: Descriptor,
         /// The layers, lowest first.
         layers: Vec<Descriptor>,
+        /// Where the receiver says from which layer on it wants them, if it is [asked](PullOptions::ask). Who drops it wants
+        /// all.
+        wanted: Option<Wanted>,
     },
     /// A layer is in the store, and so are those below it.
     Layer {
@@ -111,7 +120,7 @@ pub async fn pull(
     });
     let mut plan = Plan { contents: HashMap::new(), order: Vec::new(), images: Vec::new(), bytes: 0 };
     document::collect(&job, &mut plan, options, root).await?;
-    fetch_all(&job, &plan, ready).await?;
+    fetch_all(&job, &plan, options.ask, ready).await?;
     let mut contents = plan.contents;
     Ok(plan.order.iter().filter_map(|digest| contents.remove(digest)).collect())
 }
@@ -181,8 +190,15 @@ fn wanted<'a>(manifests: &'a [Descriptor], platforms: &Platforms) -> Vec<&'a Des
 }
 
 /// Fetches the configurations and layers of the plan's images, and tells of what is ready.
-async fn fetch_all(job: &Arc<Job>, plan: &Plan, ready: Option<mpsc::Sender<Ready>>) -> Result<(), Error> {
+async fn fetch_all(
+    job: &Arc<Job>,
+    plan: &Plan,
+    ask: bool,
+    ready: Option<mpsc::Sender<Ready>>,
+) -> Result<(), Error> {
     let mut tasks: JoinSet<Result<(), Error>> = JoinSet::new();
+    // Images share layers: what one does not want another may.
+    let wanted = (ask && ready.is_some() && plan.images.len() == 1).then(|| Arc::new(watch::channel(None).0));
     let mut complete: HashMap<Digest, watch::Receiver<bool>> = HashMap::new();
     for (manifest, parsed) in &plan.images {
         for descriptor in std::iter::once(&parsed.config).chain(&parsed.layers) {
@@ -195,7 +211,18 @@ async fn fetch_all(job: &Arc<Job>, plan: &Plan, ready: Option<mpsc::Sender<Ready
                 (job.clone(), descriptor.clone(), labels::ingest_reference(manifest));
             // A configuration is small and what the unpacking begins with: it does not wait for a place.
             let is_layer = descriptor.digest != parsed.config.digest;
+            // The last place: a layer may be in an image several times.
+            let place = parsed.layers.iter().rposition(|layer| layer.digest == descriptor.digest);
+            let wanted = wanted.as_ref().filter(|_| is_layer).map(|wanted| wanted.subscribe());
             tasks.spawn(async move {
+                if let (Some(mut wanted), Some(place)) = (wanted, place) {
+                    let first = wanted.wait_for(Option::is_some).await.ok().and_then(|first| *first);
+                    if place < first.unwrap_or_default() {
+                        job.tell(State::Exists, &descriptor, Some(&parent), descriptor.size);
+                        done.send_replace(true);
+                        return Ok(());
+                    }
+                }
                 blob::fetch(&job, &descriptor, Some(&parent), is_layer).await?;
                 done.send_replace(true);
                 Ok(())
@@ -204,9 +231,11 @@ async fn fetch_all(job: &Arc<Job>, plan: &Plan, ready: Option<mpsc::Sender<Ready
     }
     if let Some(ready) = ready {
         for (manifest, parsed) in plan.images.clone() {
-            tasks.spawn(announce(manifest, parsed, complete.clone(), ready.clone()));
+            tasks.spawn(announce(manifest, parsed, wanted.clone(), complete.clone(), ready.clone()));
         }
     }
+    // Who is asked has it now, or nobody.
+    drop(wanted);
     while let Some(finished) = tasks.join_next().await {
         // The first error ends the others when the set is dropped.
         finished.map_err(|_| Error::Task { task: "fetching" })??;
@@ -218,13 +247,14 @@ async fn fetch_all(job: &Arc<Job>, plan: &Plan, ready: Option<mpsc::Sender<Ready
 async fn announce(
     manifest: Descriptor,
     parsed: Manifest,
+    wanted: Option<Wanted>,
     mut complete: HashMap<Digest, watch::Receiver<bool>>,
     ready: mpsc::Sender<Ready>,
 ) -> Result<(), Error> {
     let digest = manifest.digest.clone();
     let mut news = vec![(
         parsed.config.digest.clone(),
-        Ready::Image { manifest, config: parsed.config, layers: parsed.layers.clone() },
+        Ready::Image { manifest, config: parsed.config, layers: parsed.layers.clone(), wanted },
     )];
     for (index, layer) in parsed.layers.into_iter().enumerate() {
         news.push((layer.digest.clone(), Ready::Layer { manifest: digest.clone(), index, layer }));

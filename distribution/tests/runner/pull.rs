@@ -82,7 +82,7 @@ async fn layers_come_side_by_side_and_are_announced_in_order() {
     let mut order = Vec::new();
     while let Some(ready) = patiently(receiver.recv()).await {
         match ready {
-            Ready::Image { manifest, config, layers } => {
+            Ready::Image { manifest, config, layers, .. } => {
                 assert_eq!(manifest.digest, image.digest());
                 assert_eq!(read(&store, &config.digest), image.config);
                 assert_eq!(layers.len(), 5);
@@ -96,6 +96,44 @@ async fn layers_come_side_by_side_and_are_announced_in_order() {
     }
     assert_eq!(order, [0, 1, 2, 3, 4]);
     patiently(pulling).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn layers_that_are_elsewhere_are_not_fetched() {
+    let fake = Fake::start().await;
+    let mut image = Image::new(2, &[5_000, 6_000, 7_000, 6_000]);
+    // The second and the fourth are the same.
+    let (second, fourth) = (digest_of(&image.layers[1]), digest_of(&image.layers[3]));
+    let manifest = String::from_utf8(image.manifest.to_vec()).unwrap();
+    image.manifest = manifest.replace(fourth.as_str(), second.as_str()).into();
+    image.serve(&fake, "a", "v1");
+    for (first, wanted) in
+        [(Some(1), vec![1, 2]), (Some(2), vec![1, 2]), (Some(4), vec![]), (None, vec![0, 1, 2])]
+    {
+        let (_root, store) = store();
+        let repository = repository(options(), &format!("{}/a:v1", fake.name())).await;
+        let (sender, mut receiver) = mpsc::channel(1);
+        let pulling = {
+            let (store, options) = (store.clone(), PullOptions { ask: true, ..pull_options() });
+            let root = repository.resolve().await.unwrap();
+            let news = Arc::new(News::default());
+            tokio::spawn(async move { pull(&repository, &root, store, &options, news, Some(sender)).await })
+        };
+        let mut announced = 0;
+        while let Some(ready) = patiently(receiver.recv()).await {
+            match ready {
+                // Who says nothing wants all.
+                Ready::Image { wanted, .. } => drop(wanted.unwrap().send_replace(first)),
+                Ready::Layer { .. } => announced += 1,
+            }
+        }
+        patiently(pulling).await.unwrap().unwrap();
+        assert_eq!(announced, 4, "those that are elsewhere are ready too");
+        for place in [0, 1, 2] {
+            let there = store.info(&digest_of(&image.layers[place])).is_ok();
+            assert_eq!(there, wanted.contains(&place), "layer {place}, wanted from {first:?} on");
+        }
+    }
 }
 
 #[tokio::test]

@@ -48,7 +48,7 @@ pub(super) async fn import(
 
     // containerd tells nothing of the layers of an import.
     let silence: Listener = Arc::new(|_| ());
-    let unpacker = Unpacker::new(transfers, scope, &to.unpacks, &silence)?;
+    let unpacker = Unpacker::new(transfers, scope, &to.unpacks, None, &silence)?;
     let (news, ready) = mpsc::channel(QUEUE);
     let walk = Walk { content, to, news: (!unpacker.is_idle()).then_some(news) };
     // Whichever fails first ends the other; what an unfinished unpacking leaves belongs to the lease.
@@ -177,7 +177,12 @@ async fn announce(
     config: &Descriptor,
     layers: &[Descriptor],
 ) {
-    let image = Ready::Image { manifest: manifest.clone(), config: config.clone(), layers: layers.to_vec() };
+    let image = Ready::Image {
+        manifest: manifest.clone(),
+        config: config.clone(),
+        layers: layers.to_vec(),
+        wanted: None,
+    };
     let layer = |(index, layer): (usize, &Descriptor)| Ready::Layer {
         manifest: manifest.digest.clone(),
         index,

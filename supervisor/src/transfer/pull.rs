@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use super::store::NsSink;
 use super::unpack::Unpacker;
 use super::{Error, Listener, Local, News, Remote, Telling, Transfers, names, set_labels};
-use crate::metadata::{Content, Scope};
+use crate::metadata::{self, Content, Scope};
 
 /// News of layers that wait to be unpacked.
 const QUEUE: usize = 64;
@@ -41,10 +41,11 @@ pub(super) async fn pull(
     let sink = Arc::new(NsSink::new(content.clone(), leases, scope.lease().unwrap_or_default()));
     let platforms =
         if to.platforms.is_empty() { Platforms::All } else { Platforms::Each(to.platforms.clone()) };
-    let options = PullOptions { platforms, all_metadata: to.all_metadata, ..PullOptions::default() };
     let observer = Arc::new(Telling { listener: listener.clone(), root: from.text.clone() });
 
-    let unpacker = Unpacker::new(transfers, scope, &to.unpacks, listener)?;
+    let unpacker = Unpacker::new(transfers, scope, &to.unpacks, Some(&from.text), listener)?;
+    let (all_metadata, ask) = (to.all_metadata, unpacker.knows_layers());
+    let options = PullOptions { platforms, all_metadata, ask, ..PullOptions::default() };
     let (news, ready) = mpsc::channel(QUEUE);
     let news = (!unpacker.is_idle()).then_some(news);
     let fetching =
@@ -72,7 +73,12 @@ async fn label(
     descriptor: &Descriptor,
     wanted: &Labels,
 ) -> Result<(), Error> {
-    let found = content.info(&descriptor.digest)?.labels;
+    let found = match content.info(&descriptor.digest) {
+        Ok(info) => info.labels,
+        // A layer that a snapshotter of another process has by itself need not be here.
+        Err(metadata::Error::NotFound { .. }) => return Ok(()),
+        Err(error) => return Err(error.into()),
+    };
     let mut wanted = wanted.clone();
     let source = labels::source_key(reference);
     if let Some(value) = labels::with_source(found.get(&source).map(String::as_str), reference) {

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   Ready::Image ──▶ configuration read ──▶ for each platform and snapshotter that is asked for, a task:
+//!                          one of another process may have layers already: the first that it has not is wanted
 //!   Ready::Layer ──▶   prepare on the parent ──▶ apply ──▶ diff id compared ──▶ commit as its chain id ──▶ next
 //!   all layers   ──▶   the configuration is labelled, and with it the image keeps the snapshots
 //! ```
@@ -11,12 +12,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use davit_distribution::{Ready, labels};
+use davit_distribution::{Ready, Wanted, labels};
 use davit_model::{Digest, Labels, Mount};
 use davit_oci::image::{self, Descriptor, ImageConfig};
 use davit_oci::platform::{self, Platform};
 use davit_oci::{chain, media_type};
-use davit_snapshotter::{native, overlayfs};
+use davit_snapshotter::{GID_MAPPING_LABEL, TARGET_LABEL, UID_MAPPING_LABEL, native, overlayfs};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tracing::Instrument;
@@ -25,8 +26,20 @@ use super::{Error, Listener, News, Transfers, Unpack, document, set_labels};
 use crate::differs::Differs;
 use crate::metadata::{self, Content, Scope, Snapshots};
 
-/// The label by which a snapshotter is told which snapshot a layer becomes.
-const SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
+/// What labels begin with that are for snapshotters.
+const FOR_SNAPSHOTTERS: &str = "containerd.io/snapshot/";
+/// The labels of a snapshot that is going to be a layer: what it will unpack to, and the name of what it lies on.
+const DIFF_ID: &str = "containerd.io/snapshot/diff-id";
+const PARENT_CHAIN: &str = "containerd.io/snapshot/parent-chain-id";
+/// What a snapshotter that fetches by itself is told of a layer and its image, if its plugin says with this export that it
+/// wants to know (containerd `pkg/snapshotters`).
+const WANTS_REMOTE: &str = "enable_remote_snapshot_annotations";
+const REMOTE_REFERENCE: &str = "containerd.io/snapshot/cri.image-ref";
+const REMOTE_MANIFEST: &str = "containerd.io/snapshot/cri.manifest-digest";
+const REMOTE_LAYER: &str = "containerd.io/snapshot/cri.layer-digest";
+const REMOTE_LAYERS: &str = "containerd.io/snapshot/cri.image-layers";
+/// The most bytes of a label, key and value together.
+const MAX_LABEL: usize = 4096;
 /// The label of a layer that names the digest of its uncompressed form.
 pub(super) const UNCOMPRESSED: &str = "containerd.io/uncompressed";
 /// What the label of a configuration begins with that keeps its snapshots.
@@ -38,6 +51,10 @@ struct Place {
     platform: Platform,
     snapshotter: String,
     snapshots: Snapshots,
+    /// It is in another process, and may have layers that nobody has unpacked.
+    is_remote: bool,
+    /// It wants to know where layers come from.
+    wants_remote: bool,
 }
 
 /// Unpacks what a pull brings.
@@ -46,6 +63,8 @@ pub(super) struct Unpacker {
     places: Vec<Place>,
     differs: Differs,
     listener: Listener,
+    /// What the image is pulled by.
+    reference: Option<String>,
 }
 
 impl Unpacker {
@@ -57,6 +76,7 @@ impl Unpacker {
         transfers: &Transfers,
         scope: &Scope,
         unpacks: &[Unpack],
+        reference: Option<&str>,
         listener: &Listener,
     ) -> Result<Unpacker, Error> {
         let metadata = &transfers.metadata;
@@ -66,20 +86,36 @@ impl Unpacker {
             let usual = usual.into_iter().find(|name| metadata.snapshotters().contains_key(*name));
             let name =
                 if snapshotter.is_empty() { usual.unwrap_or(overlayfs::NAME) } else { snapshotter.as_str() };
-            if platform.os != "linux" || !metadata.snapshotters().contains_key(name) {
+            let Some(backend) = metadata.snapshotters().get(name).filter(|_| platform.os == "linux") else {
                 tracing::warn!(%platform, snapshotter = name, "Unpack configuration not supported, skipping");
                 continue;
-            }
-            let (platform, snapshotter) = (platform.clone(), name.to_owned());
-            places.push(Place { platform, snapshotter, snapshots: metadata.snapshots(scope, name)? });
+            };
+            places.push(Place {
+                platform: platform.clone(),
+                snapshotter: name.to_owned(),
+                snapshots: metadata.snapshots(scope, name)?,
+                is_remote: backend.in_namespace(scope.namespace()).is_some(),
+                wants_remote: backend.exports().get(WANTS_REMOTE).is_some_and(|value| value == "true"),
+            });
         }
         let content = metadata.content(scope);
-        Ok(Unpacker { content, places, differs: transfers.differs.clone(), listener: listener.clone() })
+        Ok(Unpacker {
+            content,
+            places,
+            differs: transfers.differs.clone(),
+            listener: listener.clone(),
+            reference: reference.map(str::to_owned),
+        })
     }
 
     /// Whether there is nothing to do.
     pub(super) fn is_idle(&self) -> bool {
         self.places.is_empty()
+    }
+
+    /// Whether it can say of an image which of its layers are there already.
+    pub(super) fn knows_layers(&self) -> bool {
+        self.places.iter().any(|place| place.is_remote)
     }
 
     /// Unpacks what is ready until nothing more comes.
@@ -95,8 +131,8 @@ impl Unpacker {
             // Neither a receive nor a join that is given up has taken anything.
             tokio::select! {
                 news = ready.recv(), if open => match news {
-                    Some(Ready::Image { manifest, config, layers }) => {
-                        let started = unpacker.start(&manifest, &config, &layers, &mut tasks).await?;
+                    Some(Ready::Image { manifest, config, layers, wanted }) => {
+                        let started = unpacker.start(&manifest, &config, &layers, wanted, &mut tasks).await?;
                         images.entry(manifest.digest).or_default().extend(started);
                     }
                     Some(Ready::Layer { manifest, index, .. }) => {
@@ -124,6 +160,7 @@ impl Unpacker {
         manifest: &Descriptor,
         config: &Descriptor,
         layers: &[Descriptor],
+        wanted: Option<Wanted>,
         tasks: &mut JoinSet<Result<(), Error>>,
     ) -> Result<Vec<mpsc::UnboundedSender<usize>>, Error> {
         // Other things than images have manifests too.
@@ -133,11 +170,13 @@ impl Unpacker {
         let parsed = self.config(config).await?;
         let mut described = manifest.clone();
         described.platform = Some(Platform::of(&parsed));
+        let fits =
+            |place: &&Place| platform::best(std::slice::from_ref(&described), &place.platform).is_some();
+        let places: Vec<&Place> = self.places.iter().filter(fits).collect();
+        // What one has another may want.
+        let wanted = wanted.filter(|_| matches!(places[..], [place] if place.is_remote));
         let mut started = Vec::new();
-        for place in &self.places {
-            if platform::best(std::slice::from_ref(&described), &place.platform).is_none() {
-                continue;
-            }
+        for place in places {
             let diff_ids = parsed.rootfs.diff_ids.clone();
             if diff_ids.len() != layers.len() {
                 return Err(Error::Layers { layers: layers.len(), diff_ids: diff_ids.len() });
@@ -147,12 +186,13 @@ impl Unpacker {
                 unpacker: self.clone(),
                 place: place.clone(),
                 parent: labels::ingest_reference(manifest),
+                manifest: manifest.digest.clone(),
                 config: config.digest.clone(),
                 layers: layers.to_vec(),
                 chain: chain::chain_ids(&diff_ids),
                 diff_ids,
             };
-            tasks.spawn(image.run(receiver).in_current_span());
+            tasks.spawn(image.run(wanted.clone(), receiver).in_current_span());
             started.push(sender);
         }
         Ok(started)
@@ -171,6 +211,7 @@ struct Unpacking {
     place: Place,
     /// The name of the manifest, for the news.
     parent: String,
+    manifest: Digest,
     config: Digest,
     layers: Vec<Descriptor>,
     diff_ids: Vec<Digest>,
@@ -178,8 +219,16 @@ struct Unpacking {
 }
 
 impl Unpacking {
-    async fn run(self, mut ready: mpsc::UnboundedReceiver<usize>) -> Result<(), Error> {
+    async fn run(
+        self,
+        wanted: Option<Wanted>,
+        mut ready: mpsc::UnboundedReceiver<usize>,
+    ) -> Result<(), Error> {
         let mut done = 0;
+        if let Some(wanted) = wanted {
+            done = self.held().await?;
+            wanted.send_replace(Some(done));
+        }
         while done < self.layers.len() {
             // A pull that failed says why; what is unpacked so far is of use to the next one, or to nobody.
             let Some(index) = ready.recv().await else { return Ok(()) };
@@ -193,12 +242,75 @@ impl Unpacking {
         set_labels(&self.unpacker.content, &self.config, Labels::from([(label, top.to_string())])).await
     }
 
+    /// How many of the lowest layers the snapshotter has, be it that it gets them by itself.
+    async fn held(&self) -> Result<usize, Error> {
+        let snapshots = &self.place.snapshots;
+        for (index, name) in self.chain.iter().enumerate() {
+            let key = format!("extract-{} {name}", unique());
+            match snapshots.prepare(&key, self.below(index).as_deref(), self.labels(index)).await {
+                Err(metadata::Error::AlreadyExists { .. }) => match snapshots.stat(name.as_str()).await {
+                    Err(metadata::Error::NotFound { .. }) => return Ok(index),
+                    found => drop(found?),
+                },
+                Err(error) => return Err(error.into()),
+                // Prepared again when the layer is here.
+                Ok(_) => {
+                    snapshots.remove(&key).await?;
+                    return Ok(index);
+                }
+            }
+        }
+        Ok(self.chain.len())
+    }
+
+    /// The name of the snapshot that a layer lies on.
+    fn below(&self, index: usize) -> Option<String> {
+        index.checked_sub(1).map(|below| self.chain[below].to_string())
+    }
+
+    /// What a snapshotter is told of a layer.
+    fn labels(&self, index: usize) -> Labels {
+        let layer = &self.layers[index];
+        let mut labels = Labels::from([
+            (TARGET_LABEL.to_owned(), self.chain[index].to_string()),
+            (DIFF_ID.to_owned(), self.diff_ids[index].to_string()),
+        ]);
+        labels.extend(self.below(index).map(|below| (PARENT_CHAIN.to_owned(), below)));
+        if self.place.is_remote {
+            // What the image says itself, such as the table of contents of a layer. Not for those of this process: an image is
+            // not to say how its files are owned.
+            let said = layer.annotations.iter().filter(|(key, _)| key.starts_with(FOR_SNAPSHOTTERS));
+            let said =
+                said.filter(|(key, _)| ![UID_MAPPING_LABEL, GID_MAPPING_LABEL].contains(&key.as_str()));
+            for (key, value) in said.filter(|(key, value)| key.len() + value.len() <= MAX_LABEL) {
+                labels.entry(key.clone()).or_insert_with(|| value.clone());
+            }
+        }
+        if self.place.wants_remote {
+            let mut layers = layer.digest.to_string();
+            for above in &self.layers[index + 1..] {
+                let longer = format!("{layers},{}", above.digest);
+                if REMOTE_LAYERS.len() + longer.len() > MAX_LABEL {
+                    break;
+                }
+                layers = longer;
+            }
+            let reference = self.unpacker.reference.clone();
+            labels.extend(reference.map(|reference| (REMOTE_REFERENCE.to_owned(), reference)));
+            labels.extend([
+                (REMOTE_MANIFEST.to_owned(), self.manifest.to_string()),
+                (REMOTE_LAYER.to_owned(), layer.digest.to_string()),
+                (REMOTE_LAYERS.to_owned(), layers),
+            ]);
+        }
+        labels
+    }
+
     #[tracing::instrument(name = "unpack", level = "debug", skip_all, fields(digest = %self.layers[index].digest))]
     async fn layer(&self, index: usize) -> Result<(), Error> {
         let snapshots = &self.place.snapshots;
         let (name, layer) = (self.chain[index].to_string(), &self.layers[index]);
-        let parent = index.checked_sub(1).map(|below| self.chain[below].to_string());
-        let labels = Labels::from([(SNAPSHOT_REF.to_owned(), name.clone())]);
+        let (parent, labels) = (self.below(index), self.labels(index));
         let key = format!("extract-{} {name}", unique());
         match snapshots.prepare(&key, parent.as_deref(), labels.clone()).await {
             Ok(mounts) => {

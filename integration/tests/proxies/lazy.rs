@@ -1,0 +1,200 @@
+//! A snapshotter that has layers which nobody has unpacked, as those that mount images from afar: it answers Prepare for a
+//! layer with "already exists".
+
+use std::collections::BTreeMap;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::SystemTime;
+
+use anyhow::{Context, Result, ensure};
+use davit_integration::registry::Registry;
+use davit_integration::{daemon, image, wait};
+use davit_proto::containerd::services::snapshots::v1 as wire;
+use davit_proto::containerd::services::snapshots::v1::snapshots_server::{Snapshots, SnapshotsServer};
+use davit_proto::containerd::types::Mount;
+use tokio::net::UnixListener;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::{Request, Response, Status};
+
+use super::front;
+use crate::root;
+
+/// The label by which it is told what a snapshot is going to be.
+const TARGET: &str = "containerd.io/snapshot.ref";
+
+/// The label with the digest of the layer, which it would fetch.
+const LAYER: &str = "containerd.io/snapshot/cri.layer-digest";
+
+/// It has every layer, in a folder.
+#[derive(Clone)]
+struct Lazy {
+    rootfs: PathBuf,
+    /// Whether it has layers now.
+    has: bool,
+    snapshots: Arc<Mutex<BTreeMap<String, wire::Info>>>,
+}
+
+impl Lazy {
+    fn add(&self, name: &str, parent: String, kind: wire::Kind, labels: BTreeMap<String, String>) {
+        let now = Some(SystemTime::now().into());
+        let (kind, name) = (kind.into(), name.to_owned());
+        let info = wire::Info { name: name.clone(), parent, kind, created_at: now, updated_at: now, labels };
+        self.snapshots.lock().unwrap().insert(name, info);
+    }
+
+    fn find(&self, key: &str) -> Result<wire::Info, Status> {
+        let found = self.snapshots.lock().unwrap().get(key).cloned();
+        found.ok_or_else(|| Status::not_found(format!("snapshot {key}")))
+    }
+
+    fn mounts(&self) -> Vec<Mount> {
+        let (source, options) = (self.rootfs.display().to_string(), vec!["rbind".into(), "rw".into()]);
+        vec![Mount { r#type: "bind".into(), source, options, ..Default::default() }]
+    }
+}
+
+#[tonic::async_trait]
+impl Snapshots for Lazy {
+    async fn prepare(
+        &self,
+        request: Request<wire::PrepareSnapshotRequest>,
+    ) -> Result<Response<wire::PrepareSnapshotResponse>, Status> {
+        let wire::PrepareSnapshotRequest { key, parent, labels, .. } = request.into_inner();
+        if let Some(target) = labels.get(TARGET).cloned().filter(|_| self.has) {
+            self.add(&target, parent, wire::Kind::Committed, labels);
+            return Err(Status::already_exists(format!("target snapshot {target:?}")));
+        }
+        self.add(&key, parent, wire::Kind::Active, labels);
+        Ok(Response::new(wire::PrepareSnapshotResponse { mounts: self.mounts() }))
+    }
+
+    async fn view(
+        &self,
+        _: Request<wire::ViewSnapshotRequest>,
+    ) -> Result<Response<wire::ViewSnapshotResponse>, Status> {
+        Err(Status::unimplemented("view"))
+    }
+
+    async fn mounts(
+        &self,
+        request: Request<wire::MountsRequest>,
+    ) -> Result<Response<wire::MountsResponse>, Status> {
+        self.find(&request.into_inner().key)?;
+        Ok(Response::new(wire::MountsResponse { mounts: self.mounts() }))
+    }
+
+    async fn commit(&self, request: Request<wire::CommitSnapshotRequest>) -> Result<Response<()>, Status> {
+        let wire::CommitSnapshotRequest { name, key, labels, .. } = request.into_inner();
+        let info = self.find(&key)?;
+        self.snapshots.lock().unwrap().remove(&key);
+        self.add(&name, info.parent, wire::Kind::Committed, labels);
+        Ok(Response::new(()))
+    }
+
+    async fn remove(&self, request: Request<wire::RemoveSnapshotRequest>) -> Result<Response<()>, Status> {
+        self.snapshots.lock().unwrap().remove(&request.into_inner().key);
+        Ok(Response::new(()))
+    }
+
+    async fn stat(
+        &self,
+        request: Request<wire::StatSnapshotRequest>,
+    ) -> Result<Response<wire::StatSnapshotResponse>, Status> {
+        let info = self.find(&request.into_inner().key)?;
+        Ok(Response::new(wire::StatSnapshotResponse { info: Some(info) }))
+    }
+
+    async fn update(
+        &self,
+        _: Request<wire::UpdateSnapshotRequest>,
+    ) -> Result<Response<wire::UpdateSnapshotResponse>, Status> {
+        Err(Status::unimplemented("update"))
+    }
+
+    type ListStream = tokio_stream::Iter<std::vec::IntoIter<Result<wire::ListSnapshotsResponse, Status>>>;
+
+    async fn list(
+        &self,
+        _: Request<wire::ListSnapshotsRequest>,
+    ) -> Result<Response<Self::ListStream>, Status> {
+        let info = self.snapshots.lock().unwrap().values().cloned().collect();
+        Ok(Response::new(tokio_stream::iter(vec![Ok(wire::ListSnapshotsResponse { info })])))
+    }
+
+    async fn usage(&self, _: Request<wire::UsageRequest>) -> Result<Response<wire::UsageResponse>, Status> {
+        Ok(Response::new(wire::UsageResponse::default()))
+    }
+
+    async fn cleanup(&self, _: Request<wire::CleanupRequest>) -> Result<Response<()>, Status> {
+        Ok(Response::new(()))
+    }
+}
+
+/// Serves it for as long as the runtime is there.
+fn serve(lazy: Lazy, socket: &Path) -> Result<tokio::runtime::Runtime> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let inside = runtime.enter();
+    let listener = UnixListener::bind(socket)?;
+    drop(inside);
+    runtime.spawn(
+        tonic::transport::Server::builder()
+            .add_service(SnapshotsServer::new(lazy))
+            .serve_with_incoming(UnixListenerStream::new(listener)),
+    );
+    UnixStream::connect(socket)?;
+    Ok(runtime)
+}
+
+#[test]
+fn layers_that_a_snapshotter_has_are_not_fetched() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let folder = tempfile::Builder::new().prefix("davit-lazy-").tempdir_in("/tmp")?;
+    let (rootfs, socket) = (folder.path().join("rootfs"), folder.path().join("s.sock"));
+    let layer = image::busybox_layer()?;
+    tar::Archive::new(layer.as_slice()).unpack(&rootfs)?;
+    let remote = "exports = { enable_remote_snapshot_annotations = \"true\" }\n";
+    let daemon = front("lazy", "snapshot", &socket, remote)?;
+    let Some(registry) = Registry::start(&daemon.path("registry"), false)? else { return Ok(()) };
+    let name = format!("{}/box:1", registry.address);
+    daemon.import_busybox()?;
+    daemon::ok(daemon.davit(["tag", "busybox", &name])?)?;
+    daemon::ok(daemon.davit(["push", &name])?)?;
+    daemon::ok(daemon.davit(["rmi", "busybox", &name])?)?;
+    let content = || daemon.ctr().run("content ls -q");
+    wait::until("the image is gone", || content().ok()?.trim().is_empty().then_some(()))?;
+
+    // Without the layer it is fetched and unpacked, as for any other.
+    let lazy = Lazy { rootfs, has: true, snapshots: Arc::default() };
+    let without = Lazy { has: false, rootfs: folder.path().join("unpacked"), ..lazy.clone() };
+    std::fs::create_dir(&without.rootfs)?;
+    let run = || daemon.davit(["run", "--rm", "--snapshotter", "lazy", &name, "echo", "hello"]);
+    let server = serve(without, &socket)?;
+    let said = daemon::ok(run()?)?;
+    ensure!(said == "hello\n", "{said}");
+    ensure!(content()?.contains(&image::digest(&layer)), "{}", content()?);
+    daemon::ok(daemon.davit(["rmi", &name])?)?;
+    wait::until("the image is gone", || content().ok()?.trim().is_empty().then_some(()))?;
+    server.shutdown_background();
+    std::fs::remove_file(&socket)?;
+
+    lazy.snapshots.lock().unwrap().clear();
+    let _server = serve(lazy.clone(), &socket)?;
+    let said = daemon::ok(run()?)?;
+    ensure!(said == "hello\n", "{said}");
+    let there = content()?;
+    ensure!(there.lines().count() == 2 && !there.contains(&image::digest(&layer)), "{there}");
+    let told = lazy.find(&image::digest(&layer)).context("the snapshot of the layer")?.labels;
+    ensure!(told.get(LAYER) == Some(&image::digest(&layer)), "{told:?}");
+    ensure!(told["containerd.io/snapshot/cri.image-ref"] == name, "{told:?}");
+    ensure!(told.contains_key("containerd.io/snapshot/cri.manifest-digest"), "{told:?}");
+    ensure!(told["containerd.io/snapshot/diff-id"] == image::digest(&layer), "{told:?}");
+    // The image keeps the snapshot, and it goes with the image.
+    daemon.ctr().run("leases create --id collect")?;
+    daemon.ctr().run("leases delete --sync collect")?;
+    ensure!(lazy.snapshots.lock().unwrap().len() == 1);
+    daemon::ok(daemon.davit(["rmi", &name])?)?;
+    wait::until("the snapshot is removed", || lazy.snapshots.lock().unwrap().is_empty().then_some(()))
+}
