@@ -69,6 +69,8 @@ enum Command {
     Logs(commands::logs::Options),
     /// Ask containers to stop, and kill those that do not
     Stop(commands::stop::Options),
+    /// Stop containers and start them again
+    Restart(commands::restart::Options),
     /// Send a signal to containers
     Kill(commands::kill::Options),
     /// Wait for containers to exit and print their exit codes
@@ -87,6 +89,8 @@ enum Command {
     Stats(commands::stats::Options),
     /// List images
     Images(commands::images::Options),
+    /// Show what an image was made by
+    History(commands::history::Options),
     /// Get an image from a registry
     Pull(commands::pull::Options),
     /// Send an image to a registry
@@ -226,6 +230,7 @@ async fn dispatch(cli: Cli) -> Result<u8> {
         Command::Ps(options) => commands::ps::run(&client, options, out).await?,
         Command::Logs(options) => commands::logs::run(&client, options, out).await?,
         Command::Stop(options) => commands::stop::run(&client, options, out).await?,
+        Command::Restart(options) => commands::restart::run(&client, options, out).await?,
         Command::Kill(options) => commands::kill::run(&client, options, out).await?,
         Command::Wait(options) => commands::wait::run(&client, options, out).await?,
         Command::Pause(options) => commands::pause::pause(&client, options, out).await?,
@@ -234,6 +239,7 @@ async fn dispatch(cli: Cli) -> Result<u8> {
         Command::Rm(options) => commands::rm::run(&client, options, out).await?,
         Command::Top(options) => commands::top::run(&client, options, out).await?,
         Command::Stats(options) => commands::stats::run(&client, options, out).await?,
+        Command::History(options) => commands::history::run(&client, options, out).await?,
         Command::Images(options) => commands::images::run(&client, options, out).await?,
         Command::Pull(options) => commands::pull::run(&client, options, out).await?,
         Command::Push(options) => commands::push::run(&client, options, out).await?,

@@ -12,6 +12,8 @@ pub(crate) const FIFOS: &str = "davit/fifos";
 pub(crate) const ETC: &str = "davit/etc";
 /// Set when the container's standard input stays open without a client (`run -d -i`).
 pub(crate) const STDIN: &str = "davit/stdin";
+/// Whether the daemon is to start the container again (`--restart`).
+pub(crate) const RESTART: &str = "davit/restart";
 /// The exit code of a container whose task is gone.
 pub(crate) const EXIT_CODE: &str = "davit/exit-code";
 /// When it exited, RFC 3339.

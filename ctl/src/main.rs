@@ -25,6 +25,7 @@ mod name;
 mod place;
 mod process;
 mod progress;
+mod restart;
 mod rootfs;
 mod signal;
 mod table;

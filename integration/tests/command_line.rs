@@ -14,7 +14,8 @@ use davit_integration::peer::Containerd;
 use davit_integration::{Daemon, bins, wait};
 use davit_proto::containerd::services::leases::v1::CreateRequest;
 use davit_proto::containerd::services::leases::v1::leases_client::LeasesClient;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use tonic::Request;
 
 use crate::root;
@@ -182,7 +183,9 @@ impl Screen {
             let mut buffer = [0; 4096];
             // At the end of its last process a terminal fails with EIO.
             while let Ok(count @ 1..) = screen.read(&mut buffer) {
-                text.lock().unwrap().push_str(&String::from_utf8_lossy(&buffer[..count]));
+                text.lock()
+                    .expect("nobody panics with it")
+                    .push_str(&String::from_utf8_lossy(&buffer[..count]));
             }
         });
         Ok(Screen { keyboard, shown, davit })
@@ -193,8 +196,8 @@ impl Screen {
     }
 
     fn shows(&self, text: &str) -> Result<()> {
-        wait::until(text, || self.shown.lock().unwrap().contains(text).then_some(()))
-            .with_context(|| format!("shown: {}", self.shown.lock().unwrap()))
+        wait::until(text, || self.shown.lock().expect("nobody panics with it").contains(text).then_some(()))
+            .with_context(|| format!("shown: {}", self.shown.lock().expect("nobody panics with it")))
     }
 
     /// The exit code of `davit`.
@@ -314,4 +317,106 @@ fn a_container_in_the_background_is_joined_and_removed_at_its_end() -> Result<()
         left.is_empty().then_some(())
     })?;
     before.settle(&daemon.path(""))
+}
+
+#[test]
+fn what_ends_is_started_again_until_a_user_stops_it() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let daemon = Daemon::start_with(&[], "[restart]\ninterval = 1\n")?;
+    daemon.import_busybox()?;
+    let before = Census::take(&daemon.path(""));
+    let run = |name: &str| {
+        let script = "echo up; exec sleep 1000";
+        let run = ["run", "-d", "--restart", "always", "--name", name, "busybox", "sh", "-c", script];
+        ok(daemon.davit(run)?)
+    };
+    let state = |name: &str| {
+        let shown =
+            ok(daemon.davit(["inspect", "-f", "{{.State.Status}} {{.State.Pid}}", name]).ok()?).ok()?;
+        let (word, pid) = shown.trim().split_once(' ')?;
+        Some((word.to_owned(), pid.parse::<i32>().ok()?))
+    };
+    // What kills it is no client.
+    let killed_and_started = |name: &str| {
+        let (word, pid) = state(name).context("no state")?;
+        ensure!(word == "running", "{name} is {word}");
+        kill(Pid::from_raw(pid), Signal::SIGKILL)?;
+        wait::until("it is started again", || {
+            state(name).filter(|(word, now)| word == "running" && *now != pid).map(drop)
+        })
+    };
+    run("x")?;
+    run("other")?;
+    killed_and_started("x")?;
+    ensure!(ok(daemon.davit(["logs", "x"])?)? == "up\nup\n");
+    let policy = ["inspect", "-f", "{{.HostConfig.RestartPolicy.Name}}", "x"];
+    ensure!(ok(daemon.davit(policy)?)?.trim() == "always");
+
+    ok(daemon.davit(["stop", "-t", "0", "x"])?)?;
+    // The daemon looks at all of them when it looks at the other.
+    killed_and_started("other")?;
+    ensure!(state("x").is_some_and(|(word, _)| word == "exited"), "{:?}", state("x"));
+    ok(daemon.davit(["start", "x"])?)?;
+    killed_and_started("x")?;
+    ok(daemon.davit(["restart", "-t", "0", "x"])?)?;
+    killed_and_started("x")?;
+    let text = failed(&daemon.davit(["run", "--restart", "always", "busybox", "true"])?)?;
+    ensure!(text.contains("--restart is for containers in the background"), "{text}");
+    ok(daemon.davit(["rm", "-f", "x", "other"])?)?;
+    before.settle(&daemon.path(""))
+}
+
+#[test]
+fn lists_select_and_format() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let daemon = daemon()?;
+    ok(daemon.davit(["run", "-d", "--name", "a", "-l", "tier=front", "busybox", "sleep", "1000"])?)?;
+    ok(daemon.davit(["create", "--name", "b", "-l", "tier=back", "busybox", "true"])?)?;
+    let ps = |words: &[&str]| ok(daemon.davit(["ps", "--format", "{{.Names}}"].iter().chain(words))?);
+    ensure!(ps(&[])? == "a\n");
+    ensure!(ps(&["-a"])? == "b\na\n", "the newest comes first");
+    ensure!(ps(&["--filter", "status=created"])? == "b\n", "what is about states shows all of them");
+    ensure!(ps(&["-a", "--filter", "label=tier=front"])? == "a\n");
+    ensure!(ps(&["-l"])? == "b\n");
+    let table = ok(daemon.davit(["ps", "-a", "--format", "table {{.Names}}\\t{{.Labels}}"])?)?;
+    ensure!(table == "NAMES     LABELS\nb         tier=back\na         tier=front\n", "{table}");
+    let label = ["inspect", "-f", "{{index .Config.Labels \"tier\"}} {{json .State.Running}}", "a"];
+    ensure!(ok(daemon.davit(label)?)? == "front true\n");
+
+    let history = ok(daemon.davit(["history", "--format", "{{.ID}} {{.Size}}", "busybox"])?)?;
+    ensure!(history.lines().count() == 1 && history.trim().ends_with("MB"), "{history}");
+    let once = ok(daemon.davit(["stats", "--no-stream", "--format", "{{.Name}} {{.PIDs}}"])?)?;
+    ensure!(once == "a 1\n", "{once}");
+    let mut stats = daemon.davit_command(["stats", "--format", "{{.Name}}", "a"]);
+    let mut stats = stats.stdout(Stdio::piped()).spawn()?;
+    let lines = BufReader::new(stats.stdout.take().context("no output")?).lines();
+    ensure!(lines.take(3).all(|line| line.is_ok_and(|line| line == "a")), "it measures again and again");
+    stats.kill()?;
+    stats.wait()?;
+    ok(daemon.davit(["rm", "-f", "a", "b"])?).map(drop)
+}
+
+#[test]
+fn every_command_is_completed_and_has_a_page() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let davit = bins::folder()?.join("davit");
+    let help = ok(Command::new(&davit).arg("--help").output()?)?;
+    let script = ok(Command::new(&davit).args(["completion", "bash"]).output()?)?;
+    ok(Command::new(&davit).arg("man").arg(folder.path()).output()?)?;
+    let commands = help.lines().skip_while(|line| !line.starts_with("Commands:")).skip(1);
+    let commands: Vec<&str> = commands
+        .take_while(|line| !line.is_empty())
+        .filter(|line| !line.starts_with("   "))
+        .filter_map(|line| line.split_whitespace().next())
+        .collect();
+    ensure!(commands.len() > 30, "{commands:?}");
+    for command in commands {
+        ensure!(script.contains(&format!("davit,{command})")), "{command} is not completed");
+        ensure!(folder.path().join(format!("davit-{command}.1")).exists(), "{command} has no page");
+    }
+    Ok(())
 }

@@ -21,7 +21,7 @@ use crate::log::{self, LogOptions};
 use crate::place::Places;
 use crate::progress::Progress;
 use crate::transfer::{self, PullPolicy};
-use crate::{container, format, labels, lease, name, rootfs, signal, unpack};
+use crate::{container, format, labels, lease, name, restart, rootfs, signal, unpack};
 
 mod mounts;
 mod spec_options;
@@ -138,6 +138,9 @@ pub(crate) struct CreateOptions {
     /// How the log of a container in the background is kept: max-size=10m, max-file=3, mode=blocking or non-blocking
     #[arg(long, value_name = "KEY=VALUE")]
     log_opt: Vec<String>,
+    /// Whether the daemon starts a container in the background again: no, always, unless-stopped, on-failure[:TIMES]
+    #[arg(long, value_name = "POLICY", default_value = "no")]
+    restart: String,
     /// Write the id of the container to a file that must not exist
     #[arg(long, value_name = "FILE")]
     cidfile: Option<PathBuf>,
@@ -169,6 +172,13 @@ pub(crate) struct CreateOptions {
     pub(crate) image_and_args: Vec<String>,
 }
 
+impl CreateOptions {
+    /// Whether the daemon is to start the container again.
+    pub(crate) fn is_restarted(&self) -> bool {
+        self.restart != "no"
+    }
+}
+
 /// A container that was made.
 #[derive(Debug)]
 pub(crate) struct Created {
@@ -193,6 +203,11 @@ pub(crate) async fn create(client: &Client, options: &CreateOptions, logged: boo
     // What can be refused without the daemon is refused first.
     options.later.refuse()?;
     let mut spec_options = spec_options::resolve(options, args)?;
+    let restart = restart::policy(&options.restart)?;
+    if restart.is_some() && !logged {
+        let hint = "add -d, or leave out --restart";
+        return Err(Error::usage("--restart is for containers in the background", hint));
+    }
     let log_options = LogOptions::parse(&options.log_opt)?;
     if let Some(mode) = &log_options.mode {
         spec_options.annotations.insert(log::MODE_ANNOTATION.to_owned(), mode.clone());
@@ -230,6 +245,7 @@ pub(crate) async fn create(client: &Client, options: &CreateOptions, logged: boo
     if !log_options.label().is_empty() {
         labels.insert(labels::LOG_OPTIONS.to_owned(), log_options.label());
     }
+    labels.extend(restart.map(|policy| (labels::RESTART.to_owned(), policy)));
     let record = Container {
         id: id.clone(),
         labels,

@@ -66,7 +66,7 @@ pub(crate) async fn run(client: &Client, options: Options, out: &mut dyn Write) 
         let created =
             found.as_ref().and_then(|found| format::parse_rfc3339(found.config.created.as_deref()?));
         let size = match &found {
-            Some(found) => Some(size(client, found, &options.snapshotter).await),
+            Some(found) => Some(layer_sizes(client, found, &options.snapshotter).await.iter().sum()),
             None => None,
         };
         table.row(vec![
@@ -99,19 +99,19 @@ fn split(name: &str) -> (String, String) {
     }
 }
 
-/// The bytes of the unpacked layers; of those that are not unpacked, the bytes of the blobs.
-async fn size(client: &Client, image: &PlatformImage, snapshotter: &str) -> u64 {
+/// The bytes of each layer unpacked; of those that are not unpacked, the bytes of the blobs.
+pub(super) async fn layer_sizes(client: &Client, image: &PlatformImage, snapshotter: &str) -> Vec<u64> {
     let chain = image.chain_ids().unwrap_or_default();
-    let mut total = 0;
+    let mut sizes = Vec::new();
     for (index, layer) in image.manifest.layers.iter().enumerate() {
         let key = chain.get(index).cloned().unwrap_or_default();
         let request = UsageRequest { snapshotter: snapshotter.to_owned(), key };
-        total += match client.snapshots().usage(request).await {
+        sizes.push(match client.snapshots().usage(request).await {
             Ok(usage) => u64::try_from(usage.into_inner().size).unwrap_or(0),
             Err(_) => layer.size,
-        };
+        });
     }
-    total
+    sizes
 }
 
 #[cfg(test)]

@@ -135,6 +135,7 @@ async fn describe_container(client: &Client, container: &Container) -> Result<Va
             "StopSignal": container.labels.get(labels::STOP_SIGNAL),
         },
         "HostConfig": {
+            "RestartPolicy": restart_policy(container),
             "NetworkMode": if own_network { "none" } else { "host" },
             "ReadonlyRootfs": spec["root"]["readonly"].as_bool().unwrap_or(false),
             "Memory": memory.as_u64().unwrap_or(0),
@@ -145,6 +146,12 @@ async fn describe_container(client: &Client, container: &Container) -> Result<Va
         "NetworkSettings": {"IPAddress": ""},
         "Spec": spec,
     }))
+}
+
+fn restart_policy(container: &Container) -> Value {
+    let policy = container.labels.get(labels::RESTART).map_or("no", String::as_str);
+    let (name, times) = policy.split_once(':').unwrap_or((policy, "0"));
+    json!({"Name": name, "MaximumRetryCount": times.parse::<u32>().unwrap_or(0)})
 }
 
 /// Whether a mount is one of the container's files in `/etc`: its own in the folder `etc`, or the host's.

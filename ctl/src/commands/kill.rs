@@ -2,11 +2,14 @@
 
 use std::io::Write;
 
+use nix::libc;
+
 use crate::client::Client;
 use crate::commands::{for_each, stop};
 use crate::container;
 use crate::error::{Error, Result};
 use crate::process::{self, ProcessId};
+use crate::restart;
 
 /// Options of `davit kill`.
 #[derive(Debug, clap::Args)]
@@ -26,6 +29,10 @@ pub(crate) async fn run(client: &Client, options: Options, out: &mut dyn Write) 
         let container = container::find(client, given).await?;
         if !container::state(client, &container).await?.is_live() {
             return Err(Error::NotRunning { given: given.to_owned() });
+        }
+        // Another signal may mean anything.
+        if signal == libc::SIGKILL.unsigned_abs() {
+            restart::end(client, &container).await?;
         }
         let process = ProcessId { container: container.id, exec: String::new() };
         process::kill(client, &process, signal, false).await?;

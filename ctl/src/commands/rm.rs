@@ -8,7 +8,7 @@ use crate::client::Client;
 use crate::commands::for_each;
 use crate::container::{self, State};
 use crate::error::{Error, Result};
-use crate::task;
+use crate::{restart, task};
 
 /// Options of `davit rm`.
 #[derive(Debug, clap::Args)]
@@ -44,10 +44,13 @@ async fn remove(client: &Client, container: &Container, given: &str, force: bool
         State::Running { .. } | State::Paused { .. } if !force => {
             return Err(Error::Running { given: given.to_owned() });
         }
-        State::Running { .. } | State::Paused { .. } => task::kill_and_wait(client, &container.id).await?,
+        State::Running { .. } | State::Paused { .. } => {
+            restart::end(client, container).await?;
+            task::kill_and_wait(client, &container.id).await?;
+        }
         // A task that was never started has a process all the same, which waits for the start.
         State::Created if task.is_some() => task::kill_and_wait(client, &container.id).await?,
-        State::Created | State::Exited { .. } => {}
+        State::Created | State::Exited { .. } => restart::end(client, container).await?,
     }
     task::remove_container(client, container).await
 }

@@ -8,11 +8,11 @@ use davit_proto::containerd::types::Mount;
 use crate::client::Client;
 use crate::commands::create::{self, CreateOptions};
 use crate::commands::reap;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::keys::{self, DetachKeys};
 use crate::process::{Ended, Exit, ProcessId, Streams};
 use crate::task::{self, TaskIo};
-use crate::{container, format, labels};
+use crate::{container, format, labels, restart};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -42,9 +42,13 @@ pub(crate) struct Options {
 
 /// `davit run`; returns the exit code of the container.
 pub(crate) async fn run(client: &Client, options: Options, out: &mut dyn Write) -> Result<u8> {
+    if options.rm && options.create.is_restarted() {
+        return Err(Error::usage("--restart does not go with --rm", "leave one of them out"));
+    }
     if options.detach {
         let created = create::create(client, &options.create, true).await?;
         start_new(client, &created.container, created.rootfs, None).await?;
+        restart::begin(client, &created.container).await?;
         if options.rm {
             reap::leave_behind(client, &created.container.id)?;
         }

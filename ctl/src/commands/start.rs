@@ -12,7 +12,7 @@ use crate::keys::{self, DetachKeys};
 use crate::place::Places;
 use crate::process::Streams;
 use crate::task::{self, TaskIo};
-use crate::{fifo, labels};
+use crate::{fifo, labels, restart};
 
 /// Options of `davit start`.
 #[derive(Debug, clap::Args)]
@@ -51,7 +51,7 @@ pub(crate) async fn run(client: &Client, options: Options, out: &mut dyn Write) 
 }
 
 /// Starts one container in the background, afresh or from one of its checkpoints. One that runs is started.
-async fn start(client: &Client, given: &str, checkpoint: Option<&str>) -> Result<()> {
+pub(super) async fn start(client: &Client, given: &str, checkpoint: Option<&str>) -> Result<()> {
     let mut container = container::find(client, given).await?;
     let checkpoint = match checkpoint {
         Some(name) => Some(checkpoint::find(client, &container, name).await?),
@@ -74,7 +74,8 @@ async fn start(client: &Client, given: &str, checkpoint: Option<&str>) -> Result
     container.labels.insert(labels::LOG.to_owned(), log.display().to_string());
     let rootfs = task::rootfs(client, &container).await?;
     let io = TaskIo::detached(&container, &log)?;
-    task::create_and_start(client, &container, rootfs, io, checkpoint).await
+    task::create_and_start(client, &container, rootfs, io, checkpoint).await?;
+    restart::begin(client, &container).await
 }
 
 async fn attach(client: &Client, given: &str, interactive: bool, keys: &DetachKeys) -> Result<u8> {

@@ -12,7 +12,7 @@ use crate::commands::for_each;
 use crate::container::{self, State};
 use crate::error::{CallContext, Error, Result};
 use crate::process::{self, ProcessId};
-use crate::{labels, signal, task};
+use crate::{labels, restart, signal, task};
 
 /// Options of `davit stop`.
 #[derive(Debug, clap::Args)]
@@ -63,8 +63,10 @@ pub(crate) async fn stop(
 ) -> Result<()> {
     let state = container::state(client, container).await?;
     if !state.is_live() {
-        return Ok(());
+        // It may be about to be started again.
+        return restart::end(client, container).await;
     }
+    restart::end(client, container).await?;
     let own = container.labels.get(labels::STOP_SIGNAL).and_then(|text| signal::parse(text));
     let signal = signal.or(own).unwrap_or(libc::SIGTERM.unsigned_abs());
     let process = ProcessId { container: container.id.clone(), exec: String::new() };

@@ -39,8 +39,6 @@ pub(super) struct NotYet {
     publish: Vec<String>,
     #[arg(short = 'P', long, hide = true)]
     publish_all: bool,
-    #[arg(long, hide = true, default_value = "no")]
-    restart: String,
     #[arg(long, hide = true)]
     init: bool,
     #[arg(long, hide = true)]
@@ -59,7 +57,6 @@ impl NotYet {
                 !self.publish.is_empty() || self.publish_all,
                 "use --network=host to be reached from outside",
             ),
-            ("--restart", self.restart != "no", "let the host's service manager start the container again"),
             ("--init", self.init, "run an init program of the image's as the command"),
             ("--health-cmd", self.health_cmd.is_some(), "check from outside with `davit exec`"),
         ];
