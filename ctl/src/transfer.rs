@@ -87,12 +87,7 @@ pub(crate) async fn pull(
     reach: &Reach,
     display: &mut Display,
 ) -> Result<()> {
-    let wanted = types::Platform {
-        os: platform.os.clone(),
-        architecture: platform.architecture.clone(),
-        variant: platform.variant.clone(),
-        ..types::Platform::default()
-    };
+    let wanted = to_wire(platform);
     let unpack = UnpackConfiguration { platform: Some(wanted.clone()), snapshotter: snapshotter.to_owned() };
     let store = ImageStore {
         name: reference.to_string(),
@@ -115,18 +110,18 @@ pub(crate) async fn push(
     reach: &Reach,
     display: &mut Display,
 ) -> Result<()> {
-    let platforms = platform.map(|platform| types::Platform {
-        os: platform.os.clone(),
-        architecture: platform.architecture.clone(),
-        variant: platform.variant.clone(),
-        ..types::Platform::default()
-    });
+    let platforms = platform.map(to_wire);
     let store = ImageStore {
         name: name.to_owned(),
         platforms: platforms.into_iter().collect(),
         ..ImageStore::default()
     };
     transfer(client, reference, reach, display, Direction::Push(store)).await
+}
+
+fn to_wire(platform: &Platform) -> types::Platform {
+    let Platform { os, architecture, variant } = platform.clone();
+    types::Platform { os, architecture, variant, ..types::Platform::default() }
 }
 
 enum Direction {
@@ -276,12 +271,7 @@ pub(crate) async fn export(
     let extra = |name| ImageReference { name, ..ImageReference::default() };
     let store =
         ImageStore { extra_references: names.into_iter().map(extra).collect(), ..ImageStore::default() };
-    let platforms = vec![types::Platform {
-        os: platform.os.clone(),
-        architecture: platform.architecture.clone(),
-        variant: platform.variant.clone(),
-        ..types::Platform::default()
-    }];
+    let platforms = vec![to_wire(platform)];
     let export = ImageExportStream { stream, platforms, ..ImageExportStream::default() };
     let (source, destination) = (Some(any::pack(&store)), Some(any::pack(&export)));
     let mut transfers = client.transfer();

@@ -21,6 +21,21 @@ use crate::{container, format};
 /// The label by which a snapshotter is told which snapshot a layer becomes.
 const SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
 
+/// Where images are unpacked, and containers find them.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct Snapshotter {
+    /// The snapshotter that holds the layers
+    #[arg(
+        id = "snapshotter",
+        long = "snapshotter",
+        value_name = "NAME",
+        env = "DAVIT_SNAPSHOTTER",
+        hide_env_values = true,
+        default_value = "overlayfs"
+    )]
+    pub(crate) name: String,
+}
+
 /// Unpacks what is not unpacked yet and returns the name of the topmost snapshot, empty for an image of no layers.
 /// The client should hold a lease.
 ///

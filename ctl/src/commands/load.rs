@@ -17,7 +17,7 @@ use crate::archive::{self, Named};
 use crate::client::Client;
 use crate::error::{CallContext, Error, Result};
 use crate::progress::Progress;
-use crate::unpack::{set_content_labels, unpack};
+use crate::unpack::{Snapshotter, set_content_labels, unpack};
 use crate::upload::upload;
 use crate::{container, format, image, lease};
 
@@ -36,15 +36,8 @@ pub(crate) struct Options {
     /// Print no progress
     #[arg(short, long)]
     quiet: bool,
-    /// The snapshotter to unpack into
-    #[arg(
-        long,
-        value_name = "NAME",
-        env = "DAVIT_SNAPSHOTTER",
-        hide_env_values = true,
-        default_value = "overlayfs"
-    )]
-    snapshotter: String,
+    #[command(flatten)]
+    snapshotter: Snapshotter,
     /// The archive, if it is not given with --input
     #[arg(value_name = "FILE", conflicts_with = "input")]
     file: Option<PathBuf>,
@@ -64,15 +57,8 @@ pub(crate) struct ImportOptions {
     /// Print no progress
     #[arg(short, long)]
     quiet: bool,
-    /// The snapshotter to unpack into
-    #[arg(
-        long,
-        value_name = "NAME",
-        env = "DAVIT_SNAPSHOTTER",
-        hide_env_values = true,
-        default_value = "overlayfs"
-    )]
-    snapshotter: String,
+    #[command(flatten)]
+    snapshotter: Snapshotter,
 }
 
 /// `davit load`.
@@ -81,7 +67,7 @@ pub(crate) async fn load(client: &Client, options: Options, out: &mut dyn Write)
     let fallback = Fallback::new(options.name.as_deref(), input.as_deref())?;
     let progress = Progress::new(options.quiet);
     let reader = open(input.as_deref())?;
-    let snapshotter = &options.snapshotter;
+    let snapshotter = &options.snapshotter.name;
     let loaded = lease::with_lease(client, |client| async move {
         load_archive(&client, reader, &fallback, snapshotter, progress).await
     });
@@ -106,7 +92,7 @@ pub(crate) async fn import(client: &Client, options: ImportOptions, out: &mut dy
     let reference = reference.parse::<Reference>()?.with_default_tag();
     let reader = open(Some(options.file.as_path()).filter(|path| *path != Path::new("-")))?;
     let progress = Progress::new(options.quiet);
-    let snapshotter = &options.snapshotter;
+    let snapshotter = &options.snapshotter.name;
     let digest = lease::with_lease(client, |client| async move {
         import_filesystem(&client, reader, &reference, snapshotter, progress).await
     });

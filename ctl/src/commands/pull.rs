@@ -10,6 +10,7 @@ use crate::display::Display;
 use crate::error::Result;
 use crate::format;
 use crate::transfer::{self, Reach};
+use crate::unpack::Snapshotter;
 
 /// Options of `davit pull`.
 #[derive(Debug, clap::Args)]
@@ -20,15 +21,8 @@ pub(crate) struct Options {
     /// Platform of the image, such as linux/arm64 (default: this machine's)
     #[arg(long, value_name = "OS/ARCH")]
     platform: Option<String>,
-    /// The snapshotter to unpack the image into
-    #[arg(
-        long,
-        value_name = "NAME",
-        env = "DAVIT_SNAPSHOTTER",
-        hide_env_values = true,
-        default_value = "overlayfs"
-    )]
-    snapshotter: String,
+    #[command(flatten)]
+    snapshotter: Snapshotter,
     #[command(flatten)]
     reach: Reach,
     /// The image, such as busybox, ghcr.io/owner/name:tag or name@sha256:…
@@ -42,6 +36,7 @@ pub(crate) async fn run(client: &Client, options: Options, out: &mut dyn Write) 
     let platform =
         options.platform.as_deref().map(Platform::parse).transpose()?.unwrap_or_else(Platform::host);
     let mut display = Display::new(options.quiet);
-    transfer::pull(client, &reference, &platform, &options.snapshotter, &options.reach, &mut display).await?;
+    transfer::pull(client, &reference, &platform, &options.snapshotter.name, &options.reach, &mut display)
+        .await?;
     format::line(out, reference)
 }
