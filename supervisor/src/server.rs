@@ -90,16 +90,21 @@ pub async fn run(config: Config, logs: Logs) -> Result<()> {
     let opening = config.clone();
     let Stores { db, history, hub, metadata, snapshotters: entries, differs, controllers, proxies } =
         tokio::task::spawn_blocking(move || open_stores(&opening)).await??;
-    let stop = CancellationToken::new();
-    let collector =
-        tokio::spawn(metadata.clone().run_collector(collecting(config.metadata.gc), stop.clone()));
-
     let grpc = &config.grpc;
     let api = listen::socket(&grpc.address, 0o660, grpc.uid, grpc.gid)?;
     let reports = listen::socket(&config.ttrpc_address(), 0o600, 0, 0)?;
     let tcp = tcp::listen(&grpc.tcp).await?;
     let pages = Pages::listen(&config).await?;
     let tasks = open_runtime(&config, &hub)?;
+    let (content, files) = (text(&config.root.join(CONTENT)), text(&config.root.join(LOGS)));
+    let mut plugins = plugins::list(&content, &files, tasks.starts_own_shims(), entries);
+    plugins::replace(&mut plugins, proxies);
+    // Until here nothing has changed but folders: who starts again and again for want of something does no harm.
+    choice::apply(&config, &mut plugins)?;
+
+    let stop = CancellationToken::new();
+    let collector =
+        tokio::spawn(metadata.clone().run_collector(collecting(config.metadata.gc), stop.clone()));
     let known = metadata.clone();
     let loading = tasks.load(Arc::new(move |namespace, id| {
         kept(Scope::new(namespace, None).and_then(|scope| known.containers(&scope).get(id)))
@@ -116,10 +121,6 @@ pub async fn run(config: Config, logs: Logs) -> Result<()> {
     tracing::info!(tasks = loading.tasks(), "found tasks of an earlier daemon");
     tokio::spawn(loading.finished());
 
-    let (content, files) = (text(&config.root.join(CONTENT)), text(&config.root.join(LOGS)));
-    let mut plugins = plugins::list(&content, &files, tasks.starts_own_shims(), entries);
-    plugins::replace(&mut plugins, proxies);
-    choice::apply(&config, &mut plugins)?;
     let (calls, version) = (Calls::default(), grpc::version::told());
     let source = Source {
         metadata: metadata.clone(),

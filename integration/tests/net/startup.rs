@@ -95,6 +95,28 @@ fn what_is_required_is_there_or_the_daemon_is_not() -> Result<()> {
     Ok(())
 }
 
+/// Who may have whose content is for the operator to say, and clients are told.
+#[test]
+fn content_is_shared_or_not() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let bolt = "version = 2\n[plugins.\"io.containerd.metadata.v1.bolt\"]\n";
+    for (config, policy) in [
+        (format!("{bolt}content_sharing_policy = \"isolated\"\n"), "isolated"),
+        (format!("{bolt}content_sharing_policy = \"shared\"\n"), "shared"),
+        ("[metadata]\nsharing = \"isolated\"\n".to_owned(), "isolated"),
+    ] {
+        let daemon = Daemon::start_with(&[], &config)?;
+        let told = daemon.ctr().run("plugins ls -d id==bolt")?;
+        let told = told.split_whitespace().skip_while(|word| *word != "policy").nth(1);
+        ensure!(told == Some(policy), "{config}\n{told:?}");
+    }
+    let told = refusal(&format!("{bolt}content_sharing_policy = \"none\"\n"))?;
+    ensure!(told.contains("want shared or isolated"), "{told}");
+    Ok(())
+}
+
 /// Spans are sent by a build with the feature `otel`, which the tests do not run.
 #[test]
 fn spans_that_nobody_sends_are_named() -> Result<()> {

@@ -6,7 +6,7 @@
 use anyhow::{Result, bail};
 use davit_oci::platform::Platform;
 
-use crate::config::{Config, PluginList};
+use crate::config::{Config, PluginList, Sharing};
 use crate::plugins::Plugin;
 
 /// Keeps containers in the state that their labels ask for.
@@ -19,6 +19,9 @@ const TRACING: [&str; 2] = ["io.containerd.internal.v1.tracing", "io.containerd.
 const TCP: [&str; 1] = ["io.containerd.server.v1.grpc-tcp"];
 const METRICS: [&str; 1] = ["io.containerd.server.v1.metrics"];
 const DEBUG: [&str; 1] = ["io.containerd.server.v1.debug"];
+
+/// Tells clients who may have whose content, by its export `policy`.
+const METADATA: &str = "io.containerd.metadata.v1.bolt";
 
 /// The type of snapshotters, before their names.
 const SNAPSHOTTER: &str = "io.containerd.snapshotter.v1.";
@@ -61,7 +64,8 @@ pub fn without_disabled(config: &mut Config) {
     }
 }
 
-/// Adds to the list what servers there are, takes from it what is disabled, and checks that what is required is there.
+/// Adds to the list what servers there are and what is configured, takes from it what is disabled, and checks that what is
+/// required is there.
 ///
 /// # Errors
 /// In containerd's words, for a required entry that is missing or does not work.
@@ -83,6 +87,13 @@ pub(super) fn apply(config: &Config, plugins: &mut Vec<Plugin>) -> Result<()> {
         if there {
             plugins.push(entry("server.v1", id));
         }
+    }
+    let policy = match config.metadata.sharing {
+        Sharing::Shared => "shared",
+        Sharing::Isolated => "isolated",
+    };
+    for plugin in plugins.iter_mut().filter(|plugin| uri(plugin) == METADATA) {
+        plugin.exports.insert("policy".to_owned(), policy.to_owned());
     }
     let PluginList { required, disabled } = &config.plugin_list;
     let names = |list: &[&str], name: &str| list.contains(&name);
