@@ -60,7 +60,7 @@ impl Blobs {
     /// Those of the store.
     pub fn writer(&self, reference: &str, total: u64) -> Result<BlobWriter, Error> {
         match self {
-            Blobs::Local(store) => store.writer(reference, total, None).map(BlobWriter::Local),
+            Blobs::Local(store) => Ok(BlobWriter::Local(Box::new(store.writer(reference, total, None)?))),
             Blobs::Proxy(store) => Ok(BlobWriter::Proxy(Box::new(store.writer(reference, total)?))),
         }
     }
@@ -164,7 +164,7 @@ impl Read for BlobReader {
 #[derive(Debug)]
 pub enum BlobWriter {
     /// A file.
-    Local(Writer),
+    Local(Box<Writer>),
     /// A conversation with another process.
     Proxy(Box<ProxyWriter>),
 }

@@ -81,3 +81,86 @@ impl Reader<'_> {
         Ok(found)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::config::ProxyKind;
+    use crate::config::containerd::{is_one, read};
+
+    fn load(text: &str) -> Result<(Config, Vec<String>), ConfigError> {
+        read(Path::new("/etc/containerd/config.toml"), toml::from_str(text).unwrap())
+    }
+
+    #[test]
+    fn what_other_programs_do_is_read() {
+        let text = r#"
+            version = 2
+            [proxy_plugins.stargz]
+              type = "snapshot"
+              address = "/run/stargz.sock"
+              capabilities = ["remap-ids"]
+              color = "red"
+              [proxy_plugins.stargz.exports]
+                enable_remote_snapshot_annotations = "true"
+            [proxy_plugins.far]
+              type = "io.containerd.differ.v1"
+              address = "unix:///run/far.sock"
+              platform = "linux/arm64"
+            [stream_processors."io.containerd.processor.v1.pigz"]
+              accepts = ["application/vnd.docker.image.rootfs.diff.tar.gzip"]
+              returns = "application/vnd.oci.image.layer.v1.tar"
+              path = "unpigz"
+              args = ["-d", "-c"]
+            [plugins."io.containerd.service.v1.diff-service"]
+              default = ["far", "walking"]
+              sync_fs = true
+            [[plugins."io.containerd.transfer.v1.local".unpack_config]]
+              platform = "linux/amd64"
+              snapshotter = "stargz"
+              differ = "far"
+              layer_types = ["x"]
+        "#;
+        let (config, ignored) = load(text).unwrap();
+        config.validate().unwrap();
+        let stargz = &config.proxy_plugins["stargz"];
+        assert_eq!(
+            (stargz.kind, stargz.socket().as_path()),
+            (ProxyKind::Snapshot, Path::new("/run/stargz.sock"))
+        );
+        assert_eq!(stargz.exports()["enable_remote_snapshot_annotations"], "true");
+        assert_eq!(stargz.exports()["address"], "/run/stargz.sock");
+        let far = &config.proxy_plugins["far"];
+        assert_eq!((far.kind, far.socket().as_path()), (ProxyKind::Diff, Path::new("/run/far.sock")));
+        assert_eq!(far.platform().architecture, "arm64");
+        let pigz = &config.stream_processors["io.containerd.processor.v1.pigz"];
+        assert_eq!((pigz.path.as_path(), pigz.args.len()), (Path::new("unpigz"), 2));
+        assert_eq!(config.diff.default, ["far", "walking"]);
+        assert_eq!(config.diff.snapshotters["stargz"], "far");
+        let expected = [
+            "plugins.\"io.containerd.transfer.v1.local\".unpack_config.layer_types",
+            "proxy_plugins.\"stargz\".color",
+        ];
+        assert_eq!(ignored, expected);
+        // As one of ours it says the same.
+        assert!(!is_one(&toml::from_str(&config.to_toml()).unwrap()));
+        assert_eq!(toml::from_str::<Config>(&config.to_toml()).unwrap(), config);
+    }
+
+    #[test]
+    fn what_cannot_be_is_named() {
+        for (text, words) in [
+            ("[proxy_plugins.x]\ntype = \"x\"\naddress = \"/x\"", "proxy_plugins.\"x\": unknown variant `x`"),
+            ("[proxy_plugins.x]\ntype = \"snapshot\"", "proxy_plugins.\"x\": missing field `address`"),
+            ("[proxy_plugins]\nx = 1", "proxy_plugins.\"x\": want a table"),
+            ("[stream_processors.x]\nargs = 1", "stream_processors.\"x\": invalid type"),
+        ] {
+            let error = load(&format!("version = 2\n{text}")).unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
+        }
+        let socket = "[proxy_plugins.x]\ntype = \"snapshot\"\naddress = \"relative\"";
+        assert!(load(&format!("version = 2\n{socket}")).unwrap().0.validate().is_err());
+    }
+}

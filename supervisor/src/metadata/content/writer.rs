@@ -34,7 +34,7 @@ enum State {
     /// Nothing is written: the blob of another namespace is to be had as it is.
     Shared { digest: Digest, size: u64, started_at: SystemTime },
     /// Data goes to the ingest of the store.
-    Open(Box<BlobWriter>),
+    Open(BlobWriter),
     /// After a commit, whether or not it succeeded.
     Closed { status: IngestStatus, digest: Digest },
 }
@@ -47,7 +47,7 @@ impl std::fmt::Debug for NsWriter {
 
 impl NsWriter {
     pub(super) fn new(content: Content, reference: String, backend: String, writer: BlobWriter) -> NsWriter {
-        NsWriter { content, reference, backend, state: State::Open(Box::new(writer)) }
+        NsWriter { content, reference, backend, state: State::Open(writer) }
     }
 
     pub(super) fn shared(
@@ -132,7 +132,7 @@ impl NsWriter {
                     offset += read as u64;
                 }
             }
-            self.state = State::Open(Box::new(writer));
+            self.state = State::Open(writer);
         }
         match &mut self.state {
             State::Open(writer) => Ok(writer),
