@@ -38,6 +38,7 @@ struct Bytes {
     answers: Streaming<Any>,
 }
 
+/// Opens a stream.
 async fn open(daemon: &Daemon, id: &str) -> Result<Bytes> {
     let mut streaming = StreamingClient::new(conn(daemon, None).await?);
     let (sender, messages) = mpsc::channel(4);
@@ -98,23 +99,34 @@ async fn transfer(daemon: &Daemon, source: Any, destination: Any, progress: &str
     timeout(wait::PATIENCE, call).await.map_err(|_| Status::deadline_exceeded("no answer"))?.map(drop)
 }
 
+/// Transfers, and returns the answer with all that was told.
+pub(super) async fn told(
+    daemon: &Daemon,
+    source: Any,
+    destination: Any,
+) -> Result<(Result<(), Status>, Vec<Progress>)> {
+    let mut stream = open(daemon, "news").await?;
+    let done = transfer(daemon, source, destination, "news").await;
+    let mut news = Vec::new();
+    while let Some(message) = timeout(wait::PATIENCE, stream.answers.message()).await?? {
+        news.push(any::unpack::<Progress>(&message)?.context("no Progress")?);
+    }
+    Ok((done, news))
+}
+
 /// Imports an archive, and returns the answer with the events and the names that were told of.
 async fn import(
     daemon: &Daemon,
     archive: impl Read,
     store: ImageStore,
 ) -> Result<(Result<(), Status>, Vec<(String, String)>)> {
-    let (bytes, mut news) = (open(daemon, "bytes").await?, open(daemon, "news").await?);
+    let bytes = open(daemon, "bytes").await?;
     let source = ImageImportStream { stream: "bytes".to_owned(), ..ImageImportStream::default() };
-    let call = transfer(daemon, any::pack(&source), any::pack(&store), "news");
-    let (sent, done) = tokio::join!(bytes.send(archive), call);
+    let importing = told(daemon, any::pack(&source), any::pack(&store));
+    let (sent, told) = tokio::join!(bytes.send(archive), importing);
     sent?;
-    let mut events = Vec::new();
-    while let Some(message) = timeout(wait::PATIENCE, news.answers.message()).await?? {
-        let progress = any::unpack::<Progress>(&message)?.context("no Progress")?;
-        events.push((progress.event, progress.name));
-    }
-    Ok((done, events))
+    let (done, news) = told?;
+    Ok((done, news.into_iter().map(|news| (news.event, news.name)).collect()))
 }
 
 /// A store that takes names by a prefix, as `ctr images import` asks for it.

@@ -13,11 +13,14 @@ use davit_integration::{Daemon, wait};
 use davit_proto::any;
 use davit_proto::containerd::services::transfer::v1::TransferRequest;
 use davit_proto::containerd::services::transfer::v1::transfer_client::TransferClient;
-use davit_proto::containerd::types::transfer::ImageStore;
+use davit_proto::containerd::types::transfer::{
+    ImageStore, OciRegistry, Progress, RegistryResolver, UnpackConfiguration,
+};
 use nix::sys::signal::Signal;
 use tar::EntryType;
 use tonic::Code;
 
+use super::archives::told;
 use super::{conn, plugins, refused, runtime};
 use crate::root;
 
@@ -316,4 +319,73 @@ fn an_image_gets_further_names() -> Result<()> {
             anyhow::Ok(())
         })
         .context("the calls")
+}
+
+#[test]
+fn a_transfer_is_told_of_in_the_words_and_the_order_of_containerd() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let daemon = Daemon::start()?;
+    let Some(registry) = Registry::start(&daemon.path("registry"), false)? else { return Ok(()) };
+    let (local, name) = (image::BUSYBOX, format!("{}/box:1", registry.address));
+    daemon.import_busybox()?;
+    let remote = |name: &str| {
+        let resolver = RegistryResolver { default_scheme: "http".to_owned(), ..RegistryResolver::default() };
+        any::pack(&OciRegistry { reference: name.to_owned(), resolver: Some(resolver) })
+    };
+    let store = |name: &str| {
+        let unpacks = vec![UnpackConfiguration::default()];
+        any::pack(&ImageStore { name: name.to_owned(), unpacks, ..ImageStore::default() })
+    };
+    let told = |source, destination| runtime()?.block_on(told(&daemon, source, destination));
+    let of = |news: &[Progress], part: &str| -> Vec<String> {
+        news.iter().filter(|news| news.name.starts_with(part)).map(|news| news.event.clone()).collect()
+    };
+    let ends = |news: &[Progress], first: &[&str], last: &[&str]| {
+        let events: Vec<&str> = news.iter().map(|news| news.event.as_str()).collect();
+        ensure!(events.starts_with(first) && events.ends_with(last), "{events:?}");
+        anyhow::Ok(())
+    };
+
+    let (done, news) = told(store(local), remote(&name))?;
+    done?;
+    let place = format!("OCI Registry ({name})");
+    let completed = format!("Completed push to {place}");
+    ends(&news, &[&format!("Pushing to {place}"), "pushing content"], &[&completed, "pushed content"])?;
+    for part in ["manifest-", "config-", "layer-"] {
+        let events = of(&news, part);
+        ensure!(events.first().is_some_and(|event| event == "waiting"), "{part}: {events:?}");
+        ensure!(events.last().is_some_and(|event| event == "complete"), "{part}: {events:?}");
+    }
+    // What is the outermost document belongs to the image, by its own name and not by the registry's.
+    let manifest = news.iter().find(|news| news.name.starts_with("manifest-")).context("no manifest")?;
+    ensure!(manifest.parents == [local], "{manifest:?}");
+
+    let gone = format!("{}/box:2", registry.address);
+    let (done, news) = told(remote(&gone), store(&gone))?;
+    refused(done, Code::NotFound, &format!("failed to resolve image: {gone}: not found"));
+    ends(&news, &[&format!("Resolving from OCI Registry ({gone})")], &[])?;
+
+    ok(daemon.davit(["rmi", "busybox"])?)?;
+    wait_until_empty(&daemon)?;
+    let first = [format!("Resolving from {place}"), format!("Pulling from {place}")];
+    let first = [first[0].as_str(), first[1].as_str(), "fetching image content"];
+    let completed = format!("Completed pull from {place}");
+    let (done, news) = told(remote(&name), store(&name))?;
+    done?;
+    ends(&news, &first, &[&completed, "saved"])?;
+    let layer = of(&news, "layer-");
+    ensure!(layer.ends_with(&["extracting".to_owned(), "extracted".to_owned()]), "{layer:?}");
+    ensure!(of(&news, "config-").ends_with(&["complete".to_owned()]), "{:?}", of(&news, "config-"));
+
+    // What is there is neither fetched nor unpacked.
+    let (done, news) = told(remote(&name), store(&name))?;
+    done?;
+    ends(&news, &first, &[&completed, "saved"])?;
+    for part in ["manifest-", "config-", "layer-"] {
+        let events = of(&news, part);
+        ensure!(events.last().is_none_or(|event| event == "already exists"), "{part}: {events:?}");
+    }
+    Ok(())
 }

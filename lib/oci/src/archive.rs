@@ -288,7 +288,7 @@ impl Contents {
         let image = |image: &SavedImage| {
             let config = self.blob("image config", &image.config)?;
             let layer = |name: &String| {
-                let blob = self.blob("layer", name)?;
+                let blob = self.blob("failed to resolve layers: layer", name)?;
                 Ok(Descriptor::new(blob.compression.docker_layer(), blob.digest.clone(), blob.size))
             };
             let reference = |name: &String| {
@@ -468,7 +468,7 @@ mod tests {
         };
         assert_eq!(saved(r#"[{"Config":"x"}]"#, &[]), r#"image config "x" not found"#);
         assert_eq!(saved(r#"[{"Config":"../c"}]"#, &[]), r#"image config "../c" not found"#);
-        assert_eq!(saved(r#"[{"Config":"c","Layers":["l"]}]"#, &[]), r#"layer "l" not found"#);
+        assert_eq!(saved(r#"[{"Config":"c","Layers":["l"]}]"#, &[]), r#"failed to resolve layers: layer "l" not found"#);
         assert_eq!(saved(r#"[{"Config":"a"}]"#, &[("a", "b"), ("b", "a")]), r#"image config "a" not found"#);
         assert_eq!(saved(r#"[{"Config":"c","RepoTags":["A B"]}]"#, &[]), r#"normalize image ref "A B""#);
         assert!(read(&[("manifest.json", b"[1]")], &[]).is_err());
