@@ -6,7 +6,7 @@ mod v2;
 
 use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use davit_proto::any;
@@ -75,6 +75,12 @@ impl Cgroup {
             collect(folder, &mut found);
         }
         found.into_iter().collect()
+    }
+
+    /// A descriptor of each process in the cgroup and below it, to see its end.
+    pub(crate) fn pidfds(&self) -> Vec<OwnedFd> {
+        let pids = self.processes().into_iter().filter_map(|pid| i32::try_from(pid).ok());
+        pids.filter_map(|pid| pidfd_open(pid).ok()).collect()
     }
 
     /// Whether this process is in the cgroup or below it. Then the cgroup is not the container's own, and most of what is

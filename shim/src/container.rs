@@ -13,6 +13,8 @@ mod saved;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, SystemTime};
@@ -22,6 +24,7 @@ use davit_model::error::chain;
 use davit_proto::containerd::events;
 use davit_proto::containerd::task::v3::{CheckpointTaskRequest, CreateTaskRequest};
 use davit_shim_protocol::journal::{self, ExitRecord, StartRecord};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::cgroup::{Cgroup, oom};
 use crate::checkpoint;
@@ -34,6 +37,7 @@ use crate::log;
 use crate::options;
 use crate::outbox::ContainerJournal;
 use crate::process::{Ended, Process, State};
+use crate::reactor::Async;
 use crate::reaper::{Awaited, Starting};
 use crate::rootfs;
 use crate::runtime::{ChildStdio, Runtime, read_pid_file};
@@ -50,6 +54,9 @@ const STREAMS_TIMED_OUT: TaskError = TaskError::TimedOut { what: "opening of the
 
 /// The time for a call of the runtime that no client waits for, but the news of an exit.
 const OWN_CALL: Duration = Duration::from_secs(10);
+/// The time for what was killed to be gone. It is killed for certain; but a processor must be free for it to die on, and
+/// what is in a call of the kernel that cannot be interrupted dies later.
+const LAST_BREATH: Duration = Duration::from_secs(1);
 /// The time for removing by force what a runtime has left.
 const CLEAN_UP: Duration = Duration::from_secs(10);
 
@@ -81,6 +88,24 @@ pub(crate) struct Container {
     /// Held by what must not overlap: start, delete, pause, resume, update, checkpoint.
     lifecycle: Lock,
     io_owner: (u32, u32),
+}
+
+/// Waits until these processes, of which only the orphans are children of ours, have ended.
+async fn ends(pidfds: Vec<OwnedFd>) {
+    for pidfd in pidfds {
+        let Ok(pidfd) = Async::new(pidfd) else { continue };
+        let ended = |pidfd: &OwnedFd| {
+            // It is readable from the end of its process on (pidfd_open(2)).
+            let mut polled = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut polled, PollTimeout::ZERO) {
+                Ok(0) => Err(io::ErrorKind::WouldBlock.into()),
+                Ok(_) => Ok(()),
+                Err(error) => Err(error.into()),
+            }
+        };
+        // What cannot be seen is not waited for.
+        let _ = pidfd.read_with(ended).await;
+    }
 }
 
 impl Container {
@@ -319,6 +344,7 @@ impl Container {
                 self.id
             ));
         }
+        let dying = cgroup.pidfds();
         let kill = ["kill", "--all", &self.id, "9"].map(OsStr::new);
         let runtime = self.runtime.until(Deadline::within(OWN_CALL));
         if let Err(error) = runtime.simple("OCI runtime killall failed", &kill).await {
@@ -326,6 +352,10 @@ impl Container {
         }
         // Runtimes differ in what `kill --all` does when init is gone.
         cgroup.kill();
+        // Whoever is told of the end of init finds nothing running any more.
+        if Deadline::within(LAST_BREATH).bound(ends(dying)).await.is_none() {
+            log::warn(format_args!("what is left of {} was killed and is not gone yet", self.id));
+        }
     }
 
     fn record(&self, process: &Process, ended: Ended) {

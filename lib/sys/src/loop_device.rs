@@ -3,16 +3,22 @@
 //! Every device is made to end by itself (`LO_FLAGS_AUTOCLEAR`): the kernel takes the file off it when the last that has
 //! it open closes it, be it this process, however it ends, or the filesystem that was mounted from it. So nothing has to
 //! be cleaned up after a crash, and nothing here does.
+//!
+//! A file that is on a device already is not put on a second one. Two filesystems over one file would each write as if they were
+//! alone, and one that was unmounted may live on for a while; on the same device, the kernel finds that it is the same.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
 
 /// `LOOP_CTL_GET_FREE` of the kernel's `linux/loop.h`: the number of a device that is free, a new one if need be.
 const GET_FREE: libc::Ioctl = 0x4c82;
+/// `LOOP_GET_STATUS64`: the file and the flags of a device, `ENXIO` when it has none.
+const GET_STATUS: libc::Ioctl = 0x4c05;
 /// `LOOP_CONFIGURE` (Linux 5.8): file and flags in one call, so that there is no device without its flags.
 const CONFIGURE: libc::Ioctl = 0x4c0a;
 
@@ -20,6 +26,9 @@ const CONFIGURE: libc::Ioctl = 0x4c0a;
 const READ_ONLY: u32 = 1;
 const AUTOCLEAR: u32 = 4;
 const DIRECT_IO: u32 = 16;
+
+/// Held by whoever in this process looks for a device and makes one.
+static ATTACHING: Mutex<()> = Mutex::new(());
 
 /// Between the number of a free device and its taking somebody else can be quicker. Each try is with another device.
 const ATTEMPTS: u32 = 128;
@@ -40,6 +49,24 @@ struct Info {
     crypt_name: [u8; 64],
     encrypt_key: [u8; 32],
     init: [u64; 2],
+}
+
+impl Info {
+    const EMPTY: Info = Info {
+        device: 0,
+        inode: 0,
+        real_device: 0,
+        offset: 0,
+        size_limit: 0,
+        number: 0,
+        encrypt_type: 0,
+        encrypt_key_size: 0,
+        flags: 0,
+        file_name: [0; 64],
+        crypt_name: [0; 64],
+        encrypt_key: [0; 32],
+        init: [0; 2],
+    };
 }
 
 /// The kernel's `struct loop_config`.
@@ -69,7 +96,7 @@ pub struct LoopDevice {
 }
 
 impl LoopDevice {
-    /// Puts `file` on a free device.
+    /// Puts `file` on a device: the one that it is on already and that is used in the same way, else a free one.
     ///
     /// # Errors
     /// The call that failed, and its answer: `ENOENT` or `ENXIO` where there are no loop devices, `EBUSY` when none comes
@@ -86,7 +113,8 @@ impl LoopDevice {
                 .map_err(failed(step))
         };
         let backing = open(file, "open the file of a loop device")?;
-        if !backing.metadata().map_err(failed("fstat"))?.is_file() {
+        let metadata = backing.metadata().map_err(failed("fstat"))?;
+        if !metadata.is_file() {
             return Err(("open the file of a loop device", Errno::EINVAL));
         }
         let control = File::options()
@@ -101,6 +129,11 @@ impl LoopDevice {
         }
         if options.direct_io {
             flags |= DIRECT_IO;
+        }
+        // Of two at once, the second finds what the first has made. Nothing that can panic is done meanwhile.
+        let _alone = ATTACHING.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(device) = existing(&metadata, options) {
+            return Ok(device);
         }
         let mut attempt = 0;
         loop {
@@ -123,6 +156,33 @@ impl LoopDevice {
     }
 }
 
+/// The device that has the whole of this file, and writes to it or not as is wanted.
+fn existing(file: &std::fs::Metadata, options: Options) -> Option<LoopDevice> {
+    for entry in std::fs::read_dir("/sys/block").ok()?.flatten() {
+        // Without looking at the device itself: who opens one keeps it from ending.
+        if !entry.path().join("loop/backing_file").exists() {
+            continue;
+        }
+        let path = Path::new("/dev").join(entry.file_name());
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+        let opened = File::options().read(true).write(!options.read_only).custom_flags(flags).open(&path);
+        let Ok(device) = opened else { continue };
+        let mut info = Info::EMPTY;
+        // SAFETY: the structure has the kernel's layout and lives during the call, which fills it in.
+        let asked = unsafe { libc::ioctl(device.as_raw_fd(), GET_STATUS, std::ptr::from_mut(&mut info)) };
+        // From here on it cannot end any more: it is open.
+        if asked == 0
+            && (info.device, info.inode) == (file.dev(), file.ino())
+            && (info.offset, info.size_limit) == (0, 0)
+            && (info.flags & READ_ONLY != 0) == options.read_only
+            && info.flags & AUTOCLEAR != 0
+        {
+            return Some(LoopDevice { _device: device, path });
+        }
+    }
+    None
+}
+
 fn errno_of(error: &std::io::Error) -> Errno {
     error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
 }
@@ -136,21 +196,7 @@ fn configure(device: &File, backing: &File, name: &Path, flags: u32) -> Result<(
     let configuration = Configuration {
         file: backing.as_fd().as_raw_fd() as u32,
         block_size: 0,
-        info: Info {
-            device: 0,
-            inode: 0,
-            real_device: 0,
-            offset: 0,
-            size_limit: 0,
-            number: 0,
-            encrypt_type: 0,
-            encrypt_key_size: 0,
-            flags,
-            file_name,
-            crypt_name: [0; 64],
-            encrypt_key: [0; 32],
-            init: [0; 2],
-        },
+        info: Info { flags, file_name, ..Info::EMPTY },
         reserved: [0; 8],
     };
     // SAFETY: the structure has the kernel's layout and lives during the call, which only reads it.
@@ -213,6 +259,32 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_is_in_use_stays_on_its_device() {
+        if !may_attach() {
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let (path, link) = (folder.path().join("image"), folder.path().join("link"));
+        std::fs::write(&path, vec![0; 4096]).unwrap();
+        std::fs::hard_link(&path, &link).unwrap();
+        let first = LoopDevice::attach(&path, Options::default()).unwrap();
+        // By whatever name, it is the same file.
+        let same = LoopDevice::attach(&link, Options::default()).unwrap();
+        assert_eq!(first.path(), same.path());
+        let node = first.path().to_owned();
+        drop(first);
+        assert_eq!(backing_file(&node).unwrap().trim(), path.to_str().unwrap());
+        // Another file in its place is not on that device.
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, vec![0; 4096]).unwrap();
+        let other = LoopDevice::attach(&path, Options::default()).unwrap();
+        assert_ne!(other.path(), same.path());
+        // Who only reads gets none that is written to, and the other way round.
+        let reading = LoopDevice::attach(&link, Options { read_only: true, direct_io: false }).unwrap();
+        assert_ne!(reading.path(), same.path());
+    }
+
+    #[test]
     fn what_is_no_file_is_refused() {
         if !may_attach() {
             return;
@@ -225,21 +297,23 @@ mod tests {
     }
 
     #[test]
-    fn many_at_once_get_one_each() {
+    fn many_at_once_get_one_for_each_file() {
         if !may_attach() {
             return;
         }
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("image");
-        std::fs::write(&path, vec![0; 4096]).unwrap();
+        let file = |number: usize| folder.path().join(format!("image-{number}"));
+        for number in 0..4 {
+            std::fs::write(file(number), vec![0; 4096]).unwrap();
+        }
         let paths: std::collections::BTreeSet<PathBuf> = std::thread::scope(|scope| {
             let makers: Vec<_> = (0..4)
                 .map(|_| {
                     scope.spawn(|| {
                         let made: Vec<_> = (0..4)
-                            .map(|_| {
+                            .map(|number| {
                                 let options = Options { read_only: true, direct_io: false };
-                                LoopDevice::attach(&path, options).unwrap()
+                                LoopDevice::attach(&file(number), options).unwrap()
                             })
                             .collect();
                         let paths: Vec<_> = made.iter().map(|device| device.path().to_owned()).collect();
@@ -250,6 +324,6 @@ mod tests {
             let made: Vec<_> = makers.into_iter().map(|maker| maker.join().unwrap()).collect();
             made.iter().flat_map(|(_, paths)| paths.clone()).collect()
         });
-        assert_eq!(paths.len(), 16);
+        assert_eq!(paths.len(), 4);
     }
 }

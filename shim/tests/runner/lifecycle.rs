@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use davit_model::ErrorCode;
 use davit_proto::containerd::task::v3::{
-    DeleteRequest, DeleteResponse, KillRequest, PauseRequest, ResumeRequest, StateRequest, StateResponse,
-    WaitRequest, WaitResponse,
+    DeleteRequest, DeleteResponse, KillRequest, PauseRequest, PidsRequest, PidsResponse, ResumeRequest,
+    StateRequest, StateResponse, WaitRequest, WaitResponse,
 };
 use davit_proto::containerd::v1::types::Status;
 use davit_shim_protocol::frame::{self, Decoder, Received};
@@ -563,6 +563,38 @@ fn signals_of_operators_do_not_end_the_shim() {
     client.start(&bundle.id, "e1").unwrap();
     assert_eq!(client.wait(&bundle.id, "e1").unwrap().exit_status, 143);
     client.finish(&bundle.id);
+}
+
+/// Whoever is told of the end of a container that shares the pid namespace of its host finds nothing of it running.
+#[test]
+fn an_end_is_told_when_all_is_gone() {
+    if cannot_run() {
+        return;
+    }
+    let host = Host::new();
+    for _ in 0..5 {
+        let script = "for i in 1 2 3 4 5 6 7 8; do sleep 1000 & done; while :; do :; done";
+        let bundle = host.bundle("box", script, |config| {
+            let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
+            namespaces.retain(|namespace| namespace["type"] != "pid");
+        });
+        let client = host.launch(&bundle, &host.create_request(&bundle));
+        let request = PidsRequest { id: bundle.id.clone() };
+        let pids = || {
+            let pids: PidsResponse = client.call("Pids", &request).unwrap();
+            pids.processes.into_iter().map(|process| process.pid).collect::<Vec<_>>()
+        };
+        eventually("all processes are there", || pids().len() == 9);
+        let pids = pids();
+        client.kill(&bundle.id, "", 9).unwrap();
+        client.wait(&bundle.id, "").unwrap();
+        for pid in pids {
+            // A zombie has no command line any more, and whoever looks for programs does not see it.
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            assert!(line.is_empty(), "{pid}: {}", String::from_utf8_lossy(&line));
+        }
+        client.finish(&bundle.id);
+    }
 }
 
 #[test]
