@@ -11,6 +11,7 @@ pub mod docker;
 pub mod image;
 pub mod lifecycle;
 pub mod memory;
+pub mod model;
 pub mod peer;
 pub mod registry;
 pub mod shim;

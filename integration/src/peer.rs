@@ -1,6 +1,7 @@
 //! Debian's containerd as a peer: a private one, beside ours, with the same runc.
 
 use std::env;
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -12,10 +13,13 @@ use tempfile::TempDir;
 use crate::ctr::Ctr;
 use crate::{bins, census, image, wait};
 
+const MISSING: &str = "cannot start containerd: apt-get install containerd";
+
 /// A running containerd and its folder.
 pub struct Containerd {
     dir: TempDir,
     child: Child,
+    version: (u32, u32),
 }
 
 impl Containerd {
@@ -24,13 +28,27 @@ impl Containerd {
     /// # Errors
     /// It is not installed, or does not start.
     pub fn start() -> Result<Containerd> {
+        Containerd::start_with("")
+    }
+
+    /// The same, with more in its configuration.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn start_with(more: &str) -> Result<Containerd> {
         let dir = tempfile::Builder::new().prefix("davit-peer-").tempdir_in("/tmp")?;
-        let config = "version = 2\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n";
+        let config = format!("version = 2\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n{more}");
         fs::write(dir.path().join("config.toml"), config)?;
+        let version = version()?;
         let child = spawn(dir.path())?;
-        let peer = Containerd { dir, child };
+        let peer = Containerd { dir, child, version };
         peer.ready()?;
         Ok(peer)
+    }
+
+    /// The first two numbers of its version.
+    pub fn version(&self) -> (u32, u32) {
+        self.version
     }
 
     /// Kills it and starts it again.
@@ -91,11 +109,26 @@ impl Drop for Containerd {
     }
 }
 
+/// The peer: Debian's, or the program that `DAVIT_PEER_CONTAINERD` names.
+fn program() -> OsString {
+    env::var_os("DAVIT_PEER_CONTAINERD").unwrap_or_else(|| "containerd".into())
+}
+
+fn version() -> Result<(u32, u32)> {
+    let output = Command::new(program()).arg("--version").output().context(MISSING)?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let found = text.split_whitespace().find_map(|word| {
+        let mut numbers = word.trim_start_matches('v').split('.').map(str::parse);
+        Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
+    });
+    found.with_context(|| format!("no version in {text:?}"))
+}
+
 fn spawn(folder: &Path) -> Result<Child> {
     let path = |name: &str| folder.join(name);
     // Our shim is one of its runtimes: it looks for shims on its PATH.
     let path_variable = format!("{}:{}", bins::folder()?.display(), env::var("PATH").unwrap_or_default());
-    Command::new("containerd")
+    Command::new(program())
         .env("PATH", path_variable)
         .arg("--config")
         .arg(path("config.toml"))
@@ -110,5 +143,5 @@ fn spawn(folder: &Path) -> Result<Child> {
         .stderr(File::options().create(true).append(true).open(path("log"))?)
         .process_group(0)
         .spawn()
-        .context("cannot start containerd: apt-get install containerd")
+        .context(MISSING)
 }

@@ -7,7 +7,7 @@
 
 mod ledger;
 mod life;
-mod random;
+pub(crate) mod random;
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};

@@ -1,5 +1,6 @@
 //! The black-box tests, in one binary. They know sockets and binaries only.
 
+mod api_model;
 mod bad_input;
 mod checkpoint;
 mod clients;

@@ -148,7 +148,8 @@ impl Snapshots for SnapshotsService {
         Ok(Response::new(wire::UsageResponse { size: usage.size, inodes: usage.inodes }))
     }
 
-    async fn cleanup(&self, _: Request<wire::CleanupRequest>) -> Result<Response<()>, Status> {
+    async fn cleanup(&self, request: Request<wire::CleanupRequest>) -> Result<Response<()>, Status> {
+        self.of(&Context::of(&request), &request.into_inner().snapshotter)?;
         // The collector cleans up; containerd's daemon answers this call so, whatever the snapshotter can do.
         Err(unimplemented("snapshotter does not implement Cleanup method"))
     }

@@ -143,10 +143,11 @@ impl Images {
         let scope = self.scope.clone();
         let change = move |txn: &mut Txn<'_>| {
             let key = Table::Image.key(scope.namespace(), &image.name);
+            // First, as in containerd: a lease that is not there is what a client is told of.
+            attach_if_expiring(txn, &scope, &image)?;
             if txn.get(&key).is_some() {
                 return Err(Error::already_exists(Object::Image(image.name)));
             }
-            attach_if_expiring(txn, &scope, &image)?;
             schema::touch_namespace(txn, scope.namespace());
             schema::store(txn, &key, &to_record(&image));
             let event = Event::ImageCreate { name: image.name.clone(), labels: image.labels.clone() };

@@ -78,7 +78,7 @@ impl Namespaces {
     }
 
     /// Changes labels: those that `paths` names as `labels.KEY`, or all of them when it is empty. This, too, makes a
-    /// namespace that does not exist.
+    /// namespace that does not exist, if there is a label to set or to delete.
     ///
     /// # Errors
     /// [`Error::Field`] for any other path, [`Error::Label`], [`Error::Identifier`].
@@ -104,7 +104,9 @@ impl Namespaces {
             }
             fields::check_labels("namespace.Labels", &record.labels)?;
             fields::drop_empty(&mut record.labels);
-            schema::store(txn, &key, &record);
+            if txn.get(&key).is_some() || !paths.is_empty() || !namespace.labels.is_empty() {
+                schema::store(txn, &key, &record);
+            }
             let event = Event::NamespaceUpdate { name: namespace.name.clone(), labels: namespace.labels };
             Ok((Namespace { name: namespace.name, labels: record.labels }, Effects::event(event)))
         };

@@ -94,8 +94,9 @@ impl Snapshots {
         if let Err(error) = recorded {
             if let Err(error) = self.backend.remove(&backend_key) {
                 tracing::warn!(%error, snapshot.key = backend_key, "cannot remove an unrecorded snapshot");
-                self.mark_dirty();
             }
+            // A snapshotter may leave the folder of what is removed to the collector.
+            self.mark_dirty();
             return Err(error);
         }
         Ok(mounts)

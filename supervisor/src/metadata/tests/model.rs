@@ -256,6 +256,9 @@ impl Space {
             }
             Call::CreateImage { image, target, link, expiry } => {
                 let name = Name::Image(*image);
+                if *expiry != Expiry::Never {
+                    need_lease?;
+                }
                 if has(self, &name) {
                     return Err(ErrorCode::AlreadyExists);
                 }
