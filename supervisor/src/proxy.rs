@@ -8,8 +8,8 @@
 //!
 //! A plugin takes the place of what is built in below the metadata: names, labels, leases and collection stay here, and
 //! the plugin sees the keys of the metadata, `NAMESPACE/NUMBER/KEY`. One whose name a built-in one has takes its
-//! place; a content store takes that of the local store, because there can be one only. (containerd wants the
-//! built-in ones disabled then, and fails to start otherwise.)
+//! place (containerd does not start then), and a content store takes that of the local store, because there can be one
+//! only (containerd wants the built-in one disabled, and loads no metadata otherwise).
 //!
 //! Nothing is asked of a plugin when the daemon starts: the connection is made by the first call, and made again by
 //! the first call after it broke. A plugin that is slow, gone, or says nonsense fails the calls on itself: each has

@@ -155,11 +155,18 @@ fn layers_that_a_snapshotter_has_are_not_fetched() -> Result<()> {
     let (rootfs, socket) = (folder.path().join("rootfs"), folder.path().join("s.sock"));
     let layer = image::busybox_layer()?;
     tar::Archive::new(layer.as_slice()).unpack(&rootfs)?;
-    let remote = "exports = { enable_remote_snapshot_annotations = \"true\" }\n";
-    let daemon = front("lazy", "snapshot", &socket, remote)?;
+    // It is no differ, and says so: then the next one is asked.
+    let more = format!(
+        "exports = {{ enable_remote_snapshot_annotations = \"true\" }}\n[proxy_plugins.none]\ntype = \
+         \"diff\"\naddress = {socket:?}\n[diff]\ndefault = [\"none\", \"walking\"]\nsnapshotters = {{ overlayfs = \
+         \"walking\" }}\n"
+    );
+    let daemon = front("lazy", "snapshot", &socket, &more)?;
     let Some(registry) = Registry::start(&daemon.path("registry"), false)? else { return Ok(()) };
     let name = format!("{}/box:1", registry.address);
-    daemon.import_busybox()?;
+    let archive = daemon.path("busybox.tar");
+    image::busybox(&archive)?;
+    daemon.ctr().run(&format!("images import --no-unpack {}", archive.display()))?;
     daemon::ok(daemon.davit(["tag", "busybox", &name])?)?;
     daemon::ok(daemon.davit(["push", &name])?)?;
     daemon::ok(daemon.davit(["rmi", "busybox", &name])?)?;

@@ -117,13 +117,23 @@ impl Metadata {
         let mut processes = JoinSet::new();
         for name in dirty.snapshotters {
             let Some(lane) = self.inner.lanes.get(&name).cloned() else { continue };
-            let backends = if self.inner.is_process(&name) { &mut processes } else { &mut backends };
+            let is_process = self.inner.is_process(&name);
+            let backends = if is_process { &mut processes } else { &mut backends };
             let metadata = self.clone();
             let work = move || {
-                if let Err(error) = sweep::snapshots(&metadata, &name) {
-                    tracing::warn!(%error, snapshotter = name, "cannot collect snapshots");
-                    let dirty = Dirty { snapshotters: [name].into(), ..Dirty::default() };
-                    metadata.inner.mark_dirty(dirty);
+                let inner = &metadata.inner;
+                // An earlier sweep may be waiting for a process still; one is enough.
+                let turn = inner.sweep_claims.try_take(&name);
+                let swept = match turn {
+                    None if is_process => false,
+                    _ => sweep::snapshots(&metadata, &name)
+                        .inspect_err(|error| {
+                            tracing::warn!(%error, snapshotter = name, "cannot collect snapshots");
+                        })
+                        .is_ok(),
+                };
+                if !swept {
+                    inner.mark_dirty(Dirty { snapshotters: [name].into(), ..Dirty::default() });
                 }
             };
             backends.spawn(async move { lane.run(work).await });
