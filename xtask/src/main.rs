@@ -102,5 +102,9 @@ fn ci() -> Result<()> {
     test(&[])?;
     // What parses bytes from outside, for a few seconds each with inputs from a seed; CONTRIBUTING.md has the long way.
     build::run("cargo", &["test", "--manifest-path", "fuzz/Cargo.toml", "--no-default-features"])?;
+    // Spans are a feature of their own; after the other tests, since it changes the daemon in target/debug.
+    let spans = ["-p", "davit-supervisor", "--features", "otel"];
+    build::run("cargo", &[&["clippy"], &spans[..], &["--all-targets", "--", "-D", "warnings"]].concat())?;
+    build::run("cargo", &[&["test"], &spans[..], &["--test", "otel"]].concat())?;
     quickstart()
 }

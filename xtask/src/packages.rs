@@ -13,7 +13,8 @@ pub(crate) type Package = (&'static str, &'static str);
 /// What running a container needs.
 pub(crate) const QUICKSTART: &[Package] = &[("runc", "/usr/sbin/runc"), ("busybox-static", "/bin/busybox")];
 
-/// What the tests need besides: another runtime, a client and peer, and another implementation of gRPC.
+/// What the tests need besides: another runtime, clients and peers, another implementation of gRPC, a registry,
+/// filesystems for the snapshotters, and what checkpoints processes.
 pub(crate) const TEST: &[Package] = &[
     ("runc", "/usr/sbin/runc"),
     ("busybox-static", "/bin/busybox"),
@@ -22,6 +23,9 @@ pub(crate) const TEST: &[Package] = &[
     ("python3-grpcio", "/usr/lib/python3/dist-packages/grpc/__init__.py"),
     ("docker.io", "/usr/sbin/dockerd"),
     ("docker-registry", "/usr/bin/docker-registry"),
+    ("btrfs-progs", "/usr/bin/btrfs"),
+    ("erofs-utils", "/usr/bin/fsck.erofs"),
+    ("criu", "/usr/sbin/criu"),
 ];
 
 /// Installs the packages that are missing, and says so first.
