@@ -21,6 +21,7 @@ use crate::log::{self, LogOptions};
 use crate::place::Places;
 use crate::progress::Progress;
 use crate::transfer::{self, PullPolicy};
+use crate::unpack::Snapshotter;
 use crate::{container, format, labels, lease, name, restart, rootfs, signal, unpack};
 
 mod mounts;
@@ -153,15 +154,8 @@ pub(crate) struct CreateOptions {
     /// A containerd runtime such as io.containerd.runc.v2, or the name or path of an OCI runtime such as crun
     #[arg(long, value_name = "NAME", default_value = DEFAULT_RUNTIME)]
     runtime: String,
-    /// The snapshotter of the root filesystem
-    #[arg(
-        long,
-        value_name = "NAME",
-        env = "DAVIT_SNAPSHOTTER",
-        hide_env_values = true,
-        default_value = "overlayfs"
-    )]
-    snapshotter: String,
+    #[command(flatten)]
+    snapshotter: Snapshotter,
     /// Signal that asks the container to stop (default: the image's, or SIGTERM)
     #[arg(long, value_name = "SIGNAL")]
     stop_signal: Option<String>,
@@ -221,7 +215,7 @@ pub(crate) async fn create(client: &Client, options: &CreateOptions, logged: boo
     }
     let platform =
         options.platform.as_deref().map(Platform::parse).transpose()?.unwrap_or_else(Platform::host);
-    let image = transfer::find(client, given, options.pull, &platform, &options.snapshotter).await?;
+    let image = transfer::find(client, given, options.pull, &platform, &options.snapshotter.name).await?;
     let found = image::for_platform(client, &image::target(&image)?, &platform).await?;
 
     let id = container::new_id()?;
@@ -251,7 +245,7 @@ pub(crate) async fn create(client: &Client, options: &CreateOptions, logged: boo
         labels,
         image: image.name,
         runtime: Some(runtime),
-        snapshotter: options.snapshotter.clone(),
+        snapshotter: options.snapshotter.name.clone(),
         snapshot_key: id,
         ..Container::default()
     };

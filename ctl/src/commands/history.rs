@@ -11,6 +11,7 @@ use crate::client::Client;
 use crate::commands::images;
 use crate::error::{Error, Result};
 use crate::template::Format;
+use crate::unpack::Snapshotter;
 use crate::{format, image};
 
 /// The characters of a step that are shown.
@@ -31,15 +32,8 @@ pub(crate) struct Options {
     /// Show each by a template of Go's, or as json
     #[arg(long, value_name = "FORMAT", default_value = TABLE, hide_default_value = true)]
     format: Format,
-    /// The snapshotter whose layers are counted
-    #[arg(
-        long,
-        value_name = "NAME",
-        env = "DAVIT_SNAPSHOTTER",
-        hide_env_values = true,
-        default_value = "overlayfs"
-    )]
-    snapshotter: String,
+    #[command(flatten)]
+    snapshotter: Snapshotter,
     /// The image, by name or id
     image: String,
 }
@@ -71,7 +65,7 @@ pub(crate) async fn run(client: &Client, options: Options, out: &mut dyn Write) 
         Error::Stored { what: "the history", id, source }
     };
     let made: Made = serde_json::from_slice(&config).map_err(unreadable)?;
-    let sizes = images::layer_sizes(client, &found, &options.snapshotter).await;
+    let sizes = images::layer_sizes(client, &found, &options.snapshotter.name).await;
     let id = if options.no_trunc { target.digest.as_str() } else { format::short_id(target.digest.as_str()) };
     let rows = rows(&made.history, &sizes, id, options.no_trunc, SystemTime::now());
     let headings = json!({

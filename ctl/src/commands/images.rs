@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::format;
 use crate::image::{self, PlatformImage};
 use crate::table::Table;
+use crate::unpack::Snapshotter;
 
 /// Options of `davit images`.
 #[derive(Debug, clap::Args)]
@@ -26,15 +27,8 @@ pub(crate) struct Options {
     /// Do not shorten ids
     #[arg(long)]
     no_trunc: bool,
-    /// The snapshotter whose layers are counted
-    #[arg(
-        long,
-        value_name = "NAME",
-        env = "DAVIT_SNAPSHOTTER",
-        hide_env_values = true,
-        default_value = "overlayfs"
-    )]
-    snapshotter: String,
+    #[command(flatten)]
+    snapshotter: Snapshotter,
     /// Only images of this repository, or of this one name
     #[arg(value_name = "REPOSITORY[:TAG]")]
     repository: Option<String>,
@@ -66,7 +60,7 @@ pub(crate) async fn run(client: &Client, options: Options, out: &mut dyn Write) 
         let created =
             found.as_ref().and_then(|found| format::parse_rfc3339(found.config.created.as_deref()?));
         let size = match &found {
-            Some(found) => Some(layer_sizes(client, found, &options.snapshotter).await.iter().sum()),
+            Some(found) => Some(layer_sizes(client, found, &options.snapshotter.name).await.iter().sum()),
             None => None,
         };
         table.row(vec![
