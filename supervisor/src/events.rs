@@ -104,6 +104,13 @@ impl Adaptor for Fields {
     }
 }
 
+/// An event that may come again, and by what it is known then.
+#[derive(Debug, Clone)]
+pub struct Report {
+    envelope: Envelope,
+    occurrence: u64,
+}
+
 /// What only those can say of an event who know the protobuf types.
 #[derive(Clone, Copy)]
 pub struct Reading {
@@ -201,10 +208,15 @@ impl Hub {
         self.tell(&mut state, published);
     }
 
+    /// Looks at what makes an event that may come again one of its own.
+    pub fn report(&self, envelope: Envelope) -> Report {
+        let occurrence = self.shared.hashes.occurrence(&self.shared.reading, &envelope);
+        Report { envelope, occurrence }
+    }
+
     /// The same for an event that may come again: from a shim, or of what a shim may have told already. False when it
     /// has been told before.
-    pub fn publish_once(&self, envelope: Envelope) -> bool {
-        let occurrence = self.shared.hashes.occurrence(&self.shared.reading, &envelope);
+    pub fn publish_once(&self, Report { envelope, occurrence }: Report) -> bool {
         let published = self.read(envelope);
         let mut state = self.state();
         if !state.recent.insert(occurrence) {
@@ -226,9 +238,8 @@ impl Hub {
     }
 
     /// Whether [`publish_once`](Hub::publish_once) would drop it.
-    pub fn has_told(&self, envelope: &Envelope) -> bool {
-        let occurrence = self.shared.hashes.occurrence(&self.shared.reading, envelope);
-        self.state().recent.contains(occurrence)
+    pub fn has_told(&self, report: &Report) -> bool {
+        self.state().recent.contains(report.occurrence)
     }
 
     /// Reads the event for all filters. To be done before the lock, behind which all publishers wait.

@@ -66,8 +66,9 @@ fn what_comes_again_is_dropped() {
     let mut all = hub.subscribe(filter(""));
     for (topic, new) in [("/a", true), ("/b", true), ("/a", false)] {
         let envelope = envelope(topic, SystemTime::now());
-        assert_eq!(hub.has_told(&envelope), !new);
-        assert_eq!(hub.publish_once(envelope), new);
+        let report = hub.report(envelope);
+        assert_eq!(hub.has_told(&report), !new);
+        assert_eq!(hub.publish_once(report), new);
     }
     // A client may say the same as often as it likes.
     hub.publish(envelope("/a", SystemTime::now()));
@@ -157,14 +158,14 @@ mod history {
         let folder = tempfile::tempdir().unwrap();
         let (hub, _killed) = open(folder.path());
         let exit = envelope("/tasks/exit", SystemTime::now());
-        assert!(hub.publish_once(exit.clone()));
+        assert!(hub.publish_once(hub.report(exit.clone())));
         hub.recorded().await;
         // The daemon is killed here, before its answer. The next one hears of it again, twice.
         let (hub, history) = open(folder.path());
         let mut subscriber = hub.subscribe(filter(""));
-        assert!(!hub.has_told(&exit), "its owner is told");
-        assert!(hub.publish_once(exit.clone()));
-        assert!(!hub.publish_once(exit.clone()));
+        assert!(!hub.has_told(&hub.report(exit.clone())), "its owner is told");
+        assert!(hub.publish_once(hub.report(exit.clone())));
+        assert!(!hub.publish_once(hub.report(exit.clone())));
         assert_eq!(*subscriber.try_recv().unwrap(), exit);
         assert!(subscriber.try_recv().is_err());
         assert_eq!(events(&query(&history, all()).await), [exit]);

@@ -29,6 +29,10 @@ impl EventsService {
     }
 }
 
+/// What shims tell of tasks, those among them too that know no other way than `publish` and so tell it again and again
+/// until they are answered.
+const OF_TASKS: &str = "/tasks/";
+
 /// Checks and publishes one event from a client.
 fn publish(
     hub: &Hub,
@@ -41,7 +45,13 @@ fn publish(
     validate_topic(topic).map_err(|error| invalid(format!("envelope topic {topic:?}: {}", error.reason)))?;
     let event = event.unwrap_or_default();
     let (namespace, topic) = (namespace.to_owned(), topic.to_owned());
-    hub.publish(Envelope { timestamp, namespace, topic, event, cause: Cause::None });
+    let of_task = topic.starts_with(OF_TASKS);
+    let envelope = Envelope { timestamp, namespace, topic, event, cause: Cause::None };
+    if of_task {
+        hub.publish_once(hub.report(envelope));
+    } else {
+        hub.publish(envelope);
+    }
     Ok(())
 }
 

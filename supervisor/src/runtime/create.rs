@@ -64,7 +64,43 @@ async fn create(context: &Context, binary: &Path, mut options: CreateOptions) ->
     }
 }
 
+/// Brings the shim up and has it create the container.
+///
+/// The shim of a group ends with its last container, and at that moment may be the one that a new container was to
+/// share. Then the container gets another shim: once, for that one is new.
 async fn bring_up(
+    context: &Context,
+    binary: &Path,
+    options: CreateOptions,
+    made: &mut Made,
+) -> Result<(Shim, u32), Error> {
+    let first = try_to_bring_up(context, binary, options.clone(), made).await;
+    let Err(error) = &first else { return first };
+    if made.joined || !is_of_ending_shim(error) || load::group(context).await.is_none() {
+        return first;
+    }
+    info!(error = chain(error), "the shim of the group has ended meanwhile; starting another");
+    if let Some(shim) = made.shim.take() {
+        shim.close();
+    }
+    if matches!(error, Error::ShimGone { .. }) {
+        // It may have been killed, with the container half made.
+        let _ = binary::delete(&context.shared.config, &context.bundle, binary).await;
+    }
+    try_to_bring_up(context, binary, options, made).await
+}
+
+/// Whether a creation may have failed because the shim was about to end.
+fn is_of_ending_shim(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::StartShim { source: ShimError::Connect { .. } }
+            | Error::ShimGone { .. }
+            | Error::Create { code: ErrorCode::Unavailable, .. }
+    )
+}
+
+async fn try_to_bring_up(
     context: &Context,
     binary: &Path,
     options: CreateOptions,

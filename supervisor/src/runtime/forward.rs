@@ -84,15 +84,17 @@ pub(super) async fn accept(shared: &Shared, envelope: Envelope) -> Result<(), Ev
         DELETE_TOPIC => unpack(&envelope.event)?.and_then(delete_news),
         _ => None,
     };
-    if shared.hub.has_told(&envelope) {
-        tracing::debug!(namespace = envelope.namespace, topic = envelope.topic, "event reported again");
+    let namespace = envelope.namespace.clone();
+    let report = shared.hub.report(envelope);
+    if shared.hub.has_told(&report) {
+        tracing::debug!(namespace, "event reported again");
     } else {
         if let Some((container, message)) = news
-            && let Some(task) = shared.get(&envelope.namespace, &container)
+            && let Some(task) = shared.get(&namespace, &container)
         {
             task.tell(message).await;
         }
-        shared.hub.publish_once(envelope);
+        shared.hub.publish_once(report);
     }
     // Also for what comes again: its first report may still be on its way to the disk.
     shared.hub.recorded().await;

@@ -338,11 +338,16 @@ pub(super) async fn find_unannounced(context: &Context) -> Option<Shim> {
     None
 }
 
+/// The group whose shim the container shares, if it does.
+pub(super) async fn group(context: &Context) -> Option<String> {
+    let bundle = context.bundle.clone();
+    blocking(&context.shared.lane, move || bundle.annotation(&GROUPS)).await.ok().flatten()
+}
+
 /// Where a shim for the container listens if nothing else is known.
 async fn customary(context: &Context) -> Vec<StartResult> {
     let config = &context.shared.config;
-    let bundle = context.bundle.clone();
-    let group = blocking(&context.shared.lane, move || bundle.annotation(&GROUPS)).await.ok().flatten();
+    let group = group(context).await;
     let group = group.as_deref().unwrap_or(context.id());
     let own = config.socket_directory.as_deref().filter(|own| *own != Path::new(DEFAULT_SOCKET_DIR));
     let directories = own.into_iter().chain([Path::new(DEFAULT_SOCKET_DIR)]);

@@ -300,7 +300,10 @@ impl Owner {
         }
         let (pid, shim) = (self.machine.pid(), self.shim.clone());
         self.view.send_replace(View { phase, pid, shim, delete_published: self.delete_published });
-        if let (Some(result), Some(reply)) = (created, self.create.take()) {
+        // An event, or the end of the connection, may come before that.
+        if let Some(result) = created
+            && let Some(reply) = self.create.take()
+        {
             // Nobody may be waiting; the task exists, or does not, all the same.
             let _ = reply.send(result);
         }
@@ -361,7 +364,8 @@ impl Owner {
             Action::PublishExit(process, exit, cause) => self.publish_exit(process, exit, cause),
             Action::PublishDelete(exit) => {
                 let envelope = forward::delete_event(self.context.namespace(), self.context.id(), exit);
-                self.context.shared.hub.publish_once(envelope);
+                let hub = &self.context.shared.hub;
+                hub.publish_once(hub.report(envelope));
             }
             Action::Leave => {}
         }
@@ -373,7 +377,8 @@ impl Owner {
         let (pid, status) = (exit.pid, exit.status);
         warn!(process, pid, status, cause = cause.name(), "exit reported for a shim that is gone");
         let envelope = forward::exit_event(namespace, container, &process, exit, cause);
-        self.context.shared.hub.publish_once(envelope);
+        let hub = &self.context.shared.hub;
+        hub.publish_once(hub.report(envelope));
     }
 
     fn answer_wait(&mut self, process: &str, result: Result<Exit, Error>) {

@@ -22,18 +22,18 @@ fn daemon() -> (World, Daemon) {
     (world, daemon)
 }
 
-fn connect(world: &World, daemon: &Daemon) -> Client {
+pub fn connect(world: &World, daemon: &Daemon) -> Client {
     let socket = world.config().ttrpc_address;
     daemon.block_on(Client::connect(Path::new(&socket))).unwrap()
 }
 
-fn forward(daemon: &Daemon, client: &Client, envelope: Option<Envelope>) -> Result<(), CallError> {
+pub fn forward(daemon: &Daemon, client: &Client, envelope: Option<Envelope>) -> Result<(), CallError> {
     let target =
         Target { service: SERVICE, method: "Forward", namespace: "n", limit: Some(Duration::from_secs(20)) };
     daemon.block_on(client.call(target, &ForwardRequest { envelope }))
 }
 
-fn envelope(topic: &str, event: prost_types::Any) -> Envelope {
+pub fn envelope(topic: &str, event: prost_types::Any) -> Envelope {
     let timestamp = Some(SystemTime::UNIX_EPOCH + Duration::from_nanos(1_234_567_890_123_456_789));
     Envelope {
         timestamp: timestamp.map(prost_types::Timestamp::from),

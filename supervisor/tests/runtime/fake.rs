@@ -14,6 +14,7 @@ use davit_shim_protocol::frame::RpcError;
 use davit_shim_protocol::server::{self, Handler};
 use prost::Message;
 use tokio::net::UnixListener;
+use tokio::sync::Semaphore;
 
 /// What a method is to answer.
 pub type Answer = Result<Vec<u8>, RpcError>;
@@ -22,8 +23,12 @@ pub type Answer = Result<Vec<u8>, RpcError>;
 pub struct FakeShim {
     /// By method; others answer with an empty message.
     pub answers: Mutex<BTreeMap<&'static str, Answer>>,
+    /// What a method answers first, once each.
+    pub first_answers: Mutex<BTreeMap<&'static str, Vec<Answer>>>,
     /// The methods that never answer.
     pub hangs: Mutex<Vec<&'static str>>,
+    /// The methods that answer only when there is a permit.
+    pub held: Mutex<BTreeMap<&'static str, Arc<Semaphore>>>,
     /// The services that are known; empty for all.
     pub services: Vec<&'static str>,
     /// Every call that came.
@@ -38,6 +43,15 @@ impl Handler for FakeShim {
         }
         if self.hangs.lock().unwrap().iter().any(|method| *method == request.method) {
             std::future::pending::<()>().await;
+        }
+        let held = self.held.lock().unwrap().get(request.method.as_str()).cloned();
+        if let Some(held) = held {
+            held.acquire().await.unwrap().forget();
+        }
+        if let Some(first) = self.first_answers.lock().unwrap().get_mut(request.method.as_str())
+            && !first.is_empty()
+        {
+            return first.remove(0);
         }
         let answers = self.answers.lock().unwrap();
         answers.get(request.method.as_str()).cloned().unwrap_or_else(|| Ok(Vec::new()))
@@ -55,6 +69,16 @@ impl FakeShim {
 
     pub fn answer(&self, method: &'static str, answer: Answer) {
         self.answers.lock().unwrap().insert(method, answer);
+    }
+
+    /// From now on the method answers once for each permit.
+    pub fn hold(&self, method: &'static str) -> Arc<Semaphore> {
+        self.held.lock().unwrap().entry(method).or_insert_with(|| Arc::new(Semaphore::new(0))).clone()
+    }
+
+    /// How often a method was called.
+    pub fn count(&self, method: &str) -> usize {
+        self.calls.lock().unwrap().iter().filter(|call| call.method == method).count()
     }
 
     /// The methods that were called, with their services.

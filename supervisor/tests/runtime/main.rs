@@ -2,6 +2,7 @@
 //! are built once.
 #![allow(clippy::unwrap_used, unreachable_pub)] // helpers of tests, too, fail by panicking
 
+mod deaths;
 mod events;
 mod fake;
 mod group;
