@@ -7,6 +7,7 @@ mod clients;
 mod command_line;
 mod docker;
 mod faults;
+mod gc_differential;
 mod history;
 mod hostile;
 mod limits;
