@@ -34,6 +34,8 @@ const RUNTIME: usize = 64;
 const HISTORY: usize = 4;
 /// Transfers at once; others wait for their turn.
 pub const TRANSFERS: usize = 8;
+/// Transfers beside these that wait for other processes, which may stop.
+pub const PROXY_TRANSFERS: usize = 4;
 /// The threads of a transfer: three layers and a document.
 const TRANSFER: usize = 4;
 
@@ -50,7 +52,7 @@ pub const THREADS: usize = CONTENT
     + LAYERS
     + RUNTIME
     + HISTORY
-    + TRANSFERS * TRANSFER
+    + (TRANSFERS + PROXY_TRANSFERS) * TRANSFER
     + OTHERS;
 
 /// The way to the threads for the work on one backend. Clones are the same lane.

@@ -314,6 +314,11 @@ impl Metadata {
         &self.inner.snapshotters
     }
 
+    /// Whether the snapshotter of a name is in another process.
+    pub fn is_process(&self, snapshotter: &str) -> bool {
+        self.inner.snapshotters.get(snapshotter).is_some_and(is_process)
+    }
+
     fn view(&self) -> View {
         self.inner.db.view()
     }
@@ -352,17 +357,12 @@ impl Metadata {
     }
 }
 
-/// Whether a snapshotter is in another process.
+/// Whether a snapshotter is one of a proxy plugin.
 fn is_process(snapshotter: &Arc<dyn Snapshotter>) -> bool {
     snapshotter.in_namespace("").is_some()
 }
 
 impl Inner {
-    /// Whether the snapshotter of a name is in another process.
-    fn is_process(&self, name: &str) -> bool {
-        self.snapshotters.get(name).is_some_and(is_process)
-    }
-
     fn follow(&self, namespace: &str, effects: Effects) {
         let Effects { event, removed, dirty } = effects;
         self.mark_dirty(dirty);

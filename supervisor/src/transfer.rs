@@ -255,7 +255,7 @@ pub struct Local {
     pub platforms: Vec<Platform>,
     /// Whether the documents of all other platforms are wanted too.
     pub all_metadata: bool,
-    /// The most manifests of an index that an import looks into; 0 for no limit.
+    /// The most manifests of an index that are pulled, or that an import looks into; 0 for no limit.
     pub manifest_limit: usize,
     /// Further names for the same.
     pub extra_names: Vec<ExtraName>,
@@ -289,12 +289,24 @@ pub struct Transfers {
     metadata: Metadata,
     differs: Differs,
     places: Arc<Semaphore>,
+    /// Of those that wait for other processes: one that does not answer keeps places from its like only.
+    proxy_places: Arc<Semaphore>,
 }
 
 impl Transfers {
     /// Transfers into and out of `metadata`, with layers unpacked by `differs`.
     pub fn new(metadata: Metadata, differs: Differs) -> Transfers {
-        Transfers { metadata, differs, places: Arc::new(Semaphore::new(lane::TRANSFERS)) }
+        let places = |count| Arc::new(Semaphore::new(count));
+        let (places, proxy_places) = (places(lane::TRANSFERS), places(lane::PROXY_TRANSFERS));
+        Transfers { metadata, differs, places, proxy_places }
+    }
+
+    /// Where an image waits for its turn.
+    fn places_for(&self, to: &Local) -> &Semaphore {
+        let snapshotters = to.unpacks.iter().map(|unpack| unpack::snapshotter(unpack, &self.metadata));
+        let mut waits =
+            snapshotters.map(|name| self.metadata.is_process(name) || self.differs.asks_others(name));
+        if waits.any(|waits| waits) { &self.proxy_places } else { &self.places }
     }
 
     /// Pulls an image.
@@ -308,7 +320,7 @@ impl Transfers {
         to: &Local,
         listener: &Listener,
     ) -> Result<(), Error> {
-        let _place = self.places.acquire().await;
+        let _place = self.places_for(to).acquire().await;
         let (scope, held) = self.hold(scope).await?;
         let pulled = pull::pull(self, &scope, from, to, listener).await;
         held.end().await;
@@ -390,7 +402,7 @@ impl Transfers {
         to: &Local,
         listener: &Listener,
     ) -> Result<(), Error> {
-        let _place = self.places.acquire().await;
+        let _place = self.places_for(to).acquire().await;
         let (scope, held) = self.hold(scope).await?;
         let imported = import::import(self, &scope, pieces, compress, to, listener).await;
         held.end().await;

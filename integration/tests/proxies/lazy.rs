@@ -4,15 +4,18 @@
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, ensure};
 use davit_integration::registry::Registry;
-use davit_integration::{daemon, image, wait};
+use davit_integration::{Daemon, daemon, image, wait};
 use davit_proto::containerd::services::snapshots::v1 as wire;
 use davit_proto::containerd::services::snapshots::v1::snapshots_server::{Snapshots, SnapshotsServer};
 use davit_proto::containerd::types::Mount;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status};
@@ -204,4 +207,41 @@ fn layers_that_a_snapshotter_has_are_not_fetched() -> Result<()> {
     ensure!(lazy.snapshots.lock().unwrap().len() == 1);
     daemon::ok(daemon.davit(["rmi", &name])?)?;
     wait::until("the snapshot is removed", || lazy.snapshots.lock().unwrap().is_empty().then_some(()))
+}
+
+#[test]
+fn pulls_that_wait_for_a_plugin_keep_no_others_from_their_turn() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let plugin = Daemon::start()?;
+    let daemon = front("overlayfs", "snapshot", &plugin.address(), "")?;
+    let Some(registry) = Registry::start(&daemon.path("registry"), false)? else { return Ok(()) };
+    let name = format!("{}/box:1", registry.address);
+    let archive = daemon.path("busybox.tar");
+    image::busybox(&archive)?;
+    daemon.ctr().run(&format!("images import --no-unpack {}", archive.display()))?;
+    daemon::ok(daemon.davit(["tag", "busybox", &name])?)?;
+    daemon::ok(daemon.davit(["push", &name])?)?;
+    daemon::ok(daemon.davit(["rmi", "busybox", &name])?)?;
+    let content = || daemon.ctr().run("content ls -q");
+    wait::until("the image is gone", || content().ok()?.trim().is_empty().then_some(()))?;
+
+    let pid = Pid::from_raw(plugin.pid().context("the plugin runs")? as i32);
+    kill(pid, Signal::SIGSTOP)?;
+    let run = |snapshotter: &str| {
+        daemon.davit_command(["run", "--rm", "--pull=always", "--snapshotter", snapshotter, &name, "true"])
+    };
+    // More than there are places for transfers.
+    let waiting =
+        (0..12).map(|_| run("overlayfs").stderr(Stdio::null()).spawn()).collect::<Result<Vec<_>, _>>()?;
+    wait::until("a pull has come as far as the plugin", || {
+        (content().ok()?.lines().count() >= 2).then_some(())
+    })?;
+    daemon::ok(run("native").output()?)?;
+    kill(pid, Signal::SIGCONT)?;
+    for mut client in waiting {
+        ensure!(client.wait()?.success(), "it goes on with the plugin");
+    }
+    Ok(())
 }

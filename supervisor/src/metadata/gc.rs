@@ -117,7 +117,7 @@ impl Metadata {
         let mut processes = JoinSet::new();
         for name in dirty.snapshotters {
             let Some(lane) = self.inner.lanes.get(&name).cloned() else { continue };
-            let is_process = self.inner.is_process(&name);
+            let is_process = self.is_process(&name);
             let backends = if is_process { &mut processes } else { &mut backends };
             let metadata = self.clone();
             let work = move || {

@@ -24,7 +24,7 @@ use tracing::Instrument;
 
 use super::{Error, Listener, News, Transfers, Unpack, document, set_labels};
 use crate::differs::Differs;
-use crate::metadata::{self, Content, Scope, Snapshots};
+use crate::metadata::{self, Content, Metadata, Scope, Snapshots};
 
 /// What labels begin with that are for snapshotters.
 const FOR_SNAPSHOTTERS: &str = "containerd.io/snapshot/";
@@ -57,6 +57,15 @@ struct Place {
     wants_remote: bool,
 }
 
+/// The snapshotter that is meant: the usual one if none is named.
+pub(super) fn snapshotter<'a>(unpack: &'a Unpack, metadata: &Metadata) -> &'a str {
+    if !unpack.snapshotter.is_empty() {
+        return &unpack.snapshotter;
+    }
+    let usual = [overlayfs::NAME, native::NAME];
+    usual.into_iter().find(|name| metadata.snapshotters().contains_key(*name)).unwrap_or(overlayfs::NAME)
+}
+
 /// Unpacks what a pull brings.
 pub(super) struct Unpacker {
     content: Content,
@@ -80,12 +89,9 @@ impl Unpacker {
         listener: &Listener,
     ) -> Result<Unpacker, Error> {
         let metadata = &transfers.metadata;
-        let usual = [overlayfs::NAME, native::NAME];
         let mut places = Vec::new();
-        for Unpack { platform, snapshotter } in unpacks {
-            let usual = usual.into_iter().find(|name| metadata.snapshotters().contains_key(*name));
-            let name =
-                if snapshotter.is_empty() { usual.unwrap_or(overlayfs::NAME) } else { snapshotter.as_str() };
+        for unpack in unpacks {
+            let (platform, name) = (&unpack.platform, snapshotter(unpack, metadata));
             let Some(backend) = metadata.snapshotters().get(name).filter(|_| platform.os == "linux") else {
                 tracing::warn!(%platform, snapshotter = name, "Unpack configuration not supported, skipping");
                 continue;
@@ -94,7 +100,7 @@ impl Unpacker {
                 platform: platform.clone(),
                 snapshotter: name.to_owned(),
                 snapshots: metadata.snapshots(scope, name)?,
-                is_remote: backend.in_namespace(scope.namespace()).is_some(),
+                is_remote: metadata.is_process(name),
                 wants_remote: backend.exports().get(WANTS_REMOTE).is_some_and(|value| value == "true"),
             });
         }
