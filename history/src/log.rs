@@ -217,7 +217,8 @@ impl Log {
             }
             Ok(file) => {
                 let begun_at = first.unwrap_or(segment.written_at);
-                self.active = Some(Active { file: Arc::new(file), begun_at, dirty: false });
+                // What the earlier process has not synced, nobody else will.
+                self.active = Some(Active { file: Arc::new(file), begun_at, dirty: true });
             }
             Err(error) => warn!(segment = %path, %error, "the history goes on in a new segment"),
         }
@@ -365,5 +366,52 @@ fn walk(segment: &Segment, mut each: impl FnMut(Entry)) -> End {
             warn!(segment = %segment.path.display(), %error, "cannot read a segment of the history");
             End::Corrupt(0)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::os::unix::fs::MetadataExt;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::Kind;
+
+    fn inodes(unsynced: &Unsynced) -> BTreeSet<u64> {
+        unsynced.files.iter().map(|file| file.metadata().unwrap().ino()).collect()
+    }
+
+    fn sizes(folder: &Path) -> BTreeSet<(u64, u64)> {
+        let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().metadata().unwrap());
+        entries.map(|status| (status.ino(), status.len())).collect()
+    }
+
+    /// A power cut costs what came after the last sync, and nothing before.
+    #[test]
+    fn every_segment_that_has_grown_is_to_be_synced() {
+        let folder = tempfile::tempdir().unwrap();
+        let limits = Limits { segment: 300, total: u64::MAX, age: Duration::from_secs(3600) };
+        let mut log = Log::open(folder.path(), limits).unwrap();
+        let mut before = sizes(folder.path());
+        for number in 1..40_usize {
+            for _ in 0..number % 4 {
+                let kind = Kind::Event(vec![0; 10 * number % 130]);
+                let entry = Entry { cursor: log.next_cursor(), time: SystemTime::now(), kind };
+                assert_eq!(log.append(&[entry]).unwrap(), 1);
+            }
+            let now = sizes(folder.path());
+            let grown: BTreeSet<u64> = now.difference(&before).map(|(inode, _)| *inode).collect();
+            let unsynced = log.take_unsynced();
+            assert_eq!(inodes(&unsynced), grown, "after batch {number}");
+            assert_eq!(unsynced.folder.is_some(), now.len() > before.len(), "a name is new");
+            unsynced.sync().unwrap();
+            before = now;
+        }
+        drop(log);
+        let mut log = Log::open(folder.path(), limits).unwrap();
+        let last = log.index.segments().back().unwrap().path.metadata().unwrap().ino();
+        assert!(inodes(&log.take_unsynced()).contains(&last), "what an earlier process wrote");
+        assert!(log.take_unsynced().is_empty());
     }
 }
