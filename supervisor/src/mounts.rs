@@ -8,6 +8,8 @@
 //! * what stands before a mount whose type begins with a transformation, `format/`, `mkdir/` or `mkfs/`
 //!   (`transform`): that one refers to the mounts before it, and is given back transformed.
 //!
+//! A shim may say that it carries out some types of mounts itself; those are left to it as they are.
+//!
 //! A list of which nothing is to be done is refused as not implemented: its mounts can be carried out as they are. (The rules
 //! are those of containerd 2.3, `core/mount/manager`. Its only other handler, of erofs images, is not here.)
 //!
@@ -26,7 +28,6 @@ use std::time::SystemTime;
 use davit_model::{Coded, ErrorCode, Mount};
 use davit_sys::mount::{mount_all, unmount_all};
 
-use transform::Transform;
 pub use transform::TransformError;
 
 /// Why mounts could not be activated or taken away.
@@ -97,23 +98,29 @@ pub struct ActiveMount {
 /// What is to be done with a list of mounts.
 #[derive(Debug, PartialEq)]
 pub struct Plan {
-    mounts: Vec<(Vec<Transform>, Mount)>,
-    /// The first mount that is given back.
+    mounts: Vec<Mount>,
+    /// The first mount that is given back. What comes after it is not touched.
     first_system: usize,
     temporary: bool,
 }
 
 impl Plan {
-    /// Decides what of `mounts` is to be done.
+    /// Whether anything of `mounts` is to be done for a user that carries out the types in `accepted` itself (`KIND`, or
+    /// `TRANSFORMATION/*`).
+    pub fn is_needed(mounts: &[Mount], accepted: &[String]) -> bool {
+        mounts.iter().any(|mount| transform::is_needed(mount, accepted))
+    }
+
+    /// Decides what of `mounts` is to be done; `accepted` as in [`Plan::is_needed`].
     ///
     /// # Errors
     /// [`MountError::Nothing`].
-    pub fn new(mounts: Vec<Mount>, temporary: bool) -> Result<Plan, MountError> {
-        let mounts: Vec<_> = mounts.into_iter().map(transform::split).collect();
+    pub fn new(mounts: Vec<Mount>, temporary: bool, accepted: &[String]) -> Result<Plan, MountError> {
         let first_system = if temporary {
             mounts.len()
         } else {
-            mounts.iter().rposition(|(transforms, _)| !transforms.is_empty()).ok_or(MountError::Nothing)?
+            let last = mounts.iter().rposition(|mount| transform::is_needed(mount, accepted));
+            last.ok_or(MountError::Nothing)?
         };
         if mounts.is_empty() {
             return Err(MountError::Nothing);
@@ -163,8 +170,10 @@ impl Targets {
     fn carry_out(&self, target: &Path, plan: Plan) -> Result<(Vec<ActiveMount>, Vec<Mount>), MountError> {
         let Plan { mounts, first_system, temporary } = plan;
         let (mut active, mut system) = (Vec::new(), Vec::new());
-        for (index, (transforms, mut mount)) in mounts.into_iter().enumerate() {
+        for (index, mut mount) in mounts.into_iter().enumerate() {
             if index <= first_system {
+                let transforms;
+                (transforms, mount) = transform::split(mount);
                 for transform in transforms {
                     transform.apply(&mut mount, &active, &self.roots)?;
                 }
@@ -272,7 +281,23 @@ mod tests {
 
     fn plan(kinds: &[&str], temporary: bool) -> Option<usize> {
         let mounts = kinds.iter().map(|kind| mount(kind)).collect();
-        Plan::new(mounts, temporary).ok().map(|plan| plan.first_system)
+        Plan::new(mounts, temporary, &[]).ok().map(|plan| plan.first_system)
+    }
+
+    #[test]
+    fn what_a_shim_accepts_is_left_to_it() {
+        let mounts: Vec<_> = ["bind", "format/overlay", "format/mkdir/overlay"].map(mount).to_vec();
+        let plan = |accepted: &[&str]| {
+            let accepted: Vec<_> = accepted.iter().map(|&kind| kind.to_owned()).collect();
+            let plan = Plan::new(mounts.clone(), false, &accepted).ok();
+            assert_eq!(plan.is_some(), Plan::is_needed(&mounts, &accepted));
+            plan.map(|plan| plan.first_system)
+        };
+        assert_eq!(plan(&["overlay", "mkfs/*", "form"]), Some(2));
+        assert_eq!(plan(&["format/*"]), Some(2), "it has other folders made");
+        assert_eq!(plan(&["format/mkdir/overlay"]), Some(1));
+        assert_eq!(plan(&["format/*", "mkdir/*"]), None);
+        assert_eq!(plan(&["format/mkdir/overlay", "format/overlay"]), None);
     }
 
     #[test]

@@ -158,7 +158,8 @@ impl Monitor {
             snapshots.mounts(&container.snapshot_key).await.map_err(record)?
         };
         let mounts = self.metadata.mounts(scope);
-        let rootfs = mounts.activate_rootfs(&container.id, rootfs).await.map_err(record)?;
+        let accepted = self.tasks.accepted_mounts(&container.runtime.name);
+        let rootfs = mounts.activate_rootfs(&container.id, rootfs, accepted).await.map_err(record)?;
         let log = policy::log(&container.labels);
         let terminal = container.spec.as_ref().is_some_and(|spec| wants_terminal(&spec.value));
         let options = CreateOptions {

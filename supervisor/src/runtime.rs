@@ -42,6 +42,8 @@ use std::time::{Duration, SystemTime};
 
 use davit_model::error::chain;
 use davit_model::{Any, Coded, ErrorCode, identifier};
+use davit_proto::containerd::types::RuntimeInfo;
+use prost::Message as _;
 use tokio::net::UnixListener;
 use tokio::sync::oneshot;
 use tracing::{Instrument, Span, warn};
@@ -58,6 +60,10 @@ pub use shims::RunningShim;
 pub use task::{
     CreateOptions, ExecOptions, Exit, Metric, Process, ProcessInfo, Status, Stdio, UpdateOptions,
 };
+
+/// The annotation of a shim's `-info` that lists the types of mounts which it carries out itself, with commas between them
+/// (containerd 2.2, `core/runtime/v2`).
+const ACCEPTED_MOUNTS: &str = "containerd.io/runtime-allow-mounts";
 
 /// Where things are and how long they may take.
 #[derive(Debug, Clone)]
@@ -465,6 +471,19 @@ impl Tasks {
         let config = &self.shared.config;
         let info = async { binary::info(config, &binary::resolve(config, runtime)?, options).await };
         info.await.map_err(|source| Error::StartShim { source })
+    }
+
+    /// The types of mounts that a shim carries out itself although others cannot, as it says; none if it does not say.
+    pub async fn accepted_mounts(&self, runtime: &str) -> Vec<String> {
+        let info = match self.runtime_info(runtime, None).await {
+            Ok(info) => RuntimeInfo::decode(info.as_slice()).unwrap_or_default(),
+            Err(error) => {
+                warn!(error = chain(&error), runtime, "cannot ask a shim for the mounts that it accepts");
+                return Vec::new();
+            }
+        };
+        let kinds = info.annotations.get(ACCEPTED_MOUNTS).map(String::as_str).unwrap_or_default();
+        kinds.split(',').filter(|kind| !kind.is_empty()).map(str::to_owned).collect()
     }
 
     fn task(&self, namespace: &str, id: &str) -> Result<registry::Handle, Error> {

@@ -136,6 +136,8 @@ impl Introspection for IntrospectionService {
 mod tests {
     use std::process::Command;
 
+    use prost::Message as _;
+
     use tonic::Code;
 
     use super::*;
@@ -196,6 +198,24 @@ mod tests {
         // The type of the options is field 1 as well, and the last one wins.
         let info: RuntimeInfo = any::unpack(&answer.extra.unwrap()).unwrap().unwrap();
         assert_eq!(info.name, "x");
+    }
+
+    #[tokio::test]
+    async fn a_shim_says_which_mounts_it_accepts() {
+        let folder = tempfile::tempdir().unwrap();
+        let service = service(folder.path());
+        let path = |name: &str| folder.path().join(name);
+        let annotations =
+            [("containerd.io/runtime-allow-mounts".to_owned(), "format/*,erofs".to_owned())].into();
+        let info = RuntimeInfo { annotations, ..RuntimeInfo::default() };
+        fs::write(path("info"), info.encode_to_vec()).unwrap();
+        fs::write(path("text"), format!("#!/bin/sh\ncat {}\n", path("info").display())).unwrap();
+        let installed =
+            Command::new("install").args(["-m", "0700"]).args([path("text"), path("shim")]).status().unwrap();
+        assert!(installed.success());
+        let accepted = service.tasks.accepted_mounts(&path("shim").display().to_string()).await;
+        assert_eq!(accepted, ["format/*", "erofs"]);
+        assert!(service.tasks.accepted_mounts("/no/such/shim").await.is_empty());
     }
 
     #[tokio::test]

@@ -125,7 +125,8 @@ impl TasksApi for TasksService {
             if request.runtime_path.is_empty() { container.runtime.name } else { request.runtime_path };
         let mounts = self.metadata.mounts(&scope);
         let rootfs = request.rootfs.into_iter().map(mount_from_wire).collect();
-        let rootfs = mounts.activate_rootfs(&request.container_id, rootfs).await.map_err(from)?;
+        let accepted = self.tasks.accepted_mounts(&runtime);
+        let rootfs = mounts.activate_rootfs(&request.container_id, rootfs, accepted).await.map_err(from)?;
         let options = CreateOptions {
             container_id: request.container_id,
             spec: container.spec,

@@ -20,7 +20,7 @@ use super::error::{Error, Object};
 use super::gc::LABEL_CONTAINER_BACK_REF;
 use super::schema::{self, ActiveMountRecord, MountItem, MountRecord, Table, time, timestamp};
 use super::{Effects, Metadata, Scope, blocking, fields};
-use crate::mounts::{ActiveMount, MountError, Plan, Targets};
+use crate::mounts::{ActiveMount, Plan, Targets};
 
 /// An activation.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,7 +69,11 @@ impl Mounts {
     ) -> Result<Activation, Error> {
         fields::check_labels("mount.Labels", &labels)?;
         fields::drop_empty(&mut labels);
-        let plan = Plan::new(mounts, temporary)?;
+        let plan = Plan::new(mounts, temporary, &[])?;
+        self.carry_out(name, plan, labels).await
+    }
+
+    async fn carry_out(&self, name: &str, plan: Plan, labels: Labels) -> Result<Activation, Error> {
         let (mounts, name) = (self.clone(), name.to_owned());
         blocking(&self.metadata.inner.mount_lane, move || mounts.activate_blocking(name, plan, labels)).await
     }
@@ -168,16 +172,28 @@ impl Mounts {
         })
     }
 
-    /// Mounts what no shim can mount of the root filesystem of a container; mostly, that is nothing. What an earlier task of
-    /// the container has left is used as it is.
+    /// Mounts what its shim cannot mount of the root filesystem of a container; mostly, that is nothing. Only if it may be
+    /// something, the shim is asked what it accepts (see [`Plan::is_needed`]). What an earlier task of the container has
+    /// left is used as it is.
     ///
     /// # Errors
     /// [`Error::AlreadyExists`] when somebody else has activated mounts under this name; [`Error::Mounts`].
-    pub async fn activate_rootfs(&self, container: &str, mounts: Vec<Mount>) -> Result<Rootfs, Error> {
+    pub async fn activate_rootfs(
+        &self,
+        container: &str,
+        mounts: Vec<Mount>,
+        accepted: impl Future<Output = Vec<String>>,
+    ) -> Result<Rootfs, Error> {
+        if !Plan::is_needed(&mounts, &[]) {
+            return Ok(Rootfs { mounts, activated: false });
+        }
+        let accepted = accepted.await;
+        if !Plan::is_needed(&mounts, &accepted) {
+            return Ok(Rootfs { mounts, activated: false });
+        }
         let labels = Labels::from([(LABEL_CONTAINER_BACK_REF.to_owned(), container.to_owned())]);
-        match self.activate(container, mounts.clone(), labels, false).await {
+        match self.carry_out(container, Plan::new(mounts, false, &accepted)?, labels).await {
             Ok(activation) => Ok(Rootfs { mounts: activation.system, activated: true }),
-            Err(Error::Mounts(MountError::Nothing)) => Ok(Rootfs { mounts, activated: false }),
             Err(error @ Error::AlreadyExists { .. }) => match self.get(container) {
                 Ok(found) if is_rootfs(&found) => Ok(Rootfs { mounts: found.system, activated: false }),
                 Ok(_) | Err(_) => Err(error),

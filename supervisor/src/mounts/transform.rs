@@ -128,7 +128,26 @@ pub(super) fn split(mut mount: Mount) -> (Vec<Transform>, Mount) {
     (transforms, mount)
 }
 
+/// Whether a mount has to be transformed by the daemon, when its user carries out the types in `accepted` itself: whole ones,
+/// or with `WORD/*` all that begin with that word.
+pub(super) fn is_needed(mount: &Mount, accepted: &[String]) -> bool {
+    if !mount.kind.contains('/') || accepted.contains(&mount.kind) {
+        return false;
+    }
+    let (transforms, _) = split(mount.clone());
+    let is_accepted = |word: &str| accepted.iter().any(|kind| kind.strip_suffix("/*") == Some(word));
+    transforms.iter().any(|transform| !is_accepted(transform.word()))
+}
+
 impl Transform {
+    fn word(self) -> &'static str {
+        match self {
+            Transform::Format => "format",
+            Transform::Mkdir => "mkdir",
+            Transform::Mkfs => "mkfs",
+        }
+    }
+
     pub(super) fn apply(
         self,
         mount: &mut Mount,
