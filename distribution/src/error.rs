@@ -61,6 +61,12 @@ pub enum Error {
         /// The reference, digest or address.
         what: String,
     },
+    /// A registry refuses an index whose manifests it lacks.
+    #[error("manifest list/index references to blobs and/or manifests are missing in your target registry")]
+    Incomplete {
+        /// What it says.
+        source: Box<Error>,
+    },
     /// The registry wants to know who asks, or does not let who asks.
     #[error("{operation} access denied, repository does not exist or may require authorization")]
     Denied {
@@ -242,6 +248,7 @@ impl Coded for Error {
             },
             Error::NoHosts { .. } | Error::NotFound { .. } | Error::NoPlatform { .. } => ErrorCode::NotFound,
             Error::Denied { source, .. } => source.code(),
+            Error::Incomplete { .. } => ErrorCode::FailedPrecondition,
             Error::Unauthorized { .. } => ErrorCode::Unauthenticated,
             Error::Challenge { .. } | Error::Token { .. } | Error::Credentials { .. } => {
                 ErrorCode::Unauthenticated

@@ -47,6 +47,8 @@ pub struct PullOptions {
     /// The documents of all manifests of an index are pulled, and only those of `platforms` with their layers
     /// (containerd's `all_metadata`).
     pub all_metadata: bool,
+    /// The most manifests of an index that are pulled whole, the first of `platforms` first; 0 for no limit.
+    pub manifest_limit: usize,
     /// How many layers are fetched at once.
     pub parallel: usize,
     /// Whether the receiver of what is ready is asked which layers it wants, as long as there is one image: the lowest may be
@@ -60,7 +62,14 @@ impl Default for PullOptions {
     fn default() -> PullOptions {
         // Three is the number of Docker and of containerd's CRI plugin.
         let platforms = Platforms::Best(Platform::host());
-        PullOptions { platforms, all_metadata: false, parallel: 3, ask: false, retry: Retry::default() }
+        PullOptions {
+            platforms,
+            all_metadata: false,
+            manifest_limit: 0,
+            parallel: 3,
+            ask: false,
+            retry: Retry::default(),
+        }
     }
 }
 
@@ -174,10 +183,13 @@ impl Job {
 }
 
 /// The manifests of an index that are wanted whole.
-fn wanted<'a>(manifests: &'a [Descriptor], platforms: &Platforms) -> Vec<&'a Descriptor> {
+fn wanted<'a>(manifests: &'a [Descriptor], options: &PullOptions) -> Vec<&'a Descriptor> {
     let mut wanted: Vec<&Descriptor> = Vec::new();
-    let each = match platforms {
-        Platforms::All => return manifests.iter().collect(),
+    let each = match &options.platforms {
+        Platforms::All => {
+            wanted.extend(manifests);
+            &[]
+        }
         Platforms::Best(platform) => std::slice::from_ref(platform),
         Platforms::Each(each) => each,
     };
@@ -185,6 +197,9 @@ fn wanted<'a>(manifests: &'a [Descriptor], platforms: &Platforms) -> Vec<&'a Des
         if !wanted.iter().any(|one| one.digest == best.digest) {
             wanted.push(best);
         }
+    }
+    if options.manifest_limit > 0 {
+        wanted.truncate(options.manifest_limit);
     }
     wanted
 }

@@ -77,7 +77,15 @@ pub async fn push(
         let by_tag = parent.is_none() && reference.digest().is_none_or(|digest| *digest == document.digest);
         let tag = if by_tag { reference.tag() } else { None };
         job.tell(State::Uploading, &document, parent.as_deref(), 0);
-        let uploaded = repository.put_manifest(&document, bytes, tag).await?;
+        let uploaded = repository.put_manifest(&document, bytes, tag).await;
+        let uploaded = uploaded.map_err(|error| match &error {
+            Error::Status { status, .. }
+                if status.as_u16() == 400 && media_type::is_index(&document.media_type) =>
+            {
+                Error::Incomplete { source: Box::new(error) }
+            }
+            _ => error,
+        })?;
         job.tell_end(&uploaded, &document, parent.as_deref());
     }
     Ok(())

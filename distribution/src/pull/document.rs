@@ -57,7 +57,7 @@ pub(super) async fn collect(
                 if depth == MAX_DEPTH {
                     return Err(Error::TooMany { parts: "indexes within indexes", limit: MAX_DEPTH });
                 }
-                let chosen = wanted(&index.manifests, &options.platforms);
+                let chosen = wanted(&index.manifests, options);
                 if chosen.is_empty() && whole {
                     return Err(Error::NoPlatform { digest: descriptor.digest.clone() });
                 }

@@ -211,6 +211,21 @@ async fn of_an_index_the_platform_is_pulled() {
         other.assert_in(&store);
     }
 
+    let limit = async |platforms: Platforms| {
+        let (root, store) = crate::setup::store();
+        let options = PullOptions { platforms, manifest_limit: 1, ..pull_options() };
+        pull_with(&repository, &store, &options, Arc::new(News::default())).await.unwrap();
+        (root, store)
+    };
+    for (platforms, wanted, left) in [
+        (Platforms::All, &one, &other),
+        (Platforms::Each(vec![platform("linux/arm64"), platform("linux/amd64")]), &other, &one),
+    ] {
+        let (_root, store) = limit(platforms).await;
+        wanted.assert_in(&store);
+        assert!(store.info(&left.digest()).is_err());
+    }
+
     let (_root, _store, result) = pulled(Platforms::Best(platform("linux/s390x")), false).await;
     let error = result.unwrap_err();
     assert_eq!(error.code(), ErrorCode::NotFound);

@@ -286,7 +286,8 @@ async fn an_index_comes_after_its_manifests_and_platforms_can_be_chosen() {
 
     let options = PushOptions { platforms: vec![Platform::parse("linux/amd64").unwrap()], ..push_options() };
     let repository = repository(crate::setup::options(), &name).await;
-    patiently(push(&repository, store, &root, &options, Arc::new(News::default()))).await.unwrap();
+    let news = || Arc::new(News::default());
+    patiently(push(&repository, store.clone(), &root, &options, news())).await.unwrap();
     let puts: Vec<String> = fake
         .seen()
         .iter()
@@ -294,4 +295,16 @@ async fn an_index_comes_after_its_manifests_and_platforms_can_be_chosen() {
         .map(|seen| seen.path.clone())
         .collect();
     assert_eq!(puts, [format!("/v2/a/manifests/{}", one.digest()), "/v2/a/manifests/v1".to_owned()]);
+
+    // Most registries want all of an index.
+    fake.with(|contents| contents.manifests.clear());
+    fake.rule(|seen, _| {
+        let is_index = seen.method == Method::PUT && seen.path.ends_with("/manifests/v1");
+        is_index.then(|| Reply::new(400).body(r#"{"errors":[{"code":"MANIFEST_BLOB_UNKNOWN"}]}"#))
+    });
+    let error = patiently(push(&repository, store, &root, &options, news())).await.unwrap_err();
+    assert_eq!(error.code(), ErrorCode::FailedPrecondition);
+    let missing =
+        "manifest list/index references to blobs and/or manifests are missing in your target registry";
+    assert!(text(&error).starts_with(missing) && text(&error).contains("400 Bad Request"), "{error:?}");
 }

@@ -45,7 +45,8 @@ pub(super) async fn pull(
 
     let unpacker = Unpacker::new(transfers, scope, &to.unpacks, Some(&from.text), listener)?;
     let (all_metadata, ask) = (to.all_metadata, unpacker.knows_layers());
-    let options = PullOptions { platforms, all_metadata, ask, ..PullOptions::default() };
+    let manifest_limit = to.manifest_limit;
+    let options = PullOptions { platforms, all_metadata, manifest_limit, ask, ..PullOptions::default() };
     let (news, ready) = mpsc::channel(QUEUE);
     let news = (!unpacker.is_idle()).then_some(news);
     let fetching =
