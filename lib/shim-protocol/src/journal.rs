@@ -592,6 +592,27 @@ mod tests {
         assert_eq!(read(&path).unwrap().exits["box"].status, 2);
     }
 
+    /// What a writer that died has left behind the damage must not come back when the next one writes over the damage.
+    #[test]
+    fn nothing_behind_the_damage_comes_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(FILE_NAME);
+        let (mut journal, _) = Journal::open(&path).unwrap();
+        let offsets = journal.append(&[exit("one", 1), exit("two", 2), exit("ten", 3)]).unwrap();
+        drop(journal);
+        let mut bytes = std::fs::read(&path).unwrap();
+        let damaged = usize::try_from(offsets[1]).unwrap() + RECORD_HEADER;
+        bytes[damaged] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+        let (mut journal, contents) = Journal::open(&path).unwrap();
+        assert!(contents.torn);
+        // As long as the damaged one.
+        journal.append(&[exit("new", 4)]).unwrap();
+        let found = read(&path).unwrap();
+        assert!(!found.torn);
+        assert_eq!(found.exits.keys().collect::<Vec<_>>(), ["new", "one"]);
+    }
+
     proptest! {
         /// Whatever a crash leaves of the file, a prefix of the records is read, and the journal goes on.
         #[test]
