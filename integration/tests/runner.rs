@@ -8,6 +8,7 @@ mod command_line;
 mod docker;
 mod faults;
 mod gc_differential;
+mod gc_schedule;
 mod history;
 mod hostile;
 mod limits;
