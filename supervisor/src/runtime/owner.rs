@@ -215,9 +215,10 @@ impl Owner {
                 break;
             }
         }
-        // What came too late finds its reply dropped or is told so here.
+        // What came too late is told so here, also what is just being put into the mailbox: its sender has a place already,
+        // and what nobody takes out again stays there with its reply as long as somebody has the other end.
         self.mailbox.close();
-        while let Ok(message) = self.mailbox.try_recv() {
+        while let Some(message) = self.mailbox.recv().await {
             match message {
                 Message::Delete { reply } | Message::Wait { reply, .. } => {
                     let _ = reply.send(Err(self.not_found()));
@@ -399,5 +400,55 @@ fn answer(replies: impl Iterator<Item = Reply<Exit>>, result: Result<Exit, Error
     let result = result.map_err(Arc::new);
     for reply in replies {
         let _ = reply.send(result.clone().map_err(|source| Error::Shared { source }));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::events::Hub;
+    use crate::grpc::notice;
+    use crate::runtime::{Config, Timeouts};
+
+    fn shared(folder: &std::path::Path) -> Arc<Shared> {
+        let config = Config {
+            root: folder.join("root"),
+            state: folder.join("state"),
+            grpc_address: String::new(),
+            ttrpc_address: String::new(),
+            daemon_binary: "/bin/true".into(),
+            shim_directory: folder.to_owned(),
+            default_shim: None,
+            default_runtime_binary: None,
+            socket_directory: None,
+            environment: Vec::new(),
+            debug: false,
+            timeouts: Timeouts::default(),
+        };
+        Arc::new(Shared::new(config, Hub::new(notice::READING)))
+    }
+
+    #[tokio::test]
+    async fn whoever_writes_to_an_owner_as_it_leaves_is_answered() {
+        let folder = tempfile::tempdir().unwrap();
+        let shared = shared(folder.path());
+        let owner = Owner::new(&shared, "n", "one", Machine::creating("one"), None);
+        let handle = owner.handle();
+        let mut view = handle.view.clone();
+        // Half of the way into the mailbox.
+        let place = handle.mailbox.reserve().await.unwrap();
+        let owner = tokio::spawn(owner.run());
+        handle.tell(Message::Created(Err(Error::Stopping))).await;
+        view.wait_for(|view| view.phase == Phase::Gone).await.unwrap();
+        while !handle.mailbox.is_closed() {
+            tokio::task::yield_now().await;
+        }
+        let (reply, answer) = oneshot::channel();
+        place.send(Message::Delete { reply });
+        let answer = tokio::time::timeout(Duration::from_secs(30), answer).await.expect("it is answered");
+        assert!(matches!(answer, Ok(Err(Error::NotFound { .. }))));
+        owner.await.unwrap();
     }
 }
