@@ -6,7 +6,8 @@
 //! of these and the wire. [`mounts`] are made for clients; [`restart`] keeps tasks in the state that labels ask
 //! for; [`checkpoint`]s of tasks become content, and content tasks; [`streams`] are what services and clients say
 //! beside calls; [`calls`], [`metrics`] and [`logs`] tell what the daemon is at; [`transfer`] moves images from and to
-//! registries. What blocks goes through a [`lane`].
+//! registries; [`differs`] unpack and make layers, by [`processors`] where such are configured. [`blobs`] and snapshotters are
+//! this daemon's own or, through a [`proxy`], those of other processes. What blocks goes through a [`lane`].
 
 pub mod blobs;
 pub mod calls;

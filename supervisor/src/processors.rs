@@ -175,9 +175,19 @@ impl Processors {
 }
 
 /// The programs that work on one layer.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Running {
     state: Mutex<State>,
+    /// [`STALL`].
+    stall: Duration,
+    /// [`EXIT`].
+    exit: Duration,
+}
+
+impl Default for Running {
+    fn default() -> Self {
+        Running { state: Mutex::default(), stall: STALL, exit: EXIT }
+    }
 }
 
 #[derive(Debug, Default)]

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Read, Seek, Write, pipe};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use prost::Message;
 use prost_types::Any;
 
-use super::{EXIT, Error, Running, STALL};
+use super::{EXIT, Error, Running};
 use crate::config::StreamProcessor;
 
 /// The variable with the type of what goes in.
@@ -47,9 +47,10 @@ pub(super) struct Program {
     running: Arc<Running>,
     child: Option<Child>,
     feeder: Option<JoinHandle<Result<(), io::Error>>>,
-    tail: Arc<Mutex<Vec<u8>>>,
-    /// Dropping it ends the thread that keeps the tail, should anybody still hold the other end of the pipe.
-    _listening: PipeWriter,
+    /// Keeps the end of what it says.
+    listener: Option<JoinHandle<Vec<u8>>>,
+    /// Dropping it ends the listener, should anybody still hold the other end of the pipe.
+    listening: Option<PipeWriter>,
 }
 
 impl Program {
@@ -73,12 +74,9 @@ impl Program {
         let (stop, listening) = pipe().map_err(failed("make a pipe"))?;
         let payload = payload.map(payload_file).transpose().map_err(failed("write the payload"))?;
 
-        let tail = Arc::new(Mutex::new(Vec::new()));
-        let kept = tail.clone();
-        thread::Builder::new()
-            .name("layer-stderr".to_owned())
-            .spawn(move || keep_tail(from_stderr, &stop, &kept))
-            .map_err(failed("start a thread"))?;
+        let listener = thread::Builder::new().name("layer-stderr".to_owned());
+        let listener =
+            listener.spawn(move || keep_tail(from_stderr, &stop)).map_err(failed("start a thread"))?;
         let child = {
             // Under the lock: whoever cancels kills this one, or it is not started.
             let mut state = running.lock();
@@ -106,8 +104,8 @@ impl Program {
             running: running.clone(),
             child: Some(child),
             feeder: None,
-            tail,
-            _listening: listening,
+            listener: Some(listener),
+            listening: Some(listening),
         };
         let feeder = thread::Builder::new().name("layer-feed".to_owned());
         // From here on a failure drops the program, which kills it.
@@ -116,13 +114,14 @@ impl Program {
         Ok(program)
     }
 
-    /// The end of what it said.
-    fn said(&self) -> String {
-        let tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner);
+    /// The end of what it has said; nobody listens any more then.
+    fn said(&mut self) -> String {
+        self.listening = None;
+        let tail = self.listener.take().and_then(|listener| listener.join().ok()).unwrap_or_default();
         String::from_utf8_lossy(&tail).trim().to_owned()
     }
 
-    fn stuck(&self, what: &'static str, limit: Duration) -> Error {
+    fn stuck(&mut self, what: &'static str, limit: Duration) -> Error {
         Error::Stuck { id: self.id.clone(), what, limit, said: self.said() }
     }
 
@@ -134,8 +133,9 @@ impl Program {
         if self.child.is_none() {
             return Ok(0);
         }
-        if !readable(self.output.as_fd(), STALL).map_err(|source| self.pipe_error("wait for it", source))? {
-            return Err(self.stuck("said nothing", STALL));
+        let stall = self.running.stall;
+        if !readable(self.output.as_fd(), stall).map_err(|source| self.pipe_error("wait for it", source))? {
+            return Err(self.stuck("said nothing", stall));
         }
         match self.output.read(buffer) {
             Ok(0) => self.finish().map(|()| 0),
@@ -147,8 +147,9 @@ impl Program {
     /// After its last byte: it must have ended well, and so must what it was fed with.
     fn finish(&mut self) -> Result<(), Error> {
         let Some(child) = &self.child else { return Ok(()) };
-        if !readable(child.pidfd.as_fd(), EXIT).map_err(|source| self.pipe_error("wait for it", source))? {
-            return Err(self.stuck("did not end", EXIT));
+        let limit = self.running.exit;
+        if !readable(child.pidfd.as_fd(), limit).map_err(|source| self.pipe_error("wait for it", source))? {
+            return Err(self.stuck("did not end", limit));
         }
         let exit = self.reap().map_err(|source| self.pipe_error("reap it", source))?;
         if !exit.success() {
@@ -244,29 +245,31 @@ fn feed(mut input: Box<dyn Read + Send>, mut stdin: PipeWriter) -> io::Result<()
     }
 }
 
-/// Keeps the end of what comes out of a pipe until nobody writes any more, or nobody wants it.
-fn keep_tail(mut stderr: PipeReader, stop: &PipeReader, tail: &Mutex<Vec<u8>>) {
-    let mut buffer = [0; 4096];
-    loop {
+/// Keeps the end of what comes out of a pipe until nobody writes any more, or somebody wants it; then what is in the pipe is
+/// read still.
+fn keep_tail(mut stderr: PipeReader, stop: &PipeReader) -> Vec<u8> {
+    let (mut buffer, mut tail, mut late) = ([0; 4096], Vec::new(), 0);
+    while late < BUFFER_SIZE {
         let mut both =
             [PollFd::new(stderr.as_fd(), PollFlags::POLLIN), PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
         match poll(&mut both, PollTimeout::NONE) {
             Ok(_) => {}
             Err(nix::errno::Errno::EINTR) => continue,
-            Err(_) => return,
+            Err(_) => break,
         }
         let has = |fd: &PollFd<'_>| fd.revents().is_some_and(|events| !events.is_empty());
         let (speaks, stopped) = (has(&both[0]), has(&both[1]));
         if speaks {
-            let Ok(length @ 1..) = stderr.read(&mut buffer) else { return };
-            let mut tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
+            let Ok(length @ 1..) = stderr.read(&mut buffer) else { break };
             tail.extend_from_slice(&buffer[..length]);
             let surplus = tail.len().saturating_sub(TAIL);
             tail.drain(..surplus);
+            late += if stopped { length } else { 0 };
         } else if stopped {
-            return;
+            break;
         }
     }
+    tail
 }
 
 /// Waits so long for something to be read, or for the end.

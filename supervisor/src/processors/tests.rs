@@ -91,6 +91,25 @@ fn a_program_that_fails_spoils_the_layer() {
 }
 
 #[test]
+fn a_program_that_says_nothing_or_does_not_end_is_killed() {
+    for (script, words) in [
+        ("echo why >&2; exec sleep 1000", "said nothing within 1 seconds: why"),
+        ("echo why >&2; exec >&-; sleep 1000", "did not end within 1 seconds: why"),
+    ] {
+        let second = Duration::from_secs(1);
+        let running = Arc::new(Running { stall: second, exit: second, ..Running::default() });
+        let list = processors(&[("a", shell(SECRET, PLAIN, script))]);
+        let (mut reader, _) = list.start(std::io::empty(), SECRET, &BTreeMap::new(), &running).unwrap();
+        let error = reader.read(&mut [0]).unwrap_err();
+        assert!(error.to_string().contains(words), "{error}");
+        drop(reader);
+        let failure = running.failure().unwrap();
+        assert_eq!(failure.code(), ErrorCode::DeadlineExceeded);
+        assert!(running.lock().leaders.is_empty(), "it is reaped");
+    }
+}
+
+#[test]
 fn what_is_given_up_is_killed_with_all_that_it_started() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("pids");
