@@ -16,11 +16,14 @@ const REQUESTS: usize = 8;
 /// The most bytes of a request.
 const LONGEST_REQUEST: usize = 8 << 10;
 
+/// A request comes within this: who connects and says nothing must not keep others out for longer.
+const REQUEST: Duration = Duration::from_secs(5);
+
 /// A request and its answer take no longer.
 const LIMIT: Duration = Duration::from_secs(30);
 
 /// After an accept that failed, for want of descriptors mostly.
-const PAUSE: Duration = Duration::from_millis(100);
+pub(crate) const PAUSE: Duration = Duration::from_millis(100);
 
 /// The type of a text for people.
 pub const TEXT: &str = "text/plain; charset=utf-8";
@@ -119,16 +122,22 @@ pub async fn serve<S: Site>(listener: Listener, site: S, stop: CancellationToken
     }
 }
 
-async fn answer<S: Site>(mut stream: Box<dyn Stream>, site: &S) -> std::io::Result<()> {
+/// Reads a request; none if its sender gives up, or sends too much.
+async fn read(stream: &mut dyn Stream) -> std::io::Result<Option<Vec<u8>>> {
     let mut bytes = Vec::new();
     let mut buffer = [0; 1024];
     while !bytes.windows(4).any(|end| end == b"\r\n\r\n") {
         let length = stream.read(&mut buffer).await?;
         if length == 0 || bytes.len() + length > LONGEST_REQUEST {
-            return Ok(());
+            return Ok(None);
         }
         bytes.extend_from_slice(&buffer[..length]);
     }
+    Ok(Some(bytes))
+}
+
+async fn answer<S: Site>(mut stream: Box<dyn Stream>, site: &S) -> std::io::Result<()> {
+    let Some(bytes) = tokio::time::timeout(REQUEST, read(&mut *stream)).await?? else { return Ok(()) };
     let Answer { status, kind, body } = match request(&bytes) {
         Some(request) => site.answer(request).await,
         None => Answer::error("400 Bad Request"),

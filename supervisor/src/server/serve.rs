@@ -1,16 +1,17 @@
 //! Serving the API, from the moment that everything is there until a signal comes.
 
 use std::future::Future;
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use davit_metadata::Db;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
-use tokio_stream::StreamExt;
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
+use tokio_stream::{Stream, StreamExt};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic::transport::Server;
@@ -21,6 +22,7 @@ use super::{DRAIN, diagnostics, tcp};
 use crate::calls::{Calls, CallsLayer};
 use crate::config::Config;
 use crate::grpc::context::ContextLayer;
+use crate::pages::PAUSE;
 
 /// The flow-control windows of HTTP/2. Blobs are streamed through one stream; the protocol's default of 64 KiB would
 /// cost a round trip for each.
@@ -50,7 +52,7 @@ pub(super) struct Api {
 pub(super) async fn serve(config: &Arc<Config>, api: Api, db: &Db, stop: CancellationToken) -> Result<()> {
     let Api { routes, calls, socket, tcp } = api;
     let mut servers = JoinSet::new();
-    let incoming = UnixListenerStream::new(socket).map(|stream| stream.map(AnyAuthority::new));
+    let incoming = paced(UnixListenerStream::new(socket)).map(|stream| stream.map(AnyAuthority::new));
     let server = builder(config, &calls)
         .add_routes(routes.clone())
         .serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned());
@@ -70,7 +72,7 @@ pub(super) async fn serve(config: &Arc<Config>, api: Api, db: &Db, stop: Cancell
     // Nobody listens where systemd did not start us.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 
-    until_told(&calls, db).await?;
+    until_told(&calls, db, &mut servers).await?;
     tracing::info!("stopping; containers go on");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     stop.cancel();
@@ -92,8 +94,27 @@ fn builder(config: &Config, calls: &Calls) -> Server<Stack<ContextLayer, Stack<C
         .max_concurrent_streams(config.grpc.max_concurrent_calls)
 }
 
+/// Connections as they come. One that cannot be accepted, for want of descriptors mostly, is still there at once: without a
+/// rest the server would ask for it again and again, and say nothing.
+fn paced<T>(accepted: impl Stream<Item = io::Result<T>>) -> impl Stream<Item = io::Result<T>> {
+    accepted.then(|connection| async {
+        if let Err(error) = &connection {
+            tracing::warn!(%error, "cannot accept a connection");
+            tokio::time::sleep(PAUSE).await;
+        }
+        connection
+    })
+}
+
 /// Waits for the signal to end.
-async fn until_told(calls: &Calls, db: &Db) -> Result<()> {
+///
+/// # Errors
+/// The metadata's failure, and that of a server, none of which ends by itself: what supervises the daemon starts it again.
+async fn until_told(
+    calls: &Calls,
+    db: &Db,
+    servers: &mut JoinSet<Result<(), tonic::transport::Error>>,
+) -> Result<()> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     // Tools send these two to containerd for a new configuration and for its stacks; neither may end the daemon.
     let (mut hangup, mut dump) = (signal(SignalKind::hangup())?, signal(SignalKind::user_defined1())?);
@@ -105,6 +126,10 @@ async fn until_told(calls: &Calls, db: &Db) -> Result<()> {
             _ = hangup.recv() => tracing::warn!("SIGHUP is ignored: a changed configuration takes a restart"),
             _ = dump.recv() => diagnostics::log_everything(calls),
             failure = db.failed() => return Err(failure).context("the metadata can no longer be written"),
+            Some(ended) = servers.join_next() => {
+                ended.context("the server panicked")?.context("the API cannot be served")?;
+                bail!("the API is no longer served");
+            }
         }
     }
 }
@@ -116,5 +141,24 @@ async fn within_drain(ended: impl Future<Output = Result<()>>) -> Result<()> {
             tracing::info!("calls that wait are left");
             Ok(())
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+
+    use futures::poll;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_that_cannot_be_accepted_is_not_asked_for_again_at_once() {
+        let full = || Err(io::Error::from(nix::errno::Errno::EMFILE));
+        let mut connections = Box::pin(paced(futures::stream::iter([Ok(1), full(), Ok(2)])));
+        assert!(poll!(pin!(connections.next())).is_ready());
+        assert!(poll!(pin!(connections.next())).is_pending());
+        assert!(connections.next().await.unwrap().is_err());
+        assert_eq!(connections.next().await.unwrap().unwrap(), 2);
     }
 }

@@ -33,15 +33,13 @@ use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::config;
+use crate::pages::PAUSE;
 
 /// The most connections that have not proven themselves yet.
 const HANDSHAKES: usize = 128;
 
 /// A client gets so long to prove itself.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-
-/// After an accept that failed, for want of descriptors mostly.
-const PAUSE: Duration = Duration::from_millis(100);
 
 /// Why there is no server on TCP.
 #[derive(Debug, thiserror::Error)]
