@@ -63,11 +63,14 @@ impl Logs {
         };
         let registry = tracing_subscriber::registry().with(lines);
         #[cfg(feature = "otel")]
-        let sender = trace::Sender::start(&config.tracing);
+        let sender = match trace::is_wanted(config) {
+            true => trace::Sender::start(&config.tracing),
+            false => Ok(None),
+        };
         #[cfg(feature = "otel")]
         let registry = registry.with(trace::layer(sender.as_ref().ok().and_then(Option::as_ref)));
         registry.try_init().map_err(|_| LogsError::Begun)?;
-        trace::warn_if_deaf(&config.tracing);
+        trace::warn_if_deaf(config);
         Ok(Logs {
             filter: handle,
             level: Arc::new(Mutex::new(level.clone())),
@@ -107,7 +110,7 @@ impl Logs {
 }
 
 /// A bare level is about us; what the libraries say below a warning is for who asks for it by name.
-fn filter(level: &str) -> Result<EnvFilter, LogsError> {
+pub(crate) fn filter(level: &str) -> Result<EnvFilter, LogsError> {
     let text = match level.parse::<LevelFilter>() {
         // To its parser nothing at all is a level, too.
         Ok(filter) if !level.is_empty() => format!("warn,davit={filter}"),

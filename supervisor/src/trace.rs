@@ -9,7 +9,7 @@ use http::HeaderMap;
 use tonic::Code;
 use tracing::{Span, field};
 
-use crate::config::Tracing;
+use crate::config::Config;
 
 #[cfg(feature = "otel")]
 pub(crate) use otel::{Sender, layer};
@@ -22,10 +22,15 @@ fn variable(names: &[&str]) -> Option<String> {
     names.iter().find_map(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
 }
 
+/// Whether a collector is named, and spans are not disabled: what the plugin list says goes before the environment.
+pub(crate) fn is_wanted(config: &Config) -> bool {
+    let named = !config.tracing.endpoint.is_empty() || variable(&ENDPOINTS).is_some();
+    named && !config.plugin_list.disables_tracing()
+}
+
 /// Says when spans are wanted of a daemon that sends none.
-pub(crate) fn warn_if_deaf(config: &Tracing) {
-    let wanted = !config.endpoint.is_empty() || variable(&ENDPOINTS).is_some();
-    if wanted && !cfg!(feature = "otel") {
+pub(crate) fn warn_if_deaf(config: &Config) {
+    if is_wanted(config) && !cfg!(feature = "otel") {
         tracing::warn!(
             "spans are sent by a davitd that was built with the feature otel, and this one was not"
         );
@@ -54,4 +59,20 @@ pub(crate) fn call(id: u64, path: &str, namespace: &str, headers: &HeaderMap) ->
 pub(crate) fn ended(span: &Span, code: Code) {
     #[cfg(feature = "otel")]
     otel::end(span, code);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_that_are_disabled_are_not_wanted() {
+        let mut config = Config::default();
+        config.tracing.endpoint = "http://127.0.0.1:4318".into();
+        assert!(is_wanted(&config));
+        for name in ["io.containerd.internal.v1.tracing", "io.containerd.tracing.processor.v1.otlp"] {
+            config.plugin_list.disabled = vec![name.to_owned()];
+            assert!(!is_wanted(&config), "{name}");
+        }
+    }
 }

@@ -41,6 +41,11 @@ impl PluginList {
         self.disables(&RESTART)
     }
 
+    /// Whether no spans are to be sent, whatever the environment says.
+    pub(crate) fn disables_tracing(&self) -> bool {
+        self.disables(&TRACING)
+    }
+
     /// Whether metrics are not to tell of containers.
     pub(super) fn disables_monitor(&self) -> bool {
         self.disables(&MONITOR)
@@ -58,9 +63,6 @@ pub fn without_disabled(config: &mut Config) {
     }
     if list.disables(&DEBUG) {
         config.diagnostics = Default::default();
-    }
-    if list.disables(&TRACING) {
-        config.tracing.endpoint.clear();
     }
 }
 

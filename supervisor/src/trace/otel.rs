@@ -67,7 +67,8 @@ pub(crate) enum TraceError {
 pub(crate) struct Sender(SdkTracerProvider);
 
 impl Sender {
-    /// A sender, if the configuration or the environment names a collector. Must be called in a runtime.
+    /// A sender to the collector that the environment or the configuration names, unless the environment wants none. Must be
+    /// called in a runtime.
     ///
     /// # Errors
     /// Settings that are not understood.
@@ -75,8 +76,7 @@ impl Sender {
         let disabled = variable(&["OTEL_SDK_DISABLED"]);
         let disabled =
             disabled.is_some_and(|value| matches!(value.to_lowercase().as_str(), "true" | "1" | "t"));
-        let named = variable(&ENDPOINTS).is_some();
-        if disabled || !named && config.endpoint.is_empty() {
+        if disabled {
             return Ok(None);
         }
         match variable(&["OTEL_TRACES_EXPORTER"]).as_deref() {
@@ -91,7 +91,7 @@ impl Sender {
             Some("grpc") => TracingProtocol::Grpc,
             Some(name) => return Err(TraceError::Protocol { name: name.to_owned() }),
         };
-        let endpoint = (!named).then_some(config.endpoint.as_str());
+        let endpoint = variable(&ENDPOINTS).is_none().then_some(config.endpoint.as_str());
         let exporter = match protocol {
             TracingProtocol::Http => http(endpoint)?,
             TracingProtocol::Grpc => grpc(endpoint)?,
