@@ -9,11 +9,12 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use tracing_subscriber::filter::LevelFilter;
 
 pub use proxies::*;
 pub use sections::*;
 pub use snapshotters::*;
+
+use crate::logs;
 
 /// Where the daemon looks for its configuration when no flag names a file.
 pub const DEFAULT_PATH: &str = "/etc/davit/config.toml";
@@ -177,9 +178,7 @@ impl Config {
             let value = self.state.display().to_string();
             return Err(ConfigError::Value { key: "state", value, reason: "want another folder than root" });
         }
-        // A bare word that is no level would be a filter for a module of that name, and silence all others.
-        let level = &self.log.level;
-        if level.is_empty() || !level.contains('=') && level.parse::<LevelFilter>().is_err() {
+        if logs::filter(&self.log.level).is_err() {
             let (key, value) = ("log.level", self.log.level.clone());
             let reason = "want trace, debug, info, warn, error, or a filter with `=`";
             return Err(ConfigError::Value { key, value, reason });
@@ -218,6 +217,15 @@ impl Config {
         if !(-1000..=1000).contains(&self.process.oom_score) {
             let (key, value) = ("process.oom_score", self.process.oom_score.to_string());
             return Err(ConfigError::Value { key, value, reason: "want from -1000 to 1000" });
+        }
+        for (key, given) in [
+            ("grpc.max_recv_message_size", self.grpc.max_recv_message_size),
+            ("grpc.max_send_message_size", self.grpc.max_send_message_size),
+            ("grpc.max_concurrent_calls", self.grpc.max_concurrent_calls as usize),
+        ] {
+            if given == 0 {
+                return Err(ConfigError::Value { key, value: "0".into(), reason: "want one at least" });
+            }
         }
         let temp = &self.process.temp;
         if !temp.as_os_str().is_empty() && !temp.is_absolute() {
@@ -341,6 +349,10 @@ mod tests {
             ("[process]\ntemp = \"tmp\"", "process.temp"),
             ("[runtime]\nenvironment = [\"A\"]", "runtime.environment"),
             ("[tracing]\nsampling_ratio = 1.5", "tracing.sampling_ratio"),
+            ("[log]\nlevel = \"loud\"", "log.level = \"loud\": want trace"),
+            ("[log]\nlevel = \"davit=loud\"", "log.level"),
+            ("[grpc]\nmax_concurrent_calls = 0", "grpc.max_concurrent_calls"),
+            ("[grpc]\nmax_send_message_size = 0", "grpc.max_send_message_size"),
         ] {
             let error = toml::from_str::<Config>(text).unwrap().validate().unwrap_err().to_string();
             assert!(error.contains(words), "{error}");

@@ -136,7 +136,7 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
         if processor.path == Path::new("") || processor.returns.is_empty() || processor.accepts.is_empty() {
             return wrong("stream_processors", id, "want path, accepts and returns");
         }
-        if processor.env.iter().any(|variable| !variable.contains('=')) {
+        if processor.env.iter().any(|variable| !super::is_variable(variable)) {
             return wrong("stream_processors.env", id, "want NAME=value");
         }
     }
