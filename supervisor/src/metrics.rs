@@ -18,7 +18,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use crate::calls::Calls;
 use crate::metadata::{Metadata, Scope};
 use crate::pages::{Answer, Request, Site};
-use crate::runtime::Tasks;
+use crate::runtime::{Metric, Tasks};
 use containers::Container;
 pub use page::Page;
 
@@ -69,8 +69,11 @@ async fn text(source: &Source) -> String {
     }
     match source.metadata.namespaces().list() {
         Ok(namespaces) => {
-            for namespace in namespaces {
-                of_namespace(source, &mut page, &namespace.name).await;
+            // All at once: each may have a shim that does not answer, and who asks does not wait for the sum.
+            let told = namespaces.iter().map(|namespace| source.tasks.metrics(&namespace.name, |_| true));
+            let told = futures::future::join_all(told).await;
+            for (namespace, metrics) in namespaces.iter().zip(told) {
+                of_namespace(source, &mut page, &namespace.name, metrics);
             }
         }
         Err(error) => tracing::warn!(%error, "cannot list namespaces for metrics"),
@@ -78,9 +81,9 @@ async fn text(source: &Source) -> String {
     page.finish()
 }
 
-async fn of_namespace(source: &Source, page: &mut Page, namespace: &str) {
+fn of_namespace(source: &Source, page: &mut Page, namespace: &str, metrics: Vec<Metric>) {
     let records = Scope::new(namespace, None).map(|scope| source.metadata.containers(&scope));
-    for metric in source.tasks.metrics(namespace, |_| true).await {
+    for metric in metrics {
         let record = records.as_ref().ok().and_then(|records| records.get(&metric.id).ok());
         let runtime = record.map(|record| record.runtime.name).unwrap_or_default();
         if let Some(data) = &metric.data {
