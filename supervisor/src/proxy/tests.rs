@@ -221,13 +221,11 @@ impl Content for Plugin {
             Mode::Huge => data.extend([0; 100]),
             _ => {}
         }
-        // In two messages.
-        let pieces: Vec<_> = data
-            .chunks(data.len().div_ceil(2))
-            .map(|piece| {
-                Ok(content::ReadContentResponse { data: piece.to_vec().into(), ..Default::default() })
-            })
-            .collect();
+        // In two messages, and two that say nothing.
+        let halves = data.split_at(data.len() / 2);
+        let pieces = [&[], halves.0, &[], halves.1].map(|piece| {
+            Ok(content::ReadContentResponse { data: piece.to_vec().into(), ..Default::default() })
+        });
         Ok(Response::new(stream::iter(pieces).boxed()))
     }
 

@@ -84,15 +84,15 @@ impl ProxyReader {
         Ok(filled)
     }
 
-    /// The next piece; none at the end, where the whole has been checked.
-    fn next(&mut self) -> io::Result<()> {
+    /// The next piece, which may be empty; false at the end, where the whole has been checked.
+    fn next(&mut self) -> io::Result<bool> {
         let connection = self.store.connection.clone();
         if self.position == self.size {
             let found = std::mem::replace(&mut self.hasher, Hasher::new(self.digest.algorithm())).finish();
             if self.pieces.take().is_some() && found != self.digest {
                 return Err(self.wrong(&format!("came as {found}")));
             }
-            return Ok(());
+            return Ok(false);
         }
         if self.pieces.is_none() {
             let opened = connection
@@ -100,7 +100,7 @@ impl ProxyReader {
                 .map_err(|failure| self.failed(failure))?;
             self.pieces = Some(opened);
         }
-        let Some(pieces) = &mut self.pieces else { return Ok(()) };
+        let Some(pieces) = &mut self.pieces else { return Ok(false) };
         let piece = connection.wait(connection.patience.look, pieces.message()).map_err(io::Error::other)?;
         let Some(piece) = piece else { return Err(self.wrong("ends before its size")) };
         if piece.data.len() as u64 > self.size - self.position {
@@ -109,15 +109,14 @@ impl ProxyReader {
         self.hasher.update(&piece.data);
         self.position += piece.data.len() as u64;
         self.piece = piece.data;
-        Ok(())
+        Ok(true)
     }
 }
 
 impl Read for ProxyReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.piece.is_empty() {
-            self.next()?;
-        }
+        // An empty piece is not the end.
+        while self.piece.is_empty() && self.next()? {}
         let length = self.piece.len().min(buffer.len());
         self.piece.copy_to_slice(&mut buffer[..length]);
         Ok(length)
