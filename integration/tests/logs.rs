@@ -26,7 +26,8 @@ fn a_log_is_rotated_and_read_as_one() -> Result<()> {
     }
     let daemon = Daemon::start()?;
     daemon.import_busybox()?;
-    let script = "seq 1 3000; echo oops >&2";
+    // Two streams have no order between them: the second begins when the first is in the log.
+    let script = "seq 1 3000; until [ -e /go ]; do usleep 10000; done; echo oops >&2";
     let options = ["--log-opt", "max-size=50k", "--log-opt", "max-file=3"];
     let id = ok(daemon.davit(["run", "-d"].iter().chain(&options).chain(&[
         image::BUSYBOX,
@@ -35,6 +36,11 @@ fn a_log_is_rotated_and_read_as_one() -> Result<()> {
         script,
     ]))?)?;
     let id = id.trim();
+    wait::until("all numbers are in the log", || {
+        let text = ok(daemon.davit(["logs", id]).ok()?).ok()?;
+        text.ends_with("\n3000\n").then_some(())
+    })?;
+    ok(daemon.davit(["exec", id, "touch", "/go"])?)?;
     ok(daemon.davit(["wait", id])?)?;
     let read = |args: &[&str]| daemon.davit(["logs"].iter().chain(args).chain(&[id]));
     let output = read(&[])?;
