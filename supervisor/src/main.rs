@@ -2,8 +2,9 @@
 
 use std::ffi::OsString;
 use std::fs::{DirBuilder, Permissions};
+use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -190,12 +191,34 @@ fn make_temp(config: &Config) -> anyhow::Result<()> {
     if temp.as_os_str().is_empty() {
         return Ok(());
     }
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(temp)
-        .and_then(|()| std::fs::set_permissions(temp, Permissions::from_mode(0o700)))
+    private_folder(temp)
         .with_context(|| format!("cannot make the folder of temporary files {}", temp.display()))?;
     davit_sys::process::set_variable(c"TMPDIR", temp)?;
     Ok(())
+}
+
+/// Makes a folder that is ours alone. One that all users share, as `/tmp`, stays theirs: it has the sticky bit.
+fn private_folder(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+    let is_shared = std::fs::metadata(path)?.permissions().mode() & 0o1000 != 0;
+    if is_shared { Ok(()) } else { std::fs::set_permissions(path, Permissions::from_mode(0o700)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn temporary_files_are_ours_alone_in_a_folder_that_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/temp");
+        let mode = || std::fs::metadata(&path).unwrap().permissions().mode() & 0o7777;
+        private_folder(&path).unwrap();
+        assert_eq!(mode(), 0o700);
+        for (before, after) in [(0o711, 0o700), (0o1777, 0o1777)] {
+            std::fs::set_permissions(&path, Permissions::from_mode(before)).unwrap();
+            private_folder(&path).unwrap();
+            assert_eq!(mode(), after);
+        }
+    }
 }
