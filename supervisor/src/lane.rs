@@ -36,6 +36,8 @@ const HISTORY: usize = 4;
 pub const TRANSFERS: usize = 8;
 /// Transfers beside these that wait for other processes, which may stop.
 pub const PROXY_TRANSFERS: usize = 4;
+/// Transfers of archives at once, beside these: their clients may send or take nothing for as long as they like.
+pub const ARCHIVES: usize = 16;
 /// The threads of a transfer: three layers and a document.
 const TRANSFER: usize = 4;
 
@@ -53,6 +55,7 @@ pub const THREADS: usize = CONTENT
     + RUNTIME
     + HISTORY
     + (TRANSFERS + PROXY_TRANSFERS) * TRANSFER
+    + ARCHIVES
     + OTHERS;
 
 /// The way to the threads for the work on one backend. Clones are the same lane.

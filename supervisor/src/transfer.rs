@@ -291,14 +291,21 @@ pub struct Transfers {
     places: Arc<Semaphore>,
     /// Of those that wait for other processes: one that does not answer keeps places from its like only.
     proxy_places: Arc<Semaphore>,
+    /// Of those whose bytes come from a client, or go to one: a thread each.
+    archive_places: Arc<Semaphore>,
 }
 
 impl Transfers {
     /// Transfers into and out of `metadata`, with layers unpacked by `differs`.
     pub fn new(metadata: Metadata, differs: Differs) -> Transfers {
         let places = |count| Arc::new(Semaphore::new(count));
-        let (places, proxy_places) = (places(lane::TRANSFERS), places(lane::PROXY_TRANSFERS));
-        Transfers { metadata, differs, places, proxy_places }
+        Transfers {
+            metadata,
+            differs,
+            places: places(lane::TRANSFERS),
+            proxy_places: places(lane::PROXY_TRANSFERS),
+            archive_places: places(lane::ARCHIVES),
+        }
     }
 
     /// Where an image waits for its turn.
@@ -382,7 +389,7 @@ impl Transfers {
         out: mpsc::Sender<Vec<u8>>,
         listener: &Listener,
     ) -> Result<(), Error> {
-        let _place = self.places.acquire().await;
+        let _place = self.archive_places.acquire().await;
         let (scope, held) = self.hold(scope).await?;
         let exported = export::export(self, &scope, from, options, out, listener).await;
         held.end().await;
@@ -402,7 +409,7 @@ impl Transfers {
         to: &Local,
         listener: &Listener,
     ) -> Result<(), Error> {
-        let _place = self.places_for(to).acquire().await;
+        let _place = self.archive_places.acquire().await;
         let (scope, held) = self.hold(scope).await?;
         let imported = import::import(self, &scope, pieces, compress, to, listener).await;
         held.end().await;

@@ -533,3 +533,47 @@ fn an_index_is_exported_for_the_platforms_that_are_asked_for() -> Result<()> {
     ensure!(names(&daemon)? == ["x.io/two:1"], "{:?}", names(&daemon)?);
     Ok(())
 }
+
+#[test]
+fn archives_that_never_come_hold_up_nothing_else() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let daemon = Daemon::start()?;
+    runtime()?.block_on(async {
+        // More of each kind than there are places for transfers.
+        let mut waiting = Vec::new();
+        for number in 0..8 {
+            let (id, told) = (format!("bytes-{number}"), format!("news-{number}"));
+            let (bytes, mut news) = (open(&daemon, &id).await?, open(&daemon, &told).await?);
+            let mut transfers = TransferClient::new(conn(&daemon, None).await?);
+            let request = TransferRequest {
+                source: Some(any::pack(&ImageImportStream { stream: id, ..Default::default() })),
+                destination: Some(any::pack(&by_prefix("p"))),
+                options: Some(TransferOptions { progress_stream: told }),
+            };
+            let call = tokio::spawn(async move { transfers.transfer(request).await });
+            let begun = timeout(wait::PATIENCE, news.answers.message()).await??.context("no news")?;
+            ensure!(
+                any::unpack::<Progress>(&begun)?.is_some_and(|news| news.event == "Importing"),
+                "{begun:?}"
+            );
+            waiting.push((bytes, news, call));
+        }
+        // Nobody listens there, which is told at once.
+        let registry = OciRegistry { reference: "127.0.0.1:1/x:1".to_owned(), ..OciRegistry::default() };
+        let store = ImageStore { name: "127.0.0.1:1/x:1".to_owned(), ..ImageStore::default() };
+        let refused = transfer(&daemon, any::pack(&registry), any::pack(&store), "").await;
+        let status = refused.err().context("of what?")?;
+        ensure!(status.message().contains("127.0.0.1:1"), "{status:?}");
+        let archive = layout(&daemon, "docker.io/library/box:1")?;
+        import(&daemon, archive.as_slice(), by_prefix("p")).await?.0?;
+        // Who gives up leaves nothing.
+        for (_, _, call) in &waiting {
+            call.abort();
+        }
+        anyhow::Ok(())
+    })?;
+    ok(daemon.davit(["rmi", "box:1"])?)?;
+    wait_until_empty(&daemon)
+}
