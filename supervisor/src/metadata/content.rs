@@ -316,10 +316,16 @@ impl Content {
             if !leases::attach(txn, &self.scope, &leases::ingest(&reference))? {
                 record.expires = timestamp(SystemTime::now() + INGEST_LIFETIME);
             }
-            record.expected = shared.as_ref().map(|(digest, _)| digest.to_string()).unwrap_or_default();
+            let expected = shared.as_ref().map(|(digest, _)| digest.to_string()).unwrap_or_default();
+            // The blob that it shared until now may be nobody's.
+            let unshared = !record.expected.is_empty() && record.expected != expected;
+            record.expected = expected;
             schema::store(txn, &key, &record);
-            Ok(Opened::Ingest { backend: record.backend, new, shared })
+            Ok(Opened::Ingest { backend: record.backend, new, shared, unshared })
         })?;
+        if matches!(opened, Opened::Ingest { unshared: true, .. }) {
+            inner.mark_dirty(Effects::none().with_content().dirty);
+        }
         match opened {
             Opened::Exists => {
                 // The answer promises that the lease holds it.
@@ -330,7 +336,7 @@ impl Content {
             Opened::Ingest { backend, shared: Some((digest, size)), .. } => {
                 Ok(NsWriter::shared(self.clone(), reference, backend, digest, size))
             }
-            Opened::Ingest { backend, new, shared: None } => match self.store().writer(&backend, total) {
+            Opened::Ingest { backend, new, shared: None, .. } => match self.store().writer(&backend, total) {
                 Ok(writer) => Ok(NsWriter::new(self.clone(), reference, backend, writer)),
                 Err(error) => {
                     if new {
@@ -357,7 +363,7 @@ impl Content {
 
 enum Opened {
     Exists,
-    Ingest { backend: String, new: bool, shared: Option<(Digest, u64)> },
+    Ingest { backend: String, new: bool, shared: Option<(Digest, u64)>, unshared: bool },
 }
 
 /// Whether a namespace that shares with all others has the blob.

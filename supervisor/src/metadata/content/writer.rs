@@ -9,7 +9,7 @@ use davit_model::{Digest, Labels};
 use crate::blobs::BlobWriter;
 use crate::metadata::error::{Error, Object};
 use crate::metadata::event::Event;
-use crate::metadata::schema::{self, BlobRecord, Table, timestamp};
+use crate::metadata::schema::{self, BlobRecord, IngestRecord, Table, timestamp};
 use crate::metadata::{Effects, fields, leases};
 
 use super::{Content, IngestStatus};
@@ -230,16 +230,21 @@ impl NsWriter {
         labels: Labels,
     ) -> Result<(bool, Effects), Error> {
         let scope = &self.content.scope;
-        txn.delete(&Table::Ingest.key(scope.namespace(), &self.reference));
+        let key = Table::Ingest.key(scope.namespace(), &self.reference);
+        // What was shared and then written over may be nobody's.
+        let shared = schema::load::<IngestRecord>(txn, &key)?
+            .is_some_and(|record| !record.expected.is_empty() && record.expected != digest.as_str());
+        let effects = if shared { Effects::none().with_content() } else { Effects::none() };
+        txn.delete(&key);
         leases::detach(txn, scope, &leases::ingest(&self.reference));
         leases::attach(txn, scope, &leases::content(digest))?;
         if self.content.has_blob(txn, digest) {
-            return Ok((false, Effects::none()));
+            return Ok((false, effects));
         }
         let now = timestamp(SystemTime::now());
         let record = BlobRecord { labels, created: now, updated: now, size };
         schema::touch_namespace(txn, scope.namespace());
         schema::store(txn, &Table::Blob.key(scope.namespace(), digest.as_str()), &record);
-        Ok((true, Effects::event(Event::ContentCreate { digest: digest.to_string(), size })))
+        Ok((true, effects.with_event(Event::ContentCreate { digest: digest.to_string(), size })))
     }
 }

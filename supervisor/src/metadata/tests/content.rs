@@ -282,3 +282,29 @@ async fn no_commit_loses_its_blob_to_the_collector() {
     fixture.metadata.collect().await.unwrap();
     assert_eq!(fixture.backends(), Default::default());
 }
+
+/// An ingest keeps the blob that it shares; one that turns to something else lets it go.
+#[tokio::test]
+async fn a_blob_that_is_shared_no_longer_is_collected() {
+    for turns in ["opened for another", "written over"] {
+        let fixture = Fixture::new();
+        let content = fixture.metadata.content(&scope("a"));
+        let blob = fixture.blob(&scope("a"), "first", b"blob", Labels::new()).await;
+        let mut writer = fixture.metadata.content(&scope("b")).writer("ref", 0, Some(&blob)).await.unwrap();
+        content.delete(&blob).await.unwrap();
+        fixture.metadata.collect().await.unwrap();
+        assert_eq!(fixture.backends().0, [blob.to_string()], "{turns}");
+        if turns == "written over" {
+            writer.truncate(0).unwrap();
+            writer.write(b"other").unwrap();
+        } else {
+            drop(writer);
+            writer = fixture.metadata.content(&scope("b")).writer("ref", 0, None).await.unwrap();
+            writer.write(b"other").unwrap();
+        }
+        let root = labels(&[("containerd.io/gc.root", "1")]);
+        writer.commit(0, None, root).unwrap();
+        fixture.metadata.collect().await.unwrap();
+        assert_eq!(fixture.backends().0, [digest_of(b"other").to_string()], "{turns}");
+    }
+}
