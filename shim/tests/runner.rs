@@ -12,6 +12,8 @@ mod support;
 mod actions;
 #[path = "runner/checkpoint.rs"]
 mod checkpoint;
+#[path = "runner/deletes.rs"]
+mod deletes;
 #[path = "runner/events.rs"]
 mod events;
 #[path = "runner/isolation.rs"]
