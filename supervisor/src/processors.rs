@@ -11,8 +11,8 @@
 //! type that goes in is in the variable `STREAM_PROCESSOR_MEDIATYPE`, and what the call says for the program's id, an
 //! encoded `Any`, is descriptor 3.
 //!
-//! A layer counts only when every program has ended with success. One that says nothing for [`STALL`], or does not end
-//! within [`EXIT`] of its last byte, is killed, and so are all of a call that is given up; each leads a session of its
+//! A layer counts only when every program has ended with success. One that says nothing for `STALL`, or does not end
+//! within `EXIT` of its last byte, is killed, and so are all of a call that is given up; each leads a session of its
 //! own, and what is left in it goes along.
 
 mod program;
