@@ -14,7 +14,7 @@ use davit_model::Labels;
 use davit_snapshotter::blockfile::{self, Blockfile};
 use davit_snapshotter::btrfs::{self, Btrfs};
 use davit_snapshotter::erofs::{self, Erofs};
-use davit_snapshotter::layer::{ApplyOptions, apply};
+use davit_snapshotter::layer::apply_alone;
 use davit_snapshotter::native::{self, Native};
 use davit_snapshotter::overlayfs::{self, Overlayfs};
 use davit_snapshotter::{Error, Snapshotter};
@@ -81,7 +81,7 @@ fn measure(name: &str, snapshotter: &dyn Snapshotter, layer: &Path, folder: &Pat
     let mounts = snapshotter.prepare("active", None, &none).expect("prepare");
     let unpack = timed(&mut || {
         let reader = File::open(layer).expect("open the layer");
-        apply(reader, TAR, &mounts, &ApplyOptions::default()).expect("unpack");
+        apply_alone(reader, TAR, &mounts).expect("unpack");
     });
     let commit = timed(&mut || snapshotter.commit("layer", "active", &none, None).expect("commit"));
     let mut all = Vec::new();

@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 use davit_metadata::Db;
 use davit_model::Mount;
+use davit_sys::loop_device::wait_until_free;
 
 use crate::folders::{self, Folders};
 use crate::native::copy_data;
@@ -113,6 +114,12 @@ impl Method for Files {
 
     fn copy(&self, parent: &Path, at: &Path) -> Result<(), FileError> {
         copy_file(parent, at)
+    }
+
+    /// What the filesystem in the file has to write is in the file when it is mounted nowhere any more. After a crash of
+    /// the machine it is recovered when it is mounted to be written to.
+    fn freeze(&self, at: &Path) -> Result<(), FileError> {
+        wait_until_free(at).map_err(FileError::at("commit what is still mounted,", at))
     }
 
     fn sync(&self, at: &Path) -> Result<(), FileError> {

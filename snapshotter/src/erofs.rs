@@ -5,6 +5,8 @@
 //! <root>/snapshots/<id>/fs            the changes of an active snapshot
 //! <root>/snapshots/<id>/work          overlayfs's own, of an active snapshot
 //! <root>/snapshots/<id>/.erofslayer   says that `fs` becomes an image, as containerd's snapshotter says it
+//! <root>/snapshots/<id>/layer.applied a layer that was applied to an active snapshot as an image (`layer::apply_alone`);
+//!                                     it lies below the changes, of which there are none when it is committed
 //! <root>/snapshots/<id>/layer.erofs   the image of a committed snapshot
 //! ```
 //!
@@ -22,11 +24,11 @@
 //! no program has to be there that another release changes.
 
 mod collect;
-mod image;
+pub(crate) mod image;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -51,6 +53,51 @@ pub const NAME: &str = "erofs";
 pub(crate) const MARK: &str = ".erofslayer";
 
 const IMAGE: &str = "layer.erofs";
+const APPLIED: &str = "layer.applied";
+
+/// True when a layer was applied to the snapshot in `folder` as an image.
+pub(crate) fn has_applied(folder: &Path) -> bool {
+    folder.join(APPLIED).exists()
+}
+
+/// A layer being applied as an image. Unless it is finished there is none.
+pub(crate) struct Applied<'a> {
+    folder: &'a Path,
+    new: PathBuf,
+    file: File,
+}
+
+impl Applied<'_> {
+    /// Begins one for the snapshot in `folder`.
+    pub(crate) fn begin(folder: &Path) -> io::Result<Applied<'_>> {
+        let new = folder.join("layer.applying");
+        // A daemon that was killed may have left one; whoever is at it now loses it, and fails at the end.
+        match fs::remove_file(&new) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(&new)?;
+        Ok(Applied { folder, new, file })
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Has the image on disk under its name.
+    pub(crate) fn finish(self) -> io::Result<()> {
+        self.file.sync_all()?;
+        fs::rename(&self.new, self.folder.join(APPLIED))?;
+        File::open(self.folder)?.sync_all()
+    }
+}
+
+impl Drop for Applied<'_> {
+    fn drop(&mut self) {
+        // Finished, it has another name.
+        let _ = fs::remove_file(&self.new);
+    }
+}
 
 /// What can be set about this snapshotter, by the names of containerd's plugin.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -145,6 +192,7 @@ impl Erofs {
     }
 
     fn delete_changes(&self, id: u64) -> Result<(), FileError> {
+        remove_file(&self.folders.of(id).join(APPLIED))?;
         tree::remove(&self.upper(id))?;
         tree::remove(&self.folders.of(id).join("work"))
     }
@@ -199,33 +247,36 @@ impl Erofs {
     }
 
     fn mounts_of(&self, record: &Record) -> Vec<Mount> {
-        let layer = |id: &u64| Mount {
+        let layer = |image: &PathBuf| Mount {
             kind: "erofs".to_owned(),
-            source: self.image(*id).display().to_string(),
+            source: image.display().to_string(),
             target: String::new(),
             options: vec!["ro".to_owned(), "loop".to_owned()],
         };
         let active = record.kind == Kind::Active;
-        match record.parents.as_slice() {
+        let folder = self.folders.of(record.id);
+        let applied = (active && has_applied(&folder)).then(|| folder.join(APPLIED));
+        let parents = record.parents.iter().map(|parent| self.image(*parent));
+        let images: Vec<PathBuf> = applied.into_iter().chain(parents).collect();
+        match images.as_slice() {
             // The folder belongs to the mapped root already; a mapping would shift it twice.
             [] => vec![bind(&self.upper(record.id), !active)],
-            [parent] if !active => vec![layer(parent)],
-            parents => {
+            [image] if !active => vec![layer(image)],
+            images => {
                 let mut options = Vec::new();
                 if active {
-                    let folder = self.folders.of(record.id);
                     options.push(format!("workdir={}", folder.join("work").display()));
                     options.push(format!("upperdir={}", folder.join("fs").display()));
                 }
                 if self.remaps_ids {
                     options.extend(upper::mapping_options(&record.labels));
                 }
-                options.push(match parents.len() {
+                options.push(match images.len() {
                     1 => "lowerdir={{ mount 0 }}".to_owned(),
                     count => format!("lowerdir={{{{ overlay 0 {} }}}}", count - 1),
                 });
                 options.extend(self.options.iter().cloned());
-                let mut mounts: Vec<Mount> = parents.iter().map(layer).collect();
+                let mut mounts: Vec<Mount> = images.iter().map(layer).collect();
                 mounts.push(Mount {
                     kind: "format/mkdir/overlay".to_owned(),
                     source: "overlay".to_owned(),
@@ -249,38 +300,56 @@ impl Erofs {
 
     /// Makes the image of what a snapshot has changed, on disk under its name when this returns.
     fn write_image(&self, key: &str, id: u64) -> Result<Usage, Error> {
-        let (upper, path) = (self.upper(id), self.image(id));
+        let (upper, path, folder) = (self.upper(id), self.image(id), self.folders.of(id));
         folders::metadata(key, &upper)?;
-        let new = self.folders.of(id).join("layer.new");
+        let new = folder.join("layer.new");
         // Of a commit that failed or that a crash has cut off.
         remove_file(&new)?;
         remove_file(&path)?;
-        let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(&new);
-        let file = file.map_err(FileError::at("create", &new))?;
-        let written = collect::write_image(&upper, &file)
-            .and_then(|()| file.sync_all().map_err(FileError::at("fsync", &new)))
-            .and_then(|()| fs::rename(&new, &path).map_err(FileError::at("rename", &new)));
-        if let Err(error) = written {
-            // The disk may be full, and the first error is the one to tell.
-            let _ = remove_file(&new);
-            return Err(error.into());
-        }
+        let file = if has_applied(&folder) {
+            if fs::read_dir(&upper).map_err(FileError::at("read folder", &upper))?.next().is_some() {
+                return Err(Error::ChangesOverLayer { key: key.to_owned() });
+            }
+            // Under both names, so that it is there for a second try.
+            let applied = folder.join(APPLIED);
+            fs::hard_link(&applied, &path).map_err(FileError::at("link", &applied))?;
+            File::open(&path).map_err(FileError::at("open", &path))?
+        } else {
+            let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(&new);
+            let file = file.map_err(FileError::at("create", &new))?;
+            let written = collect::write_image(&upper, &file)
+                .and_then(|()| file.sync_all().map_err(FileError::at("fsync", &new)))
+                .and_then(|()| fs::rename(&new, &path).map_err(FileError::at("rename", &new)));
+            if let Err(error) = written {
+                // The disk may be full, and the first error is the one to tell.
+                let _ = remove_file(&new);
+                return Err(error.into());
+            }
+            file
+        };
         // The image, and the folder that it is in.
-        folders::sync(&self.folders.of(id))?;
+        folders::sync(&folder)?;
         folders::sync(&self.root.join("snapshots"))?;
-        if self.set_immutable
-            && let Err(errno) = set_immutable(file.as_fd(), true)
-        {
-            tracing::warn!(path = %path.display(), error = %errno, "image cannot be made immutable");
+        Ok(usage_of(&file.metadata().map_err(FileError::at("fstat", &path))?))
+    }
+
+    fn make_immutable(&self, id: u64) {
+        let path = self.image(id);
+        let made = File::open(&path).and_then(|file| Ok(set_immutable(file.as_fd(), true)?));
+        if let Err(error) = made {
+            tracing::warn!(path = %path.display(), %error, "image cannot be made immutable");
         }
-        let metadata = file.metadata().map_err(FileError::at("fstat", &path))?;
-        Ok(Usage { size: i64::try_from(metadata.blocks() * 512).unwrap_or(i64::MAX), inodes: 1 })
     }
 
     fn committing(&self, id: u64) -> MutexGuard<'_, ()> {
         let lock = &self.committing[(id % self.committing.len() as u64) as usize];
         lock.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What an image takes.
+fn usage_of(image: &fs::Metadata) -> Usage {
+    Usage { size: i64::try_from(image.blocks() * 512).unwrap_or(i64::MAX), inodes: 1 }
 }
 
 /// Deletes a file that may be immutable; none is no error.
@@ -319,7 +388,15 @@ impl Snapshotter for Erofs {
     fn usage(&self, key: &str) -> Result<Usage, Error> {
         let record = self.records.get(key)?;
         match record.kind {
-            Kind::Active => Ok(tree::usage(&self.upper(record.id))?),
+            Kind::Active => {
+                let mut usage = tree::usage(&self.upper(record.id))?;
+                if let Ok(applied) = fs::metadata(self.folders.of(record.id).join(APPLIED)) {
+                    let image = usage_of(&applied);
+                    usage.size += image.size;
+                    usage.inodes += image.inodes;
+                }
+                Ok(usage)
+            }
             Kind::View | Kind::Committed => Ok(record.usage()),
         }
     }
@@ -348,6 +425,10 @@ impl Snapshotter for Erofs {
             return Err(Error::NotFound { key: key.to_owned() });
         }
         if let (None, Some(parent)) = (&record.parent, parent) {
+            if has_applied(&self.folders.of(id)) {
+                // Its top folder is in the image already.
+                return Err(Error::RebaseUnsupported { snapshotter: NAME, key: key.to_owned() });
+            }
             self.adopt_top(key, id, parent)?;
         }
         let usage = self.write_image(key, id)?;
@@ -355,6 +436,9 @@ impl Snapshotter for Erofs {
         if let Err(error) = self.delete_changes(id) {
             let error = davit_model::error::chain(&error);
             tracing::warn!(snapshot.name = name, error, "what an image was made of is not deleted");
+        }
+        if self.set_immutable {
+            self.make_immutable(id);
         }
         Ok(())
     }

@@ -163,6 +163,12 @@ pub enum Error {
         /// What the kernel said.
         source: davit_sys::mount::Error,
     },
+    /// Something was written to a snapshot after a layer was applied to it as an image.
+    #[error("snapshot {key} has changes over a layer that was applied to it alone")]
+    ChangesOverLayer {
+        /// The snapshot.
+        key: String,
+    },
     /// Nobody has said what an empty snapshot of files begins as.
     #[error("no scratch file: set scratch_file, or put one in the snapshotter's folder: skip plugin")]
     NoScratch,
@@ -233,6 +239,7 @@ impl Coded for Error {
             | Error::NotBtrfs { .. }
             | Error::NoScratch
             | Error::NoErofs
+            | Error::ChangesOverLayer { .. }
             | Error::Erofs { .. }
             | Error::Overlay { .. } => ErrorCode::FailedPrecondition,
             Error::RebaseUnsupported { .. } => ErrorCode::Unimplemented,

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! apply:  blob ─► decompress + hash (own thread) ─► archive ─► extract ─► tree ─► syncfs
+//!                                                          └─► pack ─► image ─► fsync
 //! diff:   two trees ─► compare ─► archive writer ─► hash ─► compress (own thread) ─► blob
 //! ```
 //!
@@ -20,18 +21,21 @@ mod extract;
 mod media_type;
 mod members;
 mod name;
+mod pack;
 mod pax;
 mod root;
 mod target;
 mod whiteout;
 mod writer;
 
-use std::io::{Read, Write};
+use std::fs;
+use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::SystemTime;
 
 use davit_model::{Digest, Mount};
+use nix::errno::Errno;
 use nix::unistd::syncfs;
 
 pub use error::{ArchiveFault, EntryFault, Error};
@@ -39,6 +43,8 @@ use media_type::Declared;
 pub use members::{Member, read_members};
 use target::{OverImages, Tree};
 use whiteout::Whiteouts;
+
+use crate::erofs;
 
 /// How a layer is applied.
 #[derive(Debug, Clone)]
@@ -93,7 +99,12 @@ pub fn apply(
     options: &ApplyOptions,
 ) -> Result<Applied, Error> {
     let declared = media_type::declared(media_type)?;
-    let options = &ApplyOptions { sync: options.sync && !target::becomes_image(mounts) };
+    let image = target::changes_of_image(mounts);
+    if image.and_then(Path::parent).is_some_and(erofs::has_applied) {
+        // The files of that are in an image, where nothing can be added.
+        return Err(Error::file("apply a second layer to", b"/", Errno::EEXIST));
+    }
+    let options = &ApplyOptions { sync: options.sync && image.is_none() };
     if let Some(OverImages { upper: Some(upper), images }) = target::over_images(mounts) {
         let trees: Vec<Tree> = images.iter().map(|image| Tree::Mounts(vec![image.clone()])).collect();
         return target::with_trees(&trees, |lowers| {
@@ -108,6 +119,45 @@ pub fn apply(
             apply_to(reader, declared, root, Whiteouts::Remove, options)
         }),
     }
+}
+
+/// Applies a layer to a new snapshot to which nothing else is written before it is committed, and syncs it. One that becomes
+/// an image is written as that at once. All others are as with [`apply`].
+///
+/// # Errors
+/// Those of [`apply`].
+pub fn apply_alone(reader: impl Read + Send, media_type: &str, mounts: &[Mount]) -> Result<Applied, Error> {
+    let changes = target::changes_of_image(mounts);
+    let Some((upper, snapshot)) = changes.and_then(|upper| Some((upper, upper.parent()?))) else {
+        return apply(reader, media_type, mounts, &ApplyOptions::default());
+    };
+    let io_error = |operation| {
+        move |error: io::Error| {
+            let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+            Error::file(operation, snapshot.as_os_str().as_encoded_bytes(), errno)
+        }
+    };
+    let is_new = fs::read_dir(upper).map_err(io_error("read folder of"))?.next().is_none();
+    if !is_new || erofs::has_applied(snapshot) {
+        return apply(reader, media_type, mounts, &ApplyOptions::default());
+    }
+    let declared = media_type::declared(media_type)?;
+    let images = target::over_images(mounts).map(|over| over.images);
+    let trees: Vec<Tree> = images
+        .iter()
+        .flat_map(|images| images.iter())
+        .map(|image| Tree::Mounts(vec![image.clone()]))
+        .collect();
+    let top = fs::metadata(upper).map_err(io_error("stat"))?;
+    target::with_trees(&trees, |lowers| {
+        let lowers = images.is_some().then_some(lowers);
+        let applied = erofs::Applied::begin(snapshot).map_err(io_error("create image in"))?;
+        let file = applied.file();
+        let ((), outcome) =
+            decompress::with_stream(reader, declared, |stream| pack::pack(stream, file, &top, lowers))?;
+        applied.finish().map_err(io_error("finish image in"))?;
+        Ok(outcome)
+    })
 }
 
 /// Applies a plain or compressed archive to the folder `root` itself; whiteouts delete what is there. Nothing is

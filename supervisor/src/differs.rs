@@ -152,9 +152,20 @@ impl Differs {
         mounts: &[Mount],
         payloads: &BTreeMap<String, Any>,
     ) -> Result<Descriptor, Error> {
+        self.apply_in_order(content, layer, mounts, payloads, false).await
+    }
+
+    async fn apply_in_order(
+        &self,
+        content: &Content,
+        layer: &Descriptor,
+        mounts: &[Mount],
+        payloads: &BTreeMap<String, Any>,
+        alone: bool,
+    ) -> Result<Descriptor, Error> {
         let mut refusal = None;
         for differ in &self.inner.order {
-            match self.apply_with(differ, content, layer, mounts, payloads).await {
+            match self.apply_with(differ, content, layer, mounts, payloads, alone).await {
                 Err(error) if error.code() == ErrorCode::Unimplemented => refusal = Some(error),
                 answer => return answer,
             }
@@ -162,7 +173,8 @@ impl Differs {
         Err(refusal.unwrap_or_else(|| unsupported(&layer.media_type)))
     }
 
-    /// As [`apply`](Differs::apply), by the differ of a snapshotter if it has one of its own.
+    /// As [`apply`](Differs::apply), by the differ of a snapshotter if it has one of its own. Nothing else is written to the
+    /// snapshot before it is committed.
     ///
     /// # Errors
     /// Those of the differ.
@@ -175,8 +187,8 @@ impl Differs {
     ) -> Result<Descriptor, Error> {
         let payloads = BTreeMap::new();
         match self.inner.snapshotters.get(snapshotter) {
-            Some(differ) => self.apply_with(differ, content, layer, mounts, &payloads).await,
-            None => self.apply(content, layer, mounts, &payloads).await,
+            Some(differ) => self.apply_with(differ, content, layer, mounts, &payloads, true).await,
+            None => self.apply_in_order(content, layer, mounts, &payloads, true).await,
         }
     }
 
@@ -213,9 +225,12 @@ impl Differs {
         layer: &Descriptor,
         mounts: &[Mount],
         payloads: &BTreeMap<String, Any>,
+        alone: bool,
     ) -> Result<Descriptor, Error> {
         match differ {
-            Differ::Walking => self.unpack_here(content, layer, mounts.to_vec(), payloads.clone()).await,
+            Differ::Walking => {
+                self.unpack_here(content, layer, mounts.to_vec(), payloads.clone(), alone).await
+            }
             Differ::Proxy(proxy) => {
                 let (layer, mounts) = (layer.clone(), mounts.to_vec());
                 Ok(proxy.apply(content.namespace(), layer, mounts, payloads.clone()).await?)
@@ -229,6 +244,7 @@ impl Differs {
         layer: &Descriptor,
         mounts: Vec<Mount>,
         payloads: BTreeMap<String, Any>,
+        alone: bool,
     ) -> Result<Descriptor, Error> {
         let digest: Digest =
             layer.digest.parse().map_err(|source| Error::Digest { digest: layer.digest.clone(), source })?;
@@ -242,7 +258,10 @@ impl Differs {
         let work = move || {
             let (reader, media_type) = processors.start(reader, &media_type, &payloads, &running)?;
             // Layers are always synced, whether or not the request asks for it: what is acknowledged survives a power cut.
-            let applied = layer::apply(reader, &media_type, &mounts, &ApplyOptions::default());
+            let applied = match alone {
+                true => layer::apply_alone(reader, &media_type, &mounts),
+                false => layer::apply(reader, &media_type, &mounts, &ApplyOptions::default()),
+            };
             match running.failure() {
                 Some(failure) => Err(Error::Processor(failure)),
                 None => Ok(applied?),

@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
@@ -78,6 +79,33 @@ struct Configuration {
     reserved: [u64; 8],
 }
 
+/// How long a file may still be in use by a filesystem that is about to end.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Waits until no loop device has `file`: what a filesystem on it has to write is in the file then. After its unmounting that
+/// may take a moment, as long as another mount namespace that is being made has a copy of the mount.
+///
+/// # Errors
+/// `EBUSY` when one has it still after ten seconds.
+pub fn wait_until_free(file: &Path) -> Result<(), Errno> {
+    let file = std::fs::canonicalize(file).map_err(|error| errno_of(&error))?;
+    let end = Instant::now() + PATIENCE;
+    while is_attached(&file) {
+        if Instant::now() > end {
+            return Err(Errno::EBUSY);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+/// Whether a loop device has the file of this path, by which the kernel knows it.
+fn is_attached(file: &Path) -> bool {
+    let devices = std::fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let mut files = devices.filter_map(|device| std::fs::read(device.path().join("loop/backing_file")).ok());
+    files.any(|found| found.strip_suffix(b"\n") == Some(file.as_os_str().as_encoded_bytes()))
+}
+
 /// How a device uses its file.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Options {
@@ -116,6 +144,9 @@ impl LoopDevice {
         let metadata = backing.metadata().map_err(failed("fstat"))?;
         if !metadata.is_file() {
             return Err(("open the file of a loop device", Errno::EINVAL));
+        }
+        if !options.read_only {
+            wait_until_free(file).map_err(|errno| ("wait for another loop device of the file", errno))?;
         }
         let control = File::options()
             .read(true)

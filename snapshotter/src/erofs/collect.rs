@@ -37,7 +37,9 @@ pub(super) fn write_image(folder: &Path, file: &File) -> Result<(), FileError> {
         Ok((identity(&stat), attributes))
     });
     let (top, attributes) = top.map_err(failed)?;
-    let mut collect = Collect { image: Image::new(file, attributes), known: HashMap::from([(top, 0)]) };
+    let mut image = Image::new(file);
+    let known = HashMap::from([(top, image.add_folder(attributes))]);
+    let mut collect = Collect { image, known };
     walk(root, &mut collect).map_err(FileError::at("make an image of", folder))?;
     collect.image.finish().map_err(FileError::at("write the image of", folder))
 }

@@ -40,19 +40,19 @@ const FLAT_INLINE: u16 = 2;
 const NOWHERE: u32 = u32::MAX;
 
 /// The number of an inode in the order of adding.
-pub(super) type Index = usize;
+pub(crate) type Index = usize;
 
 /// What every inode has.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Attributes {
+pub(crate) struct Attributes {
     /// Its kind and its permissions, as stat(2) gives them.
-    pub(super) mode: u32,
-    pub(super) user: u32,
-    pub(super) group: u32,
+    pub(crate) mode: u32,
+    pub(crate) user: u32,
+    pub(crate) group: u32,
     /// When it was modified, seconds since 1970 and nanoseconds.
-    pub(super) modified: (i64, u32),
+    pub(crate) modified: (i64, u32),
     /// Its extended attributes, by their full names. Those of classes that erofs has no number for are left out.
-    pub(super) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    pub(crate) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
 enum Content {
@@ -87,7 +87,7 @@ struct Layout {
 }
 
 /// An image on its way.
-pub(super) struct Image<'a> {
+pub(crate) struct Image<'a> {
     file: &'a File,
     /// The first block that nothing is in.
     next: u64,
@@ -104,10 +104,9 @@ fn block_number(block: u64) -> io::Result<u32> {
 }
 
 impl<'a> Image<'a> {
-    /// Begins an image in an empty file, with its top folder, which has index 0.
-    pub(super) fn new(file: &'a File, top: Attributes) -> Image<'a> {
-        let top = Inode { attributes: top, content: Content::Folder(BTreeMap::new()), names: 1 };
-        Image { file, next: 1, inodes: vec![top] }
+    /// Begins an image in an empty file. The first that is added has to be its top folder.
+    pub(crate) fn new(file: &'a File) -> Image<'a> {
+        Image { file, next: 1, inodes: Vec::new() }
     }
 
     fn add(&mut self, attributes: Attributes, content: Content) -> Index {
@@ -115,32 +114,50 @@ impl<'a> Image<'a> {
         self.inodes.len() - 1
     }
 
-    pub(super) fn add_folder(&mut self, attributes: Attributes) -> Index {
+    pub(crate) fn add_folder(&mut self, attributes: Attributes) -> Index {
         self.add(attributes, Content::Folder(BTreeMap::new()))
     }
 
-    pub(super) fn add_link(&mut self, attributes: Attributes, target: Vec<u8>) -> Index {
+    pub(crate) fn add_link(&mut self, attributes: Attributes, target: Vec<u8>) -> Index {
         self.add(attributes, Content::Link(target))
     }
 
     /// A device, FIFO or socket; `device` counts for the first only.
-    pub(super) fn add_node(&mut self, attributes: Attributes, device: u64) -> Index {
+    pub(crate) fn add_node(&mut self, attributes: Attributes, device: u64) -> Index {
         let kind = SFlag::from_bits_truncate(attributes.mode) & SFlag::S_IFMT;
         let is_device = kind == SFlag::S_IFCHR || kind == SFlag::S_IFBLK;
         self.add(attributes, if is_device { Content::Device(device) } else { Content::None })
     }
 
-    /// A regular file with the first `size` bytes of `source`, which may turn out shorter; holes stay holes.
-    pub(super) fn add_file(&mut self, attributes: Attributes, source: &File, size: u64) -> io::Result<Index> {
+    /// Makes room for the data of a file; gives its first block.
+    pub(crate) fn reserve(&mut self, size: u64) -> io::Result<u32> {
         let block = block_number(self.next)?;
-        let place = i64::try_from(self.next * BLOCK).map_err(|_| too_large("a file"))?;
-        copy_extents(source, self.file, place, i64::try_from(size).map_err(|_| too_large("a file"))?)?;
-        self.next += size.div_ceil(BLOCK);
-        Ok(self.add(attributes, Content::Data { block, size }))
+        self.next = self.next.checked_add(size.div_ceil(BLOCK)).ok_or_else(|| too_large("a file"))?;
+        // The last block has to have a number as well.
+        block_number(self.next)?;
+        Ok(block)
+    }
+
+    /// Where a block is in the file of the image.
+    pub(crate) fn place_of(block: u32) -> u64 {
+        u64::from(block) * BLOCK
+    }
+
+    /// A regular file whose data were written from `block` on.
+    pub(crate) fn add_data(&mut self, attributes: Attributes, block: u32, size: u64) -> Index {
+        self.add(attributes, Content::Data { block, size })
+    }
+
+    /// A regular file with the first `size` bytes of `source`, which may turn out shorter; holes stay holes.
+    pub(crate) fn add_file(&mut self, attributes: Attributes, source: &File, size: u64) -> io::Result<Index> {
+        let block = self.reserve(size)?;
+        let signed = |number: u64| i64::try_from(number).map_err(|_| too_large("a file"));
+        copy_extents(source, self.file, signed(Image::place_of(block))?, signed(size)?)?;
+        Ok(self.add_data(attributes, block, size))
     }
 
     /// Gives an inode a name in a folder.
-    pub(super) fn name(&mut self, folder: Index, name: &[u8], inode: Index) {
+    pub(crate) fn name(&mut self, folder: Index, name: &[u8], inode: Index) {
         if let Some(Inode { content: Content::Folder(entries), .. }) = self.inodes.get_mut(folder) {
             entries.insert(name.to_vec(), inode);
             self.inodes[inode].names += 1;
@@ -148,7 +165,7 @@ impl<'a> Image<'a> {
     }
 
     /// Writes all but the data of files. Nothing is synced.
-    pub(super) fn finish(mut self) -> io::Result<()> {
+    pub(crate) fn finish(mut self) -> io::Result<()> {
         let layouts = self.lay_out()?;
         let parents = self.parents();
         let start = self.write_large(&layouts, &parents)?;
@@ -422,7 +439,7 @@ fn encode_xattrs(xattrs: &[(Vec<u8>, Vec<u8>)]) -> io::Result<Vec<u8>> {
 ///
 /// # Errors
 /// `InvalidData` for what is no image.
-pub(super) fn top_of(file: &File) -> io::Result<(u32, u32, u32)> {
+pub(crate) fn top_of(file: &File) -> io::Result<(u32, u32, u32)> {
     let invalid = || io::Error::new(io::ErrorKind::InvalidData, "no erofs image");
     let mut superblock = [0; SUPERBLOCK_SIZE];
     file.read_exact_at(&mut superblock, SUPERBLOCK)?;

@@ -444,7 +444,7 @@ fn write_error(path: &[u8], source: &std::io::Error) -> Error {
 }
 
 /// A link target must be something that a system call takes as it is.
-fn check_target(entry: &Entry, target: &[u8]) -> Result<(), Error> {
+pub(super) fn check_target(entry: &Entry, target: &[u8]) -> Result<(), Error> {
     let fault = match target {
         [] => EntryFault::EmptyName,
         target if target.contains(&0) => EntryFault::NulInName,

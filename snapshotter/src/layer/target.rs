@@ -17,6 +17,7 @@ use nix::unistd::mkdtemp;
 
 use super::error::Error;
 use super::whiteout::Whiteouts;
+use crate::erofs;
 
 /// Enough for a walk down a tree as deep as a path can be long.
 const STACK_SIZE: usize = 16 << 20;
@@ -79,14 +80,15 @@ pub(super) fn over_images(mounts: &[Mount]) -> Option<OverImages<'_>> {
         .then(|| OverImages { upper: find("upperdir="), images })
 }
 
-/// True when a snapshot becomes an image when it is committed: what is written to it needs not be synced before that.
-pub(super) fn becomes_image(mounts: &[Mount]) -> bool {
+/// The folder of changes of a snapshot that becomes an image when it is committed. What is written there needs not be synced
+/// before that.
+pub(super) fn changes_of_image(mounts: &[Mount]) -> Option<&Path> {
     let upper = match (over_images(mounts), bind(mounts)) {
         (Some(OverImages { upper: Some(upper), .. }), _) => Path::new(upper),
         (_, Some((folder, true))) => folder,
-        _ => return false,
+        _ => return None,
     };
-    upper.parent().is_some_and(|snapshot| snapshot.join(crate::erofs::MARK).exists())
+    upper.parent()?.join(erofs::MARK).exists().then_some(upper)
 }
 
 /// The folder of a single bind mount of the root without further conditions, and whether it may be written.

@@ -20,7 +20,7 @@ use super::root::{FOLDER, Missing};
 use crate::tree::{Visitor, walk};
 
 /// The mode of a folder that the layer needs but does not have.
-const FOLDER_MODE: Mode = Mode::from_bits_truncate(0o755);
+pub(super) const FOLDER_MODE: Mode = Mode::from_bits_truncate(0o755);
 
 /// How removals are carried out.
 pub(super) enum Whiteouts {
@@ -236,7 +236,7 @@ fn is_opaque(folder: &OwnedFd, prefix: &str) -> Result<bool, Errno> {
 
 /// The folders called `base` that overlayfs merges out of `folders`, down to the first that is opaque or to
 /// something else of that name.
-fn merged(folders: &[OwnedFd], base: &[u8], prefix: &str) -> Result<Vec<OwnedFd>, Errno> {
+pub(super) fn merged(folders: &[OwnedFd], base: &[u8], prefix: &str) -> Result<Vec<OwnedFd>, Errno> {
     let mut merged = Vec::new();
     for folder in folders {
         match openat(folder, base, FOLDER, Mode::empty()) {

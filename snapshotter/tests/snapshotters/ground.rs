@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use davit_model::Mount;
 use davit_sys::mount::{mount_all, unmount_all};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 
 use super::{Which, may_mount};
 
@@ -27,6 +29,11 @@ impl Ground {
         if !may_mount() {
             return None;
         }
+        // Mounts of this thread alone: whoever makes a namespace meanwhile would have copies, and a filesystem lasts as long
+        // as any.
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        let flags = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+        mount(None::<&str>, "/", None::<&str>, flags, None::<&str>).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let path = fs::canonicalize(folder.path()).unwrap().join("ground");
         fs::create_dir(&path).unwrap();
@@ -68,7 +75,7 @@ impl Ground {
 
     /// Fails when something below is mounted, or on a loop device that does not end.
     pub(super) fn assert_unused(&self) {
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
         let below = format!("{}/", self.path.display());
         assert!(!mounts.contains(&below), "a mount is left: {mounts}");
         let used = || {
