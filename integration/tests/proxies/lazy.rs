@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, ensure};
@@ -39,15 +39,19 @@ struct Lazy {
 }
 
 impl Lazy {
+    fn locked(&self) -> MutexGuard<'_, BTreeMap<String, wire::Info>> {
+        self.snapshots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn add(&self, name: &str, parent: String, kind: wire::Kind, labels: BTreeMap<String, String>) {
         let now = Some(SystemTime::now().into());
         let (kind, name) = (kind.into(), name.to_owned());
         let info = wire::Info { name: name.clone(), parent, kind, created_at: now, updated_at: now, labels };
-        self.snapshots.lock().unwrap().insert(name, info);
+        self.locked().insert(name, info);
     }
 
     fn find(&self, key: &str) -> Result<wire::Info, Status> {
-        let found = self.snapshots.lock().unwrap().get(key).cloned();
+        let found = self.locked().get(key).cloned();
         found.ok_or_else(|| Status::not_found(format!("snapshot {key}")))
     }
 
@@ -90,13 +94,13 @@ impl Snapshots for Lazy {
     async fn commit(&self, request: Request<wire::CommitSnapshotRequest>) -> Result<Response<()>, Status> {
         let wire::CommitSnapshotRequest { name, key, labels, .. } = request.into_inner();
         let info = self.find(&key)?;
-        self.snapshots.lock().unwrap().remove(&key);
+        self.locked().remove(&key);
         self.add(&name, info.parent, wire::Kind::Committed, labels);
         Ok(Response::new(()))
     }
 
     async fn remove(&self, request: Request<wire::RemoveSnapshotRequest>) -> Result<Response<()>, Status> {
-        self.snapshots.lock().unwrap().remove(&request.into_inner().key);
+        self.locked().remove(&request.into_inner().key);
         Ok(Response::new(()))
     }
 
@@ -121,7 +125,7 @@ impl Snapshots for Lazy {
         &self,
         _: Request<wire::ListSnapshotsRequest>,
     ) -> Result<Response<Self::ListStream>, Status> {
-        let info = self.snapshots.lock().unwrap().values().cloned().collect();
+        let info = self.locked().values().cloned().collect();
         Ok(Response::new(tokio_stream::iter(vec![Ok(wire::ListSnapshotsResponse { info })])))
     }
 
@@ -190,7 +194,7 @@ fn layers_that_a_snapshotter_has_are_not_fetched() -> Result<()> {
     server.shutdown_background();
     std::fs::remove_file(&socket)?;
 
-    lazy.snapshots.lock().unwrap().clear();
+    lazy.locked().clear();
     let _server = serve(lazy.clone(), &socket)?;
     let said = daemon::ok(run()?)?;
     ensure!(said == "hello\n", "{said}");
@@ -204,9 +208,9 @@ fn layers_that_a_snapshotter_has_are_not_fetched() -> Result<()> {
     // The image keeps the snapshot, and it goes with the image.
     daemon.ctr().run("leases create --id collect")?;
     daemon.ctr().run("leases delete --sync collect")?;
-    ensure!(lazy.snapshots.lock().unwrap().len() == 1);
+    ensure!(lazy.locked().len() == 1);
     daemon::ok(daemon.davit(["rmi", &name])?)?;
-    wait::until("the snapshot is removed", || lazy.snapshots.lock().unwrap().is_empty().then_some(()))
+    wait::until("the snapshot is removed", || lazy.locked().is_empty().then_some(()))
 }
 
 #[test]
