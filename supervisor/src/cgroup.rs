@@ -3,6 +3,7 @@
 //! With cgroup v1 hierarchies it is made in each of them, as containerd does; on a host that has v2 alone, there. The process
 //! moves as a whole; what it starts from then on, shims included, begins in that group.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Component, Path, PathBuf};
@@ -82,17 +83,20 @@ fn make(hierarchy: &Path, path: &Path) -> Result<(), CgroupError> {
     Ok(())
 }
 
-/// Where the hierarchies with controllers are: those of v1, or that of v2 where there is none.
+/// Where the hierarchies with controllers are: those of v1, or that of v2 where there is none. Of several mounts of one the
+/// first counts: another may show a part of it only, and a group there would be elsewhere in the hierarchy.
 fn hierarchies(mountinfo: &str) -> Vec<PathBuf> {
     let of_kind = |wanted: &str| -> Vec<PathBuf> {
+        let mut devices = BTreeSet::new();
         let point = |line: &str| {
             let (before, after) = line.split_once(" - ")?;
             let mut after = after.split(' ');
             let (kind, options) = (after.next()?, after.nth(1)?);
             // A named hierarchy has no controller, and is its owner's: systemd, mostly.
             let named = options.split(',').any(|option| option.starts_with("name="));
-            let point = before.split(' ').nth(4)?;
-            (kind == wanted && !named).then(|| PathBuf::from(point))
+            let mut before = before.split(' ').skip(2);
+            let (device, point) = (before.next()?.to_owned(), before.nth(1)?);
+            (kind == wanted && !named && devices.insert(device)).then(|| PathBuf::from(point))
         };
         mountinfo.lines().filter_map(point).collect()
     };
@@ -114,7 +118,8 @@ mod tests {
     fn hierarchies_with_controllers_are_found() {
         let hybrid = "30 23 0:25 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n\
                       31 23 0:26 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,name=systemd\n\
-                      32 23 0:27 / /sys/fs/cgroup/memory rw shared:9 - cgroup cgroup rw,memory\n";
+                      32 23 0:27 / /sys/fs/cgroup/memory rw shared:9 - cgroup cgroup rw,memory\n\
+                      33 23 0:27 /part /mnt/part rw shared:9 - cgroup cgroup rw,memory\n";
         assert_eq!(hierarchies(hybrid), [Path::new("/sys/fs/cgroup/memory")]);
         let unified = "30 23 0:25 / /sys/fs/cgroup rw shared:4 - cgroup2 cgroup2 rw,nsdelegate\n";
         assert_eq!(hierarchies(unified), [Path::new("/sys/fs/cgroup")]);
