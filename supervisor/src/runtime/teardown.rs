@@ -126,7 +126,7 @@ pub(super) async fn kill_lost_shim(context: &Context, binary: &Path) {
 }
 
 /// Kills the processes that run `binary` for the container; gives their number.
-fn kill_shims(namespace: &str, id: &str, binary: &Path) -> usize {
+pub(super) fn kill_shims(namespace: &str, id: &str, binary: &Path) -> usize {
     let kill = |pidfd: &OwnedFd| pidfd_send_signal(pidfd.as_fd(), Signal::SIGKILL as i32).is_ok();
     shim_processes(namespace, id, Some(binary)).iter().filter(|pidfd| kill(pidfd)).count()
 }
@@ -170,13 +170,15 @@ fn has_our_root(pid: i32) -> bool {
 /// Cleans up after a shim whose connection has ended. First it is made sure that it is gone: a live one is
 /// gone back to.
 pub(super) async fn clean_up(context: Context) {
+    // A shim that an earlier daemon has just started waits for a reader of its log before it serves anyone.
+    let log = load::follow_log(&context);
     loop {
         let mut connection = None;
         match load::probe(&context, &mut connection).await {
             Probe::Gone => break,
             Probe::Task { shim, init } => {
                 info!("the connection to the shim was lost and is there again");
-                if let Some(log) = load::follow_log(&context) {
+                if let Some(log) = log {
                     log.until(shim.closed());
                 }
                 let (pid, exit) = (init.pid, init.exit());

@@ -12,6 +12,7 @@ use davit_model::{Any, Coded, ErrorCode};
 use davit_proto::any;
 use davit_proto::containerd::events::{TaskDelete, TaskExit};
 use davit_proto::containerd::task::v3 as wire;
+use davit_proto::containerd::v1::types::Status as WireStatus;
 use davit_shim_protocol::frame::RpcError;
 use davit_shim_protocol::journal::{EventRecord, ExitRecord, Journal, Record, StartRecord};
 use davit_supervisor::runtime::{CreateOptions, Status};
@@ -226,6 +227,41 @@ fn what_does_not_go_away_is_tried_again_and_holds_up_nobody() {
     eventually_equal(&1, || daemon.deletions("one"));
     assert_eq!(daemon.exits("one"), [("one".to_owned(), 9)]);
     world.assert_nothing_left();
+}
+
+#[test]
+fn a_shim_that_waits_for_a_reader_of_its_log_is_no_silent_one() {
+    let world = fake_world();
+    let daemon = world.daemon();
+    let shim = Arc::new(FakeShim::new());
+    let state = wire::StateResponse { pid: 77, status: WireStatus::Running as i32, ..Default::default() };
+    shim.answer("State", Ok(state.encode_to_vec()));
+    let listener = std::os::unix::net::UnixListener::bind(world.path("shim.sock")).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let serve = |listener: std::os::unix::net::UnixListener| {
+        let shim = shim.clone();
+        daemon.inside(|| {
+            let listener = tokio::net::UnixListener::from_std(listener).unwrap();
+            tokio::spawn(davit_shim_protocol::server::serve(listener, nix::unistd::geteuid(), shim))
+        })
+    };
+    let first = serve(listener.try_clone().unwrap());
+    daemon.create(options("one")).unwrap();
+    // The connection is lost, and the shim answers again when somebody reads what it has to say.
+    let held = shim.hold("Connect");
+    let log = world.bundle("one").join("log");
+    first.abort();
+    eventually_equal(&true, || daemon.status("one").is_err() || shim.count("Connect") > 0);
+    let opened = std::thread::spawn(move || {
+        let writer = fs::OpenOptions::new().write(true).open(log).unwrap();
+        held.add_permits(100);
+        writer
+    });
+    let second = serve(listener);
+    eventually_equal(&Some(Status::Running), || daemon.status("one").ok());
+    drop(opened.join().unwrap());
+    daemon.delete("one").unwrap();
+    second.abort();
 }
 
 #[test]
