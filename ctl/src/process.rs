@@ -10,7 +10,7 @@
 
 use std::io::IsTerminal;
 use std::os::unix::fs::FileTypeExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use davit_proto::containerd::services::tasks::v1::{
@@ -184,11 +184,16 @@ impl Streams {
         !self.outputs.is_empty()
     }
 
-    /// The folder of the FIFOs, which stays for another client: this one leaves the process alone.
-    pub(crate) fn leave(&mut self) -> Option<PathBuf> {
-        let folder = self.folder.as_mut()?;
-        folder.keep(true);
-        Some(folder.path().to_owned())
+    /// The folder of the FIFOs, if the output comes through some.
+    pub(crate) fn folder(&self) -> Option<&Path> {
+        self.folder.as_ref().map(FifoDir::path)
+    }
+
+    /// Has the FIFOs stay for another client: this one leaves the process alone.
+    pub(crate) fn leave(&mut self) {
+        if let Some(folder) = &mut self.folder {
+            folder.keep(true);
+        }
     }
 
     /// Has a terminal show again what it shows: a program that draws on it does so when the size changes.

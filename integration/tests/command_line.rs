@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
@@ -266,21 +266,32 @@ fn a_container_is_left_alone_and_found_again() -> Result<()> {
     let text = failed(&daemon.davit(["attach", "x"])?)?;
     ensure!(text.contains("is not running"), "{text}");
 
-    // Once more, and removed while nobody is there.
-    let mut screen = Screen::open(&daemon, &["start", "-ai", "x"])?;
-    screen.types("echo agai''n\r")?;
-    screen.shows("again")?;
-    screen.types(LEAVE)?;
-    ensure!(screen.ends()? == Some(0));
-    let left = ok(daemon.davit(["inspect", "-f", "{{.State.Pid}}", "x"])?)?;
-    ensure!(left.trim() != "0", "it was ended");
-    let id = ok(daemon.davit(["ps", "-q", "--no-trunc"])?)?;
-    let record: serde_json::Value =
-        serde_json::from_str(&daemon.ctr().run(&format!("containers info {}", id.trim()))?)?;
-    let folder = Path::new(record["Labels"]["davit/fifos"].as_str().context("no folder of FIFOs")?);
-    ensure!(folder.is_dir());
-    ok(daemon.davit(["rm", "-f", "x"])?)?;
-    ensure!(!folder.exists(), "its FIFOs are left");
+    // Once more, left in an orderly way and by a client that is killed, and removed while nobody is there.
+    let folder = || -> Result<PathBuf> {
+        let id = ok(daemon.davit(["ps", "-q", "--no-trunc"])?)?;
+        let record = daemon.ctr().run(&format!("containers info {}", id.trim()))?;
+        let record: serde_json::Value = serde_json::from_str(&record)?;
+        Ok(record["Labels"]["davit/fifos"].as_str().context("no folder of FIFOs")?.into())
+    };
+    for (words, is_killed) in
+        [(["start", "-ai", "x"].as_slice(), false), (&["run", "-it", "busybox", "sh"], true)]
+    {
+        let mut screen = Screen::open(&daemon, words)?;
+        screen.types("echo agai''n\r")?;
+        screen.shows("again")?;
+        if is_killed {
+            screen.davit.kill()?;
+            screen.davit.wait()?;
+        } else {
+            screen.types(LEAVE)?;
+            ensure!(screen.ends()? == Some(0));
+        }
+        let folder = folder()?;
+        ensure!(folder.is_dir());
+        let id = ok(daemon.davit(["ps", "-q"])?)?;
+        ok(daemon.davit(["rm", "-f", id.trim()])?)?;
+        ensure!(!folder.exists(), "its FIFOs are left");
+    }
     before.settle(&daemon.path(""))
 }
 

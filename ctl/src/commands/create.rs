@@ -184,15 +184,20 @@ pub(crate) struct Created {
 
 /// `davit create`.
 pub(crate) async fn run(client: &Client, options: CreateOptions, out: &mut dyn Write) -> Result<()> {
-    let created = create(client, &options, true).await?;
+    let created = create(client, &options, None).await?;
     format::line(out, created.container.id)
 }
 
-/// Makes a container: its snapshot and its record. With `logged`, its output goes to a log once it runs.
+/// Makes a container: its snapshot and its record. Its output goes to the FIFOs in `fifos`, or to a log once it runs.
 ///
 /// # Errors
 /// Whatever is wrong with options, image or daemon; nothing is left behind then.
-pub(crate) async fn create(client: &Client, options: &CreateOptions, logged: bool) -> Result<Created> {
+pub(crate) async fn create(
+    client: &Client,
+    options: &CreateOptions,
+    fifos: Option<&Path>,
+) -> Result<Created> {
+    let logged = fifos.is_none();
     let (given, args) = options.image_and_args.split_first().expect("the parser wants at least one");
     // What can be refused without the daemon is refused first.
     options.later.refuse()?;
@@ -239,6 +244,8 @@ pub(crate) async fn create(client: &Client, options: &CreateOptions, logged: boo
     if !log_options.label().is_empty() {
         labels.insert(labels::LOG_OPTIONS.to_owned(), log_options.label());
     }
+    // Whoever removes it removes them, too, should the client that has them be killed.
+    labels.extend(fifos.map(|folder| (labels::FIFOS.to_owned(), folder.display().to_string())));
     labels.extend(restart.map(|policy| (labels::RESTART.to_owned(), policy)));
     let record = Container {
         id: id.clone(),

@@ -46,7 +46,7 @@ pub(crate) async fn run(client: &Client, options: Options, out: &mut dyn Write) 
         return Err(Error::usage("--restart does not go with --rm", "leave one of them out"));
     }
     if options.detach {
-        let created = create::create(client, &options.create, true).await?;
+        let created = create::create(client, &options.create, None).await?;
         start_new(client, &created.container, created.rootfs, None).await?;
         restart::begin(client, &created.container).await?;
         if options.rm {
@@ -57,7 +57,7 @@ pub(crate) async fn run(client: &Client, options: Options, out: &mut dyn Write) 
     }
     // The streams come first: what is wrong with them is found before anything is made.
     let streams = Streams::open(options.create.interactive, options.create.tty, &options.detach_keys)?;
-    let created = create::create(client, &options.create, false).await?;
+    let created = create::create(client, &options.create, streams.folder()).await?;
     foreground(client, &created.container, created.rootfs, streams, options.rm, true).await
 }
 
@@ -122,10 +122,9 @@ pub(crate) async fn stay(
             task::kill_and_wait(client, &container.id).await?;
             task::remove_container(client, container).await?;
         }
-        // The daemon may be gone, and this client the next to go.
-        Ok(Ended::Interrupted(_)) => leave(client, container, &mut streams).await.unwrap_or_default(),
+        Ok(Ended::Interrupted(_)) => streams.leave(),
         Ok(Ended::Detached) => {
-            leave(client, container, &mut streams).await?;
+            streams.leave();
             if remove {
                 reap::leave_behind(client, &container.id)?;
             }
@@ -155,17 +154,6 @@ pub(crate) fn exit_code(ended: &Ended) -> u8 {
     };
     // Exit codes have eight bits.
     u8::try_from(code & 0xff).expect("eight bits")
-}
-
-/// Leaves a container that runs on to another client: its FIFOs stay, and it knows which they are, to remove them.
-async fn leave(client: &Client, container: &Container, streams: &mut Streams) -> Result<()> {
-    match streams.leave() {
-        Some(folder) => {
-            let label = (labels::FIFOS, folder.display().to_string());
-            container::set_labels(client, &container.id, vec![label]).await
-        }
-        None => Ok(()),
-    }
 }
 
 /// After the exit: the task is deleted, which closes the shim's ends of the streams, so that they can be drained.

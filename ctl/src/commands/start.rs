@@ -85,6 +85,10 @@ async fn attach(client: &Client, given: &str, interactive: bool, keys: &DetachKe
     }
     let terminal = container::spec(&container)?["process"]["terminal"].as_bool().unwrap_or(false);
     let streams = Streams::open(interactive, terminal, keys)?;
+    if let Some(folder) = streams.folder() {
+        let label = (labels::FIFOS, folder.display().to_string());
+        container::set_labels(client, &container.id, vec![label]).await?;
+    }
     let rootfs = task::rootfs(client, &container).await?;
     run::foreground(client, &container, rootfs, streams, false, false).await
 }
