@@ -6,6 +6,7 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
+use davit_integration::bins;
 use davit_integration::model::rule::Rule;
 use davit_integration::model::run::{Plan, Summary, run};
 use davit_integration::model::subject;
@@ -42,6 +43,20 @@ fn the_daemon_answers_as_the_model_does() -> Result<()> {
     let steps = number("DAVIT_STEPS")?.unwrap_or(1500);
     let plan = Plan { seed: fresh()?, steps, kills: 150, without: Vec::new(), seeded: Vec::new() };
     run_and_check(&plan)?;
+    Ok(())
+}
+
+/// The model is not ours: containerd answers as it does as well, but for the rules that its version does not have.
+#[test]
+fn containerd_answers_as_the_model_does() -> Result<()> {
+    if !root() || bins::on_path("containerd").is_none() {
+        eprintln!("skipped: needs root and containerd (apt-get install containerd)");
+        return Ok(());
+    }
+    let without = subject::peer()?.unknown_rules();
+    let plan = Plan { seed: 32, steps: 1000, kills: 100, without, seeded: Vec::new() };
+    let summary = run(&plan, subject::peer)?;
+    eprintln!("seed {}: {summary}", plan.seed);
     Ok(())
 }
 

@@ -309,8 +309,11 @@ impl std::fmt::Display for Summary {
         writeln!(f, "percent: {}", calls.join(", "))?;
         let refused: Vec<String> =
             self.refused.iter().map(|(code, count)| format!("{code} {count}")).collect();
-        writeln!(f, "refused: {}", refused.join(", "))?;
+        write!(f, "refused: {}", refused.join(", "))?;
+        if self.caught.is_empty() {
+            return Ok(());
+        }
         let caught: Vec<String> = self.caught.iter().map(|(rule, step)| format!("{rule:?} {step}")).collect();
-        write!(f, "{} seeded bugs found, at step: {}", caught.len(), caught.join(", "))
+        write!(f, "\n{} seeded bugs found, at step: {}", caught.len(), caught.join(", "))
     }
 }
