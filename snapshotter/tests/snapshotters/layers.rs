@@ -175,12 +175,15 @@ fn step() -> impl Strategy<Value = String> {
     ]
 }
 
+/// A way to apply a layer.
+type Way<'a> = &'a dyn Fn(&[u8], &[Mount]) -> Result<Applied, Error>;
+
 /// Applies layers one over the other until one is refused; what each image holds, marks of removals and all.
 fn images(
     snapshotter: &dyn Snapshotter,
     chain: &str,
     layers: &[Vec<u8>],
-    apply: &dyn Fn(&[u8], &[Mount]) -> Result<Applied, Error>,
+    apply: Way<'_>,
 ) -> Vec<Option<(Applied, Tree, Tree)>> {
     let (none, mut parent) = (Labels::new(), None);
     let mut outcome = Vec::new();
