@@ -4,7 +4,7 @@
 //! not answer delays nobody. What counts as dead is only what the kernel says is: a socket that refuses, or
 //! none that listens. All else is doubt, and in doubt a task stays, `Unreachable`, and is tried again.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -90,23 +90,26 @@ pub(super) fn load(shared: &Arc<Shared>, records: Records) -> Loading {
         let folder = shared.config.root.join(&namespace);
         put_aside(&folder, &mut stale, |id| shared.get(&namespace, id).is_some());
     }
-    let lane = shared.lane.clone();
-    jobs.spawn(async move {
-        for path in stale {
-            if let Err(error) = blocking(&lane, move || bundle::remove_stale(&path)).await {
-                warn!(error = chain(&error), "cannot remove what an earlier daemon left");
-            }
-        }
-    });
+    jobs.spawn(remove_stale(shared.lane.clone(), stale));
     info!(tasks, "looking for shims");
     Loading { jobs, tasks }
 }
 
-fn namespaces(root: &Path) -> impl Iterator<Item = String> {
+/// Removes what was put aside.
+pub(super) async fn remove_stale(lane: Lane, stale: Vec<PathBuf>) {
+    for path in stale {
+        if let Err(error) = blocking(&lane, move || bundle::remove_stale(&path)).await {
+            warn!(error = chain(&error), "cannot remove what an earlier daemon left");
+        }
+    }
+}
+
+/// The namespaces that have a folder here.
+pub(super) fn namespaces(root: &Path) -> impl Iterator<Item = String> {
     names(root).into_iter().filter(|name| identifier::validate(name).is_ok())
 }
 
-fn names(folder: &Path) -> Vec<String> {
+pub(super) fn names(folder: &Path) -> Vec<String> {
     match std::fs::read_dir(folder) {
         Ok(entries) => entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect(),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
@@ -117,7 +120,7 @@ fn names(folder: &Path) -> Vec<String> {
     }
 }
 
-fn put_aside(folder: &Path, stale: &mut Vec<std::path::PathBuf>, keep: impl Fn(&str) -> bool) {
+pub(super) fn put_aside(folder: &Path, stale: &mut Vec<PathBuf>, keep: impl Fn(&str) -> bool) {
     match bundle::set_aside(folder, keep) {
         Ok(paths) => stale.extend(paths),
         Err(error) => warn!(error = chain(&error), "cannot put aside what an earlier daemon left"),

@@ -34,6 +34,7 @@ use davit_shim_protocol::client::CallError;
 use prost::Name;
 use tracing::{Instrument, Span};
 
+use super::load;
 use super::registry::Shared;
 use super::shim::{any_from_wire, any_to_wire, mount_to_wire, time_from_wire, time_to_wire};
 use super::{Exit, OpenError, Records, Tasks};
@@ -176,23 +177,11 @@ impl Sandboxes {
     }
 
     fn load(&self, records: &Records) {
-        let folders = |path: &PathBuf| {
-            let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
-            entries.filter_map(|entry| entry.file_name().into_string().ok()).collect::<Vec<_>>()
-        };
         let mut stale = Vec::new();
-        let mut aside = |folder: PathBuf, keep: &dyn Fn(&str) -> bool| match bundle::set_aside(&folder, keep)
-        {
-            Ok(paths) => stale.extend(paths),
-            Err(error) => {
-                let error = davit_model::error::chain(&error);
-                tracing::warn!(folder = %folder.display(), error, "cannot put aside what an earlier daemon left");
-            }
-        };
-        for namespace in folders(&self.state).into_iter().filter(|name| identifier::validate(name).is_ok()) {
+        for namespace in load::namespaces(&self.state) {
             let folder = self.state.join(&namespace);
-            aside(folder.clone(), &|id| identifier::validate(id).is_ok());
-            for id in folders(&folder).into_iter().filter(|id| identifier::validate(id).is_ok()) {
+            load::put_aside(&folder, &mut stale, |id| identifier::validate(id).is_ok());
+            for id in load::names(&folder).into_iter().filter(|id| identifier::validate(id).is_ok()) {
                 let bundle = Bundle::new(&self.state, &self.root, &namespace, &id);
                 let found = Arc::new(Instance::found(bundle));
                 if self.shared.sandboxes.insert(found.clone()) {
@@ -201,19 +190,11 @@ impl Sandboxes {
                 }
             }
         }
-        for namespace in folders(&self.root) {
-            aside(self.root.join(&namespace), &|id| self.shared.sandboxes.get(&namespace, id).is_some());
+        for namespace in load::namespaces(&self.root) {
+            let known = |id: &str| self.shared.sandboxes.get(&namespace, id).is_some();
+            load::put_aside(&self.root.join(&namespace), &mut stale, known);
         }
-        let lane = self.shared.lane.clone();
-        tokio::spawn(async move {
-            for path in stale {
-                let removed = super::create::blocking(&lane, move || bundle::remove_stale(&path)).await;
-                if let Err(error) = removed {
-                    let error = davit_model::error::chain(&error);
-                    tracing::warn!(error, "cannot remove what an earlier daemon left");
-                }
-            }
-        });
+        tokio::spawn(load::remove_stale(self.shared.lane.clone(), stale));
     }
 
     /// Makes the bundle, starts the shim and has it create the sandbox.

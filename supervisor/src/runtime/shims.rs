@@ -10,6 +10,7 @@ use davit_proto::davit::shim::v1 as private;
 
 use super::shim::Shim;
 use super::{Error, Tasks, binary, detached};
+use crate::lane::Lane;
 
 /// The private service of the project's own shims.
 const SERVICE: &str = "davit.shim.v1.Shim";
@@ -46,7 +47,9 @@ impl Tasks {
             groups.entry(address).or_insert_with(|| (shim, Vec::new())).1.push(id);
         }
         let limit = self.shared.config.timeouts.state;
-        let described = groups.into_values().map(|(shim, containers)| describe(shim, containers, limit));
+        let described = groups
+            .into_values()
+            .map(|(shim, containers)| describe(&self.shared.lane, shim, containers, limit));
         let mut shims = futures::future::join_all(described).await;
         shims.sort_by(|one, other| one.containers.cmp(&other.containers));
         shims
@@ -78,8 +81,7 @@ impl Tasks {
     ) -> Result<(private::UpgradeResponse, Vec<String>), Error> {
         let program = match program {
             Some(program) => program,
-            None => binary::resolve(&self.shared.config, OWN_RUNTIME)
-                .map_err(|source| Error::StartShim { source })?,
+            None => self.own_shim()?,
         };
         let (task, id) = (self.task(namespace, id)?, id.to_owned());
         let (tasks, namespace) = (self.clone(), namespace.to_owned());
@@ -105,7 +107,7 @@ async fn upgrade(shim: &Shim, id: &str, program: &Path) -> Result<private::Upgra
     }
 }
 
-async fn describe(shim: Shim, containers: Vec<String>, limit: Duration) -> RunningShim {
+async fn describe(lane: &Lane, shim: Shim, containers: Vec<String>, limit: Duration) -> RunningShim {
     let request = private::StatusRequest {};
     let status: Result<private::StatusResponse, Error> =
         shim.call_other(SERVICE, "Status", limit, &request).await;
@@ -119,7 +121,9 @@ async fn describe(shim: Shim, containers: Vec<String>, limit: Duration) -> Runni
         Err(error) => (0, Err(chain(&error))),
     };
     let address = shim.address().to_owned();
-    RunningShim { containers, address, pid, memory: memory(pid), status }
+    // The kernel walks through all its pages for that.
+    let memory = lane.run(move || memory(pid)).await.ok().flatten();
+    RunningShim { containers, address, pid, memory, status }
 }
 
 /// The proportional set size of a process (proc_pid_smaps(5)), in bytes.

@@ -1,7 +1,6 @@
 //! The shim of one sandbox, from its start to its end.
 
 use std::io::ErrorKind;
-use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,8 +14,6 @@ use davit_shim_protocol::address;
 use davit_shim_protocol::bootstrap::{PROTOCOL_TTRPC, StartResult};
 use davit_shim_protocol::bundle::Bundle;
 use davit_shim_protocol::client::{CallError, Client, Target};
-use davit_sys::process::pidfd_send_signal;
-use nix::sys::signal::Signal;
 use prost::Message;
 use tokio::sync::{OnceCell, watch};
 use tracing::{debug, info, warn};
@@ -349,12 +346,8 @@ async fn remove(shared: &Arc<Shared>, instance: &Arc<Instance>) {
     let remembered = bundle.clone();
     let binary = blocking(&shared.lane, move || remembered.read_binary()).await.ok().flatten();
     if let Some(binary) = binary {
-        let (of, program) = ((namespace, id), binary.clone());
-        let killed = shared.lane.run(move || {
-            let shims = teardown::shim_processes(&of.0, &of.1, Some(&program));
-            let kill = |shim: &&OwnedFd| pidfd_send_signal(shim.as_fd(), Signal::SIGKILL as i32).is_ok();
-            shims.iter().filter(kill).count()
-        });
+        let program = binary.clone();
+        let killed = shared.lane.run(move || teardown::kill_shims(&namespace, &id, &program));
         if killed.await.unwrap_or(0) > 0 {
             info!(sandbox = bundle.id(), "killed the shim of a sandbox");
         }
