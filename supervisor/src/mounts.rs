@@ -11,7 +11,8 @@
 //! A shim may say that it carries out some types of mounts itself; those are left to it as they are.
 //!
 //! A list of which nothing is to be done is refused as not implemented: its mounts can be carried out as they are. (The rules
-//! are those of containerd 2.3, `core/mount/manager`. Its only other handler, of erofs images, is not here.)
+//! are those of containerd 2.3, `core/mount/manager`. Its only other handler is of erofs images: here such a one is mounted as
+//! any other where a list is made of it, and by the client where it stands alone.)
 //!
 //! Names, labels and leases are kept by [`crate::metadata`], which calls this from a thread that may block.
 
