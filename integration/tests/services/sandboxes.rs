@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use anyhow::{Result, ensure};
-use davit_integration::census::Census;
 use davit_integration::Daemon;
+use davit_integration::census::Census;
 use davit_proto::containerd::services::sandbox::v1 as wire;
 use davit_proto::containerd::services::sandbox::v1::controller_client::ControllerClient;
 use davit_proto::containerd::services::sandbox::v1::store_client::StoreClient;
