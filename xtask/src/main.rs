@@ -20,6 +20,7 @@ cargo xtask <command>
   bench shim        the shim beside Debian's: starts, execs, output, memory
   bench execs       what a shim is grown by after thousands of execs (--execs N)
   soak [FLAGS]      lives of containers while daemons and shims are killed at random (--lifecycles N, --seed S)
+  model [FLAGS]     random calls of the whole API beside a model of it (--steps N, --seed S, --peer for containerd)
   codegen           generate proto/src/gen and proto/wire.txt from proto/proto
   codegen --check   tell whether they are as they would be generated
   graph             check the order of the crates
@@ -43,8 +44,9 @@ fn dispatch(args: &[&str]) -> Result<()> {
         ["test", rest @ ..] => test(rest),
         ["ci"] => ci(),
         ["build"] => build::all(true).map(|folder| println!("binaries: {}", folder.display())),
-        ["bench", rest @ ..] => bench(rest),
-        ["soak", rest @ ..] => soak(rest),
+        ["bench", rest @ ..] => program("bench", rest),
+        ["soak", rest @ ..] => program("soak", rest),
+        ["model", rest @ ..] => program("api-model", rest),
         ["codegen"] => codegen::write(),
         ["codegen", "--check"] => codegen::check(),
         ["graph"] => graph::check(),
@@ -74,16 +76,11 @@ fn test(args: &[&str]) -> Result<()> {
     build::run_with("cargo", &command, &[("DAVIT_BIN_DIR", &folder)])
 }
 
-fn bench(args: &[&str]) -> Result<()> {
+/// Runs one of the programs of `integration`, all built for release.
+fn program(name: &str, args: &[&str]) -> Result<()> {
     packages::install(packages::TEST)?;
     let folder = build::all(true)?;
-    build::run(&folder.join("bench").display().to_string(), args)
-}
-
-fn soak(args: &[&str]) -> Result<()> {
-    packages::install(packages::TEST)?;
-    let folder = build::all(true)?;
-    build::run(&folder.join("soak").display().to_string(), args)
+    build::run(&folder.join(name).display().to_string(), args)
 }
 
 fn ci() -> Result<()> {
