@@ -1,12 +1,17 @@
 //! Containers of the daemon: ids, finding one by what a user typed, and the state of its task.
 
+use std::collections::BTreeMap;
 use std::io::Read;
 use std::time::SystemTime;
 
 use davit_model::identifier;
+use davit_proto::any;
+use davit_proto::containerd::events::TaskExit;
 use davit_proto::containerd::services::containers::v1 as api;
 use davit_proto::containerd::services::tasks::v1::{GetRequest, ListTasksRequest};
 use davit_proto::containerd::v1::types::{Process, Status};
+use davit_proto::davit::services::events::v1::ListRequest;
+use davit_proto::davit::services::events::v1::entry::What;
 use tonic::Code;
 
 use crate::client::Client;
@@ -165,6 +170,37 @@ pub(crate) fn state_of(container: &api::Container, task: Option<&Process>) -> St
         },
         Status::Created | Status::Unknown => State::Created,
     }
+}
+
+/// How those of these containers ended that have no task and of which nobody has written it down, because their shim was
+/// killed: the daemon's history may know. Other daemons have none.
+pub(crate) async fn past_exits(client: &Client, containers: &[&api::Container]) -> BTreeMap<String, State> {
+    let mut exits = BTreeMap::new();
+    let namespace = client.namespace();
+    let of = |id: &str| {
+        format!("namespace=={namespace},topic==\"/tasks/exit\",event.container_id=={id},event.id=={id}")
+    };
+    let filters: Vec<String> = containers.iter().map(|container| of(&container.id)).collect();
+    if filters.is_empty() {
+        return exits;
+    }
+    let request = ListRequest { filters, ..ListRequest::default() };
+    let Ok(stream) = client.history().list(request).await else { return exits };
+    let mut stream = stream.into_inner();
+    while let Ok(Some(entry)) = stream.message().await {
+        let Some(What::Event(event)) = entry.what else { continue };
+        let event = event.envelope.and_then(|envelope| envelope.event);
+        let Some(Ok(Some(exit))) = event.map(|event| any::unpack::<TaskExit>(&event)) else { continue };
+        let at = exit.exited_at.as_ref().and_then(format::system_time);
+        let created = containers.iter().find(|container| container.id == exit.container_id);
+        let created =
+            created.and_then(|container| container.created_at.as_ref().and_then(format::system_time));
+        // Another container may have had the id before.
+        if at >= created {
+            exits.insert(exit.container_id, State::Exited { code: exit.exit_status, at });
+        }
+    }
+    exits
 }
 
 /// The state of one container.

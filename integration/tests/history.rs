@@ -252,6 +252,9 @@ fn the_past_is_shown_with_the_cause_of_an_exit() -> Result<()> {
     let since = format!("cursor:{}", first["cursor"]);
     let args = ["events", "--since", &since, "--until", "0s", "-f", "event=die", "--format", "json"];
     ensure!(daemon::ok(daemon.davit(args)?)?.lines().collect::<Vec<_>>() == json[1..]);
+    // Its task is gone with its shim, and nobody has written down how it ended.
+    let listed = daemon::ok(daemon.davit(["ps", "-a"])?)?;
+    ensure!(listed.contains("Exited (137)") && !listed.contains("Created "), "{listed}");
     daemon::ok(daemon.davit(["rm", "-f", "long"])?)?;
     Ok(())
 }

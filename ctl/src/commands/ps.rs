@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::time::{Duration, SystemTime};
 
+use davit_proto::containerd::services::containers::v1::Container;
 use davit_proto::containerd::v1::types::Process;
 use serde_json::{Value, json};
 
@@ -62,9 +63,15 @@ pub(crate) async fn run(client: &Client, options: Options, out: &mut dyn Write) 
         tokio::try_join!(container::list(client, Vec::new()), container::tasks(client))?;
     // Both containerd and davitd leave the container's id empty here, and tell the process' own.
     let tasks: BTreeMap<&str, &Process> = tasks.iter().map(|task| (task.id.as_str(), task)).collect();
-    let see = |container| {
-        let container: davit_proto::containerd::services::containers::v1::Container = container;
-        let state = container::state_of(&container, tasks.get(container.id.as_str()).copied());
+    let state =
+        |container: &Container| container::state_of(container, tasks.get(container.id.as_str()).copied());
+    let lost: Vec<&Container> = containers
+        .iter()
+        .filter(|container| !tasks.contains_key(container.id.as_str()) && state(container) == State::Created)
+        .collect();
+    let past = container::past_exits(client, &lost).await;
+    let see = |container: Container| {
+        let state = past.get(&container.id).cloned().unwrap_or_else(|| state(&container));
         Seen { container, state }
     };
     let mut seen = filters::apply(&options.filter, containers.into_iter().map(see).collect())?;
