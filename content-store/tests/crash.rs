@@ -66,7 +66,7 @@ fn blob(round: u64, writer: u64, number: u64) -> Vec<u8> {
     bytes
 }
 
-fn start(folder: &Path, round: u64) -> (Child, Receiver<()>, JoinHandle<BTreeSet<Digest>>) {
+fn start(folder: &Path, round: u64) -> (Running, Receiver<()>, JoinHandle<BTreeSet<Digest>>) {
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["child", "--exact", "--ignored", "--nocapture", "--test-threads=1"])
         .env(FOLDER, folder)
@@ -88,12 +88,23 @@ fn start(folder: &Path, round: u64) -> (Child, Receiver<()>, JoinHandle<BTreeSet
         }
         committed
     });
-    (child, busy, reader)
+    (Running(child), busy, reader)
 }
 
-fn kill(mut child: Child) {
-    child.kill().unwrap();
-    let status = child.wait().unwrap();
+/// A child that does not outlive its test, so that a disk under it can be unmounted whatever fails.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // One that was waited for is gone.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn kill(mut child: Running) {
+    child.0.kill().unwrap();
+    let status = child.0.wait().unwrap();
     assert!(status.code().is_none(), "the child failed by itself: {status}");
 }
 
@@ -185,7 +196,7 @@ fn run(program: &str, arguments: &[&std::ffi::OsStr]) {
 }
 
 /// Stops the process and waits until none of its threads is in a system call any more.
-fn stop(child: &Child) {
+fn stop(Running(child): &Running) {
     run("kill", &["-STOP".as_ref(), child.id().to_string().as_ref()]);
     let deadline = Instant::now() + Duration::from_secs(10);
     let tasks = format!("/proc/{}/task", child.id());
