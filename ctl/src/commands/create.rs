@@ -139,7 +139,8 @@ pub(crate) struct CreateOptions {
     /// How the log of a container in the background is kept: max-size=10m, max-file=3, mode=blocking or non-blocking
     #[arg(long, value_name = "KEY=VALUE")]
     log_opt: Vec<String>,
-    /// Whether the daemon starts a container in the background again: no, always, unless-stopped, on-failure[:TIMES]
+    /// Whether the daemon starts a container in the background again: no, always, unless-stopped, on-failure,
+    /// on-failure:TIMES
     #[arg(long, value_name = "POLICY", default_value = "no")]
     restart: String,
     /// Write the id of the container to a file that must not exist
