@@ -152,6 +152,8 @@ struct Inner {
     snapshot_claims: Claims,
     /// Activated mounts, by the keys of their records.
     mount_claims: Claims,
+    /// Root filesystems that a task is being made of, by the keys of the records of their activated mounts.
+    rootfs_claims: Claims,
     /// Snapshotters that are being swept.
     sweep_claims: Claims,
     /// The backends that have something to take away.
@@ -244,6 +246,7 @@ impl Metadata {
             backend_claims: Claims::default(),
             snapshot_claims: Claims::default(),
             mount_claims: Claims::default(),
+            rootfs_claims: Claims::default(),
             sweep_claims: Claims::default(),
             dirty: Mutex::new(dirty),
         };

@@ -20,7 +20,7 @@ use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, info, info_span, warn};
 
-use crate::metadata::{Container, Error as MetadataError, Metadata, Scope};
+use crate::metadata::{Container, Error as MetadataError, Metadata, Rootfs, Scope};
 use crate::runtime::{CreateOptions, Error as TaskError, Stdio, Tasks};
 pub use policy::CAPABILITIES;
 use policy::{Change, Task};
@@ -159,13 +159,14 @@ impl Monitor {
         };
         let mounts = self.metadata.mounts(scope);
         let accepted = self.tasks.accepted_mounts(&container.runtime.name);
-        let rootfs = mounts.activate_rootfs(&container.id, rootfs, accepted).await.map_err(record)?;
+        let Rootfs { mounts: rootfs, hold } =
+            mounts.activate_rootfs(&container.id, rootfs, accepted).await.map_err(record)?;
         let log = policy::log(&container.labels);
         let terminal = container.spec.as_ref().is_some_and(|spec| wants_terminal(&spec.value));
         let options = CreateOptions {
             container_id: container.id.clone(),
             spec: container.spec,
-            rootfs: rootfs.mounts,
+            rootfs,
             stdio: Stdio { stdin: String::new(), stdout: log.clone(), stderr: log, terminal },
             runtime: container.runtime.name,
             runtime_options: container.runtime.options,
@@ -174,10 +175,10 @@ impl Monitor {
         };
         let (namespace, id) = (scope.namespace(), container.id.as_str());
         let failed = |action| move |source| RestartError::Task { action, source };
-        if let Err(error) = self.tasks.create(namespace, options).await {
-            if rootfs.activated {
-                mounts.deactivate_rootfs(id).await;
-            }
+        let created = self.tasks.create(namespace, options).await;
+        drop(hold);
+        if let Err(error) = created {
+            mounts.deactivate_rootfs(id, self.has_task(scope, id)).await;
             return Err(failed("create")(error));
         }
         if let Err(error) = self.tasks.start(namespace, id, "").await {
@@ -190,6 +191,12 @@ impl Monitor {
         Ok(())
     }
 
+    /// Asks whether a container has a task.
+    fn has_task(&self, scope: &Scope, id: &str) -> impl FnOnce() -> bool + Send + 'static {
+        let (tasks, namespace, id) = (self.tasks.clone(), scope.namespace().to_owned(), id.to_owned());
+        move || tasks.exists(&namespace, &id)
+    }
+
     /// Kills every process of a task, waits for its end, and deletes it.
     async fn remove(&self, scope: &Scope, id: &str) -> Result<(), RestartError> {
         const SIGKILL: u32 = 9;
@@ -200,7 +207,7 @@ impl Monitor {
         }
         match self.tasks.delete(namespace, id).await {
             Ok(_) => {
-                self.metadata.mounts(scope).deactivate_rootfs(id).await;
+                self.metadata.mounts(scope).deactivate_rootfs(id, self.has_task(scope, id)).await;
                 Ok(())
             }
             // Its client was faster.

@@ -14,7 +14,7 @@ use super::context::Context;
 use super::convert::{any_from_wire, any_to_wire, mount_from_wire, time_to_wire};
 use super::status::{from, invalid};
 use crate::checkpoint::{self, Checkpoints};
-use crate::metadata::{Metadata, Scope};
+use crate::metadata::{Metadata, Rootfs, Scope};
 use crate::runtime::{
     Checkpoint, CreateOptions, Error as TaskError, ExecOptions, Process, Status as TaskStatus, Stdio, Tasks,
     UpdateOptions,
@@ -34,6 +34,12 @@ impl TasksService {
     /// A service over `tasks` and their `checkpoints`, which reads the containers' records in `metadata`.
     pub fn new(metadata: Metadata, tasks: Tasks, checkpoints: Checkpoints) -> TasksService {
         TasksService { metadata, tasks, checkpoints }
+    }
+
+    /// Asks whether a container has a task.
+    fn has_task(&self, scope: &Scope, id: &str) -> impl FnOnce() -> bool + Send + 'static {
+        let (tasks, namespace, id) = (self.tasks.clone(), scope.namespace().to_owned(), id.to_owned());
+        move || tasks.exists(&namespace, &id)
     }
 
     /// What a new task is to be restored from: a folder that its options name (`Options.criu_image_path`), a folder that
@@ -126,11 +132,12 @@ impl TasksApi for TasksService {
         let mounts = self.metadata.mounts(&scope);
         let rootfs = request.rootfs.into_iter().map(mount_from_wire).collect();
         let accepted = self.tasks.accepted_mounts(&runtime);
-        let rootfs = mounts.activate_rootfs(&request.container_id, rootfs, accepted).await.map_err(from)?;
+        let Rootfs { mounts: rootfs, hold } =
+            mounts.activate_rootfs(&request.container_id, rootfs, accepted).await.map_err(from)?;
         let options = CreateOptions {
             container_id: request.container_id,
             spec: container.spec,
-            rootfs: rootfs.mounts,
+            rootfs,
             stdio: Stdio {
                 stdin: request.stdin,
                 stdout: request.stdout,
@@ -147,8 +154,9 @@ impl TasksApi for TasksService {
         };
         let container_id = options.container_id.clone();
         let created = self.tasks.create(scope.namespace(), options).await;
-        if created.is_err() && rootfs.activated {
-            mounts.deactivate_rootfs(&container_id).await;
+        drop(hold);
+        if created.is_err() {
+            mounts.deactivate_rootfs(&container_id, self.has_task(&scope, &container_id)).await;
         }
         Ok(Response::new(wire::CreateTaskResponse { container_id, pid: created.map_err(from)? }))
     }
@@ -170,7 +178,7 @@ impl TasksApi for TasksService {
         let scope = Context::of(&request).scope()?;
         let id = request.into_inner().container_id;
         let exit = self.tasks.delete(scope.namespace(), &id).await.map_err(from)?;
-        self.metadata.mounts(&scope).deactivate_rootfs(&id).await;
+        self.metadata.mounts(&scope).deactivate_rootfs(&id, self.has_task(&scope, &id)).await;
         let exited_at = time_to_wire(exit.exited_at);
         // containerd leaves the id out here, and sets it for an exec.
         let (id, pid, exit_status) = (String::new(), exit.pid, exit.status);

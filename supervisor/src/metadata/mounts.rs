@@ -8,7 +8,8 @@
 //! next collection.
 //!
 //! The root filesystem of a container may need such mounts as well. They are held under the container's id, with a label
-//! that keeps them as long as the container's record is there (containerd 2.3, `core/runtime/v2`).
+//! that keeps them as long as the container's record is there (containerd 2.3, `core/runtime/v2`). They go with the task,
+//! unless the next one is made of them already.
 
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -16,6 +17,7 @@ use std::time::SystemTime;
 use davit_metadata::Txn;
 use davit_model::{Labels, Mount};
 
+use super::claims::Claim;
 use super::error::{Error, Object};
 use super::gc::LABEL_CONTAINER_BACK_REF;
 use super::schema::{self, ActiveMountRecord, MountItem, MountRecord, Table, time, timestamp};
@@ -36,12 +38,13 @@ pub struct Activation {
 }
 
 /// The root filesystem of a container, as far as it is left to the shim.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Rootfs {
+#[derive(Debug)]
+pub struct Rootfs<'a> {
     /// What the shim has to mount.
     pub mounts: Vec<Mount>,
-    /// Whether this call has mounted the rest: then it is its caller's to undo when the task is not created.
-    pub activated: bool,
+    /// As long as this is held, nobody takes away what the daemon has mounted of it: until there is a task of it, or there
+    /// will be none.
+    pub(crate) hold: Option<Claim<'a>>,
 }
 
 /// The activated mounts of a namespace. Nothing tells of their changes.
@@ -158,8 +161,13 @@ impl Mounts {
 
     fn deactivate_blocking(&self, name: String) -> Result<(), Error> {
         let inner = &self.metadata.inner;
-        let key = self.key(&name);
-        let _claim = inner.mount_claims.take(&claim(&key));
+        let _claim = inner.mount_claims.take(&claim(&self.key(&name)));
+        self.forget(name)
+    }
+
+    /// Forgets an activation whose claim the caller has.
+    fn forget(&self, name: String) -> Result<(), Error> {
+        let (inner, key) = (&self.metadata.inner, self.key(&name));
         let number = self.metadata.write_blocking(&self.scope, |txn| {
             let record = schema::load::<MountRecord>(txn, &key)?;
             let record = record.ok_or_else(|| Error::not_found(Object::Mount(name)))?;
@@ -174,7 +182,8 @@ impl Mounts {
 
     /// Mounts what its shim cannot mount of the root filesystem of a container; mostly, that is nothing. Only if it may be
     /// something, the shim is asked what it accepts (see [`Plan::is_needed`]). What an earlier task of the container has
-    /// left is used as it is.
+    /// left is used as it is. Whoever makes no task of it calls [`deactivate_rootfs`](Mounts::deactivate_rootfs) when it
+    /// has let go of the result.
     ///
     /// # Errors
     /// [`Error::AlreadyExists`] when somebody else has activated mounts under this name; [`Error::Mounts`].
@@ -183,35 +192,50 @@ impl Mounts {
         container: &str,
         mounts: Vec<Mount>,
         accepted: impl Future<Output = Vec<String>>,
-    ) -> Result<Rootfs, Error> {
+    ) -> Result<Rootfs<'_>, Error> {
         if !Plan::is_needed(&mounts, &[]) {
-            return Ok(Rootfs { mounts, activated: false });
+            return Ok(Rootfs { mounts, hold: None });
         }
         let accepted = accepted.await;
         if !Plan::is_needed(&mounts, &accepted) {
-            return Ok(Rootfs { mounts, activated: false });
+            return Ok(Rootfs { mounts, hold: None });
         }
+        // Before the record is looked for: who takes it away either sees this, or has taken it away by then. Nobody has this
+        // claim alone for longer than it takes to look whether there is a task.
+        let hold = Some(self.metadata.inner.rootfs_claims.share(&claim(&self.key(container))));
         let labels = Labels::from([(LABEL_CONTAINER_BACK_REF.to_owned(), container.to_owned())]);
         match self.carry_out(container, Plan::new(mounts, false, &accepted)?, labels).await {
-            Ok(activation) => Ok(Rootfs { mounts: activation.system, activated: true }),
+            Ok(activation) => Ok(Rootfs { mounts: activation.system, hold }),
             Err(error @ Error::AlreadyExists { .. }) => match self.get(container) {
-                Ok(found) if is_rootfs(&found) => Ok(Rootfs { mounts: found.system, activated: false }),
+                Ok(found) if is_rootfs(&found) => Ok(Rootfs { mounts: found.system, hold }),
                 Ok(_) | Err(_) => Err(error),
             },
             Err(error) => Err(error),
         }
     }
 
-    /// Takes the mounts of a container's root filesystem away, if there are any. What does not come off is left to the
-    /// collector.
-    pub async fn deactivate_rootfs(&self, container: &str) {
-        if !self.get(container).is_ok_and(|found| is_rootfs(&found)) {
+    /// Takes the mounts of a container's root filesystem away, if there are any, and no task has them or is being made of
+    /// them: somebody else may have begun with the next one. What does not come off is left to the collector.
+    pub async fn deactivate_rootfs(&self, container: &str, has_task: impl FnOnce() -> bool + Send + 'static) {
+        if !self.has_rootfs(container) {
             return;
         }
-        if let Err(error) = self.deactivate(container).await {
+        let (mounts, name) = (self.clone(), container.to_owned());
+        let deactivate = move || {
+            let (inner, key) = (&mounts.metadata.inner, claim(&mounts.key(&name)));
+            let _claim = inner.mount_claims.take(&key);
+            // In this order: who lets go between the two has made its task.
+            let is_used = inner.rootfs_claims.try_take(&key).is_none() || has_task();
+            if is_used || !mounts.has_rootfs(&name) { Ok(()) } else { mounts.forget(name) }
+        };
+        if let Err(error) = blocking(&self.metadata.inner.mount_lane, deactivate).await {
             let error = davit_model::error::chain(&error);
             tracing::warn!(error, container.id = container, "cannot take away the mounts of a container");
         }
+    }
+
+    fn has_rootfs(&self, container: &str) -> bool {
+        self.get(container).is_ok_and(|found| is_rootfs(&found))
     }
 
     /// An activation.

@@ -196,21 +196,28 @@ async fn a_container_keeps_what_its_root_filesystem_needs() {
     let nothing = || async { Vec::new() };
     let unasked = async { panic!("a shim is asked only when there is something to do") };
     let rootfs = mounts.activate_rootfs("c", plain.clone(), unasked).await.unwrap();
-    assert_eq!(rootfs, Rootfs { mounts: plain.clone(), activated: false });
+    assert_eq!(rootfs.mounts, plain);
+    assert!(rootfs.hold.is_none());
     refused(mounts.get("c"), ErrorCode::NotFound, "mount \"c\": not found");
 
     let referring = Mount { kind: "format/bind".into(), source: "{{ mount 0 }}".into(), ..plain[0].clone() };
     let list = vec![plain[0].clone(), referring];
     let all = async { vec!["format/*".to_owned()] };
     let rootfs = mounts.activate_rootfs("c", list.clone(), all).await.unwrap();
-    assert_eq!(rootfs, Rootfs { mounts: list.clone(), activated: false });
+    assert_eq!(rootfs.mounts, list);
+    assert!(rootfs.hold.is_none());
     let rootfs = mounts.activate_rootfs("c", list.clone(), nothing()).await.unwrap();
     let point = mounts.get("c").unwrap().active[0].point.clone();
-    assert!(rootfs.activated);
     assert_eq!(rootfs.mounts[0].source, point.display().to_string());
-    // The next task of the container takes what is there; and who has not made it does not take it away.
+    // The next task of the container takes what is there, and nobody takes it away until there is that task, nor then.
     let again = mounts.activate_rootfs("c", list.clone(), nothing()).await.unwrap();
-    assert_eq!(again, Rootfs { activated: false, ..rootfs });
+    assert_eq!(again.mounts, rootfs.mounts);
+    drop(rootfs);
+    mounts.deactivate_rootfs("c", || false).await;
+    assert!(point.join("mark").exists());
+    drop(again);
+    mounts.deactivate_rootfs("c", || true).await;
+    assert!(point.join("mark").exists());
 
     // The container's record keeps it, and nothing else does.
     let container = Container {
@@ -227,15 +234,15 @@ async fn a_container_keeps_what_its_root_filesystem_needs() {
     fixture.metadata.collect().await.unwrap();
     assert_eq!(there(&fixture), [] as [u64; 0]);
 
-    mounts.activate_rootfs("c", list.clone(), nothing()).await.unwrap();
-    mounts.deactivate_rootfs("c").await;
-    mounts.deactivate_rootfs("c").await;
+    drop(mounts.activate_rootfs("c", list.clone(), nothing()).await.unwrap());
+    mounts.deactivate_rootfs("c", || false).await;
+    mounts.deactivate_rootfs("c", || false).await;
     assert_eq!(there(&fixture), [] as [u64; 0]);
 
     // What a client holds under the same name is the client's.
     mounts.activate("c", list.clone(), Labels::new(), false).await.unwrap();
     let refusal = mounts.activate_rootfs("c", list, nothing()).await;
     refused(refusal, ErrorCode::AlreadyExists, "mount \"c\": already exists");
-    mounts.deactivate_rootfs("c").await;
+    mounts.deactivate_rootfs("c", || false).await;
     mounts.get("c").unwrap();
 }
