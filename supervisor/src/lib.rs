@@ -15,6 +15,7 @@ pub mod cgroup;
 pub mod checkpoint;
 pub mod config;
 pub mod differs;
+mod environment;
 pub mod events;
 pub mod grpc;
 mod histogram;

@@ -16,23 +16,13 @@ use prost_types::Any;
 
 use super::{EXIT, Error, Running};
 use crate::config::StreamProcessor;
+use crate::environment;
 
 /// The variable with the type of what goes in.
 const MEDIA_TYPE: &str = "STREAM_PROCESSOR_MEDIATYPE";
 
 /// The descriptor of the payload.
 const PAYLOAD: i32 = 3;
-
-/// What systemd tells the daemon is not for others.
-const NOT_INHERITED: [&str; 7] = [
-    MEDIA_TYPE,
-    "NOTIFY_SOCKET",
-    "WATCHDOG_USEC",
-    "WATCHDOG_PID",
-    "LISTEN_FDS",
-    "LISTEN_PID",
-    "LISTEN_FDNAMES",
-];
 
 /// How much of what a program says on its standard error is kept: the end.
 const TAIL: usize = 2048;
@@ -211,7 +201,10 @@ fn command<'fd>(
         command.argument(argument)?;
     }
     let own: Vec<_> = processor.env.iter().filter_map(|variable| variable.split_once('=')).collect();
-    let replaced: Vec<&str> = NOT_INHERITED.into_iter().chain(own.iter().map(|(name, _)| *name)).collect();
+    let private = environment::private();
+    let mut replaced: Vec<&str> = private.iter().map(String::as_str).collect();
+    replaced.push(MEDIA_TYPE);
+    replaced.extend(own.iter().map(|(name, _)| *name));
     command.inherit_environment(&replaced);
     for (name, value) in own {
         command.variable(name, value)?;

@@ -37,6 +37,7 @@ use tokio::process::{Child, Command};
 use super::shim::{any_to_wire, decode_delete};
 use super::task::Exit;
 use super::{Config, ShimError};
+use crate::environment;
 
 /// Our own shim.
 pub(super) const OWN_BINARY: &str = "containerd-shim-davit-v2";
@@ -123,19 +124,17 @@ fn command(config: &Config, bundle: &Bundle, binary: &Path) -> Command {
         .current_dir(bundle.path())
         // A process group of its own: a signal to the daemon's does not reach it, and it can be killed as
         // one.
-        .process_group(0)
+        .process_group(0);
+    for name in environment::private() {
+        command.env_remove(name);
+    }
+    command
         .env("GOMAXPROCS", "2")
         .env("MAX_SHIM_VERSION", "2")
         .env("TTRPC_ADDRESS", &config.ttrpc_address)
         .env("GRPC_ADDRESS", &config.grpc_address)
         .env("NAMESPACE", bundle.namespace())
         .envs(config.environment.iter().map(|(name, value)| (name, value)));
-    // What systemd tells the daemon is not for a shim.
-    for name in
-        ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"]
-    {
-        command.env_remove(name);
-    }
     command
 }
 
