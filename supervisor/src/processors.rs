@@ -12,8 +12,9 @@
 //! encoded `Any`, is descriptor 3.
 //!
 //! A layer counts only when every program has ended with success. One that says nothing for `STALL`, or does not end
-//! within `EXIT` of its last byte, is killed, and so are all of a call that is given up; each leads a session of its
-//! own, and what is left in it goes along.
+//! within `EXIT` of its last byte, is killed, and so are all of a call that is given up; each leads a session and
+//! a process group of its own, and what is left in that group goes along. A program that makes other groups, as a shell with
+//! job control does, has to end them itself.
 
 mod program;
 
@@ -193,7 +194,7 @@ impl Default for Running {
 #[derive(Debug, Default)]
 struct State {
     canceled: bool,
-    /// The leaders of sessions that are not reaped yet, so that their numbers are theirs.
+    /// The leaders of process groups that are not reaped yet, so that their numbers are theirs.
     leaders: Vec<i32>,
     /// The first that went wrong.
     failure: Option<Error>,
@@ -224,15 +225,15 @@ impl Running {
     /// Takes the number of a program out, which is about to be reaped.
     fn ended(&self, leader: i32) {
         let mut state = self.lock();
-        // What it has left behind in its session.
+        // What it has left behind in its process group.
         kill(leader);
         state.leaders.retain(|one| *one != leader);
     }
 }
 
-/// Kills a session. Whoever calls knows that its leader is not reaped.
+/// Kills a process group. Whoever calls knows that its leader is not reaped.
 fn kill(leader: i32) {
-    // The group of an empty session is gone, and that is well.
+    // A group without processes is gone, and that is well.
     let _ = killpg(Pid::from_raw(leader), Signal::SIGKILL);
 }
 
