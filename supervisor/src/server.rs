@@ -42,7 +42,7 @@ use crate::restart::Monitor;
 use crate::runtime::{self, Sandboxes, Tasks};
 use crate::snapshotters;
 use diagnostics::Diagnostics;
-use serve::Api;
+use serve::{Api, Signals};
 
 pub use choice::without_disabled;
 
@@ -76,6 +76,7 @@ const DRAIN: Duration = Duration::from_secs(2);
 /// It cannot start: the text says what is in the way.
 pub async fn run(config: Config, logs: Logs) -> Result<()> {
     let started = SystemTime::now();
+    let signals = Signals::caught().context("cannot catch signals")?;
     let config = Arc::new(config);
     set_oom_score(config.process.oom_score);
     listen::check_owner(&config.root)?;
@@ -162,7 +163,7 @@ pub async fn run(config: Config, logs: Logs) -> Result<()> {
         hub.close_window();
     });
     let api = Api { routes, calls, socket: api, tcp };
-    serve::serve(&config, api, &db, stop.clone()).await?;
+    serve::serve(&config, api, &db, signals, stop.clone()).await?;
 
     if tokio::time::timeout(DRAIN, settling.settle()).await.is_err() {
         tracing::info!("files of deleted tasks are left to the next daemon");

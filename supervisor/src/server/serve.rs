@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use davit_metadata::Db;
 use tokio::net::UnixListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tokio_stream::{Stream, StreamExt};
@@ -34,6 +34,23 @@ const CONNECTION_WINDOW: u32 = 4 << 20;
 const SILENCE: Duration = Duration::from_secs(60);
 const REPLY: Duration = Duration::from_secs(20);
 
+/// The signals that tools send to containerd for a new configuration and for its stacks. Neither may end the daemon, from its
+/// start on.
+pub(super) struct Signals {
+    hangup: Signal,
+    dump: Signal,
+}
+
+impl Signals {
+    /// Catches them from now on; they are kept until somebody asks.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(super) fn caught() -> io::Result<Signals> {
+        Ok(Signals { hangup: signal(SignalKind::hangup())?, dump: signal(SignalKind::user_defined1())? })
+    }
+}
+
 /// What is served, and where.
 pub(super) struct Api {
     pub(super) routes: Routes,
@@ -49,7 +66,13 @@ pub(super) struct Api {
 ///
 /// # Errors
 /// The metadata's failure, and that of a server.
-pub(super) async fn serve(config: &Arc<Config>, api: Api, db: &Db, stop: CancellationToken) -> Result<()> {
+pub(super) async fn serve(
+    config: &Arc<Config>,
+    api: Api,
+    db: &Db,
+    signals: Signals,
+    stop: CancellationToken,
+) -> Result<()> {
     let Api { routes, calls, socket, tcp } = api;
     let mut servers = JoinSet::new();
     let incoming = paced(UnixListenerStream::new(socket)).map(|stream| stream.map(AnyAuthority::new));
@@ -72,7 +95,7 @@ pub(super) async fn serve(config: &Arc<Config>, api: Api, db: &Db, stop: Cancell
     // Nobody listens where systemd did not start us.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 
-    until_told(&calls, db, &mut servers).await?;
+    until_told(&calls, db, signals, &mut servers).await?;
     tracing::info!("stopping; containers go on");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     stop.cancel();
@@ -113,18 +136,17 @@ fn paced<T>(accepted: impl Stream<Item = io::Result<T>>) -> impl Stream<Item = i
 async fn until_told(
     calls: &Calls,
     db: &Db,
+    mut signals: Signals,
     servers: &mut JoinSet<Result<(), tonic::transport::Error>>,
 ) -> Result<()> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    // Tools send these two to containerd for a new configuration and for its stacks; neither may end the daemon.
-    let (mut hangup, mut dump) = (signal(SignalKind::hangup())?, signal(SignalKind::user_defined1())?);
     // Every arm only waits for a state that stays until it is seen: dropping the others loses nothing.
     loop {
         tokio::select! {
             _ = terminate.recv() => return Ok(()),
             _ = interrupt.recv() => return Ok(()),
-            _ = hangup.recv() => tracing::warn!("SIGHUP is ignored: a changed configuration takes a restart"),
-            _ = dump.recv() => diagnostics::log_everything(calls),
+            _ = signals.hangup.recv() => tracing::warn!("SIGHUP is ignored: a changed configuration takes a restart"),
+            _ = signals.dump.recv() => diagnostics::log_everything(calls),
             failure = db.failed() => return Err(failure).context("the metadata can no longer be written"),
             Some(ended) = servers.join_next() => {
                 ended.context("the server panicked")?.context("the API cannot be served")?;
@@ -151,6 +173,16 @@ mod tests {
     use futures::poll;
 
     use super::*;
+
+    #[tokio::test]
+    async fn signals_that_come_during_a_start_are_kept() {
+        let mut signals = Signals::caught().unwrap();
+        for signal in [nix::sys::signal::SIGHUP, nix::sys::signal::SIGUSR1] {
+            nix::sys::signal::kill(nix::unistd::getpid(), signal).unwrap();
+        }
+        assert_eq!(signals.hangup.recv().await, Some(()));
+        assert_eq!(signals.dump.recv().await, Some(()));
+    }
 
     #[tokio::test]
     async fn a_connection_that_cannot_be_accepted_is_not_asked_for_again_at_once() {
