@@ -109,6 +109,11 @@ impl Logs {
     }
 }
 
+/// Whether a level or filter asks for anything below the usual.
+pub(crate) fn is_verbose(level: &str) -> bool {
+    filter(level).is_ok_and(|filter| filter.max_level_hint() >= Some(LevelFilter::DEBUG))
+}
+
 /// A bare level is about us; what the libraries say below a warning is for who asks for it by name.
 pub(crate) fn filter(level: &str) -> Result<EnvFilter, LogsError> {
     let text = match level.parse::<LevelFilter>() {
@@ -134,6 +139,11 @@ mod tests {
         );
         for bad in ["loud", "", "davit=loud"] {
             assert!(filter(bad).is_err(), "{bad}");
+        }
+        for (level, verbose) in
+            [("debug", true), ("trace", true), ("info,davit=trace", true), ("info", false)]
+        {
+            assert_eq!(is_verbose(level), verbose, "{level}");
         }
     }
 }

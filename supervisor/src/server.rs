@@ -31,7 +31,7 @@ use crate::differs::Differs;
 use crate::events::{History, Hub};
 use crate::grpc::{self, notice};
 use crate::lane::Lane;
-use crate::logs::Logs;
+use crate::logs::{self, Logs};
 use crate::metadata::{Error as MetadataError, Metadata, Parts, Scope, Sharing, gc};
 use crate::metrics::Source;
 use crate::mounts::Targets;
@@ -311,7 +311,7 @@ fn open_runtime(config: &Config, hub: &Hub) -> Result<Tasks> {
         default_runtime_binary: None,
         socket_directory: own(&config.runtime.socket_dir),
         environment: environment(config),
-        debug: config.log.level.contains("debug"),
+        debug: logs::is_verbose(&config.log.level),
         timeouts,
     };
     Ok(Tasks::open(config, hub.clone())?)
