@@ -16,6 +16,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::KeepAlive;
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::ring;
 use rustls::pki_types::pem::{self, PemObject};
@@ -75,6 +77,12 @@ pub(super) enum TcpError {
         path: PathBuf,
         /// Why not.
         source: VerifierBuilderError,
+    },
+    /// A key that is not its owner's alone to choose.
+    #[error("others than its owner may write the key {}", path.display())]
+    Writable {
+        /// The file.
+        path: PathBuf,
     },
     /// A certificate that is not the key's.
     #[error("{} is no certificate of the key {}", cert.display(), key.display())]
@@ -138,10 +146,7 @@ fn server_config(config: &config::Tcp) -> Result<ServerConfig, TcpError> {
         path: config.key.clone(),
         source,
     })?;
-    let mode = std::fs::metadata(&config.key).map_or(0, |found| found.permissions().mode());
-    if mode & 0o077 != 0 {
-        tracing::warn!(key = %config.key.display(), "others than its owner may read the key");
-    }
+    check_mode(&config.key)?;
     let mut server = ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .expect("the provider has suites for TLS 1.2 and 1.3")
@@ -156,6 +161,18 @@ fn server_config(config: &config::Tcp) -> Result<ServerConfig, TcpError> {
     server.session_storage = Arc::new(NoServerSessionStorage {});
     server.send_tls13_tickets = 0;
     Ok(server)
+}
+
+/// Refuses a key that others than its owner may replace, and warns of one that they may read.
+fn check_mode(key: &Path) -> Result<(), TcpError> {
+    let mode = std::fs::metadata(key).map_or(0, |found| found.permissions().mode());
+    if mode & 0o022 != 0 {
+        return Err(TcpError::Writable { path: key.to_owned() });
+    }
+    if mode & 0o077 != 0 {
+        tracing::warn!(key = %key.display(), "others than its owner may read the key");
+    }
+    Ok(())
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TcpError> {
@@ -274,6 +291,15 @@ impl Server {
     }
 }
 
+/// Sets what a connection should have; it can do without.
+fn prepare(stream: &TcpStream) {
+    // Small answers must not wait for the acknowledgement of those before.
+    let _ = stream.set_nodelay(true);
+    // HTTP/2 asks a silent client whether it is there only when it has begun to speak. One whose machine goes away before that
+    // would keep its descriptor for ever.
+    let _ = setsockopt(stream, KeepAlive, &true);
+}
+
 /// Shakes hands with a client, and hands its connection on.
 async fn prove(
     acceptor: TlsAcceptor,
@@ -281,8 +307,7 @@ async fn prove(
     peer: SocketAddr,
     proven: mpsc::Sender<io::Result<Connection>>,
 ) {
-    // Small answers must not wait for the acknowledgement of those before.
-    let _ = stream.set_nodelay(true);
+    prepare(&stream);
     match tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await {
         Ok(Ok(connection)) => {
             // Nobody takes it when the daemon ends.
@@ -290,5 +315,34 @@ async fn prove(
         }
         Ok(Err(error)) => tracing::info!(%peer, %error, "refused a connection over TCP"),
         Err(_) => tracing::info!(%peer, "a client took too long for its TLS handshake"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{Permissions, set_permissions};
+
+    use nix::sys::socket::getsockopt;
+
+    use super::*;
+
+    #[test]
+    fn a_key_that_others_may_replace_is_refused() {
+        let key = tempfile::NamedTempFile::new().unwrap();
+        for (mode, is_good) in [(0o600, true), (0o644, true), (0o620, false), (0o602, false), (0o777, false)]
+        {
+            set_permissions(key.path(), Permissions::from_mode(mode)).unwrap();
+            assert_eq!(check_mode(key.path()).is_ok(), is_good, "{mode:o}");
+        }
+    }
+
+    #[tokio::test]
+    async fn the_kernel_looks_after_connections() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (_client, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+        let (stream, _) = accepted.unwrap();
+        prepare(&stream);
+        assert!(getsockopt(&stream, KeepAlive).unwrap());
     }
 }
