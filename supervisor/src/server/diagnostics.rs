@@ -4,6 +4,7 @@
 //! containerd serves the profiles of Go's runtime there. This daemon has no such runtime; who asks for them is told so, and where
 //! else to look. The socket is its owner's alone, because the pages name containers.
 
+use std::borrow::Cow;
 use std::fmt::Write;
 use std::path::Path;
 use std::time::SystemTime;
@@ -60,13 +61,12 @@ impl Site for Diagnostics {
 
 impl Diagnostics {
     fn set_level(&self, query: &str) -> Answer {
-        let given = query.split('&').find_map(|pair| pair.strip_prefix("level="));
-        let Some(level) = given else {
+        let Some(level) = wanted_level(query) else {
             return Answer::error("400 say which: /debug/log?level=debug");
         };
-        match self.logs.set_level(level) {
+        match self.logs.set_level(&level) {
             Ok(()) => {
-                tracing::info!(level, "the level of the logs was changed");
+                tracing::info!(%level, "the level of the logs was changed");
                 Answer::page(TEXT, format!("{level}\n"))
             }
             Err(error) => Answer::error(format!("400 {error}")),
@@ -96,6 +96,11 @@ impl Diagnostics {
         });
         format!("{vars:#}\n")
     }
+}
+
+/// The level in a query, whose pairs are encoded as those of a form.
+fn wanted_level(query: &str) -> Option<Cow<'_, str>> {
+    form_urlencoded::parse(query.as_bytes()).find_map(|(key, value)| (key == "level").then_some(value))
 }
 
 fn count(folder: &Path) -> usize {
@@ -167,4 +172,16 @@ pub(super) fn log_everything(calls: &Calls) {
     let (table, threads) = (calls.table(), threads());
     tracing::info!("=== BEGIN calls under way ===\n{table}=== END calls under way ===");
     tracing::info!("=== BEGIN threads ===\n{threads}=== END threads ===");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::wanted_level;
+
+    #[test]
+    fn the_level_of_a_query_may_be_encoded() {
+        assert_eq!(wanted_level("level=info%2Cdavit=debug").as_deref(), Some("info,davit=debug"));
+        assert_eq!(wanted_level("a=b&level=warn").as_deref(), Some("warn"));
+        assert_eq!(wanted_level("levels=warn"), None);
+    }
 }
