@@ -6,7 +6,7 @@
 use anyhow::{Result, bail};
 use davit_oci::platform::Platform;
 
-use crate::config::{Config, PluginList, Sharing};
+use crate::config::{Config, PluginList, ProxyKind, Sharing};
 use crate::plugins::Plugin;
 
 /// Keeps containers in the state that their labels ask for.
@@ -52,7 +52,7 @@ impl PluginList {
     }
 }
 
-/// Takes out of a configuration the servers that are disabled.
+/// Takes out of a configuration the servers and the snapshotters of other processes that are disabled.
 pub fn without_disabled(config: &mut Config) {
     let list = config.plugin_list.clone();
     if list.disables(&TCP) {
@@ -64,6 +64,8 @@ pub fn without_disabled(config: &mut Config) {
     if list.disables(&DEBUG) {
         config.diagnostics = Default::default();
     }
+    let is_disabled = |name: &str| list.disables_snapshotter(name);
+    config.proxy_plugins.retain(|name, proxy| proxy.kind != ProxyKind::Snapshot || !is_disabled(name));
 }
 
 /// Adds to the list what servers there are and what is configured, takes from it what is disabled, and checks that what is
@@ -173,6 +175,16 @@ mod tests {
         assert_eq!(error, format!("required plugin [{restart}] not included"));
         let tcp = "io.containerd.server.v1.grpc-tcp";
         assert!(refused(&[tcp], &[]).contains("not included"), "it is not configured");
+    }
+
+    #[test]
+    fn a_snapshotter_of_another_process_is_left_out() {
+        let text = "[plugin_list]\ndisabled = [\"io.containerd.snapshotter.v1.far\"]\n\
+                    [proxy_plugins.far]\ntype = \"snapshot\"\naddress = \"/far\"\n\
+                    [proxy_plugins.near]\ntype = \"snapshot\"\naddress = \"/near\"\n";
+        let mut config: Config = toml::from_str(text).unwrap();
+        without_disabled(&mut config);
+        assert_eq!(config.proxy_plugins.keys().collect::<Vec<_>>(), ["near"]);
     }
 
     #[test]
