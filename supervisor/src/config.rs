@@ -208,6 +208,11 @@ impl Config {
             let (key, value) = ("diagnostics.address", diagnostics.display().to_string());
             return Err(ConfigError::Value { key, value, reason: "want the absolute path of a unix socket" });
         }
+        if *diagnostics == self.grpc.address || *diagnostics == self.ttrpc_address() {
+            let (key, value) = ("diagnostics.address", diagnostics.display().to_string());
+            let reason = "want another socket than grpc.address and the one beside it that ends in .ttrpc";
+            return Err(ConfigError::Value { key, value, reason });
+        }
         for name in self.plugin_list.required.iter().chain(&self.plugin_list.disabled) {
             if !name.contains('.') {
                 let reason = "want a type and an id, such as io.containerd.snapshotter.v1.native";
@@ -344,6 +349,11 @@ mod tests {
         for (text, words) in [
             ("[grpc.tcp]\naddress = \"localhost\"", "grpc.tcp.address = \"localhost\": want an address"),
             ("[diagnostics]\naddress = \"127.0.0.1:6060\"", "diagnostics.address"),
+            (
+                "[grpc]\naddress = \"/a\"\n[diagnostics]\naddress = \"/a\"",
+                "diagnostics.address = \"/a\": want ano",
+            ),
+            ("[grpc]\naddress = \"/a\"\n[diagnostics]\naddress = \"/a.ttrpc\"", "want another socket"),
             ("[plugin_list]\nrequired = [\"cri\"]", "plugin_list = \"cri\": want a type and an id"),
             ("[process]\noom_score = 1001", "process.oom_score"),
             ("[process]\ntemp = \"tmp\"", "process.temp"),
