@@ -7,7 +7,6 @@
 //! The blobs are the caller's: its lease keeps them, or the labels of what it writes about them; without either they are
 //! garbage like any other. The folders are removed when they have served, and by the next daemon if this one dies.
 
-use std::io::{self, Write};
 use std::sync::Arc;
 
 use davit_model::digest::DigestError;
@@ -20,7 +19,7 @@ use tokio::task::JoinError;
 use tracing::Instrument;
 
 use crate::lane::Lane;
-use crate::metadata::{self, Content, Metadata, NsWriter, Scope};
+use crate::metadata::{self, Content, IoWriter, Metadata, NsWriter, Scope};
 use crate::runtime::{self, CheckpointFolder, Tasks};
 
 /// The images of criu in a tar archive (containerd `core/images/mediatypes.go`).
@@ -156,10 +155,13 @@ impl Checkpoints {
         let path = folder.path().display().to_string();
         self.tasks.checkpoint(namespace, id, &path, options).await?;
         let content = self.metadata.content(scope);
-        let images = self.store(&content, &path, IMAGES, move |ingest| archive(&folder, ingest)).await?;
+        let images = self.store(&content, &path, IMAGES, move |writer| archive(&folder, writer)).await?;
         let spec = container.spec.unwrap_or_default();
         let spec = prost_types::Any { type_url: spec.type_url, value: spec.value }.encode_to_vec();
-        let write = move |ingest: &mut Ingest<'_>| ingest.writer.write(&spec).map_err(Error::from);
+        let write = move |mut writer: NsWriter| {
+            writer.write(&spec)?;
+            Ok(writer)
+        };
         let spec = self.store(&content, &format!("{path}/spec"), SPEC, write).await?;
         Ok(vec![images, spec])
     }
@@ -170,16 +172,11 @@ impl Checkpoints {
         content: &Content,
         reference: &str,
         media_type: &'static str,
-        write: impl FnOnce(&mut Ingest<'_>) -> Result<(), Error> + Send + 'static,
+        write: impl FnOnce(NsWriter) -> Result<NsWriter, Error> + Send + 'static,
     ) -> Result<Blob, Error> {
-        let mut writer = content.writer(reference, 0, None).await?;
+        let writer = content.writer(reference, 0, None).await?;
         let make = move || {
-            let mut ingest = Ingest { writer: &mut writer, failure: None };
-            let written = write(&mut ingest);
-            if let Some(failure) = ingest.failure {
-                return Err(failure.into());
-            }
-            written?;
+            let mut writer = write(writer)?;
             let size = writer.status().offset;
             match writer.commit(size, None, Labels::new()) {
                 Ok(()) | Err(metadata::Error::AlreadyExists { .. }) => {}
@@ -235,36 +232,16 @@ fn image_path(options: Option<&Any>, runtime: &str) -> Result<String, Error> {
 }
 
 /// Writes the archive of a folder. Blocks.
-fn archive(folder: &CheckpointFolder, ingest: &mut Ingest<'_>) -> Result<(), Error> {
+fn archive(folder: &CheckpointFolder, writer: NsWriter) -> Result<NsWriter, Error> {
     let mount = Mount {
         kind: "bind".to_owned(),
         source: folder.path().display().to_string(),
         options: vec!["rbind".to_owned(), "ro".to_owned()],
         ..Mount::default()
     };
-    let made = layer::diff(&[], &[mount], TAR, ingest, &DiffOptions::default());
-    made.map(drop).map_err(|source| Error::Archive { source })
-}
-
-/// Lets an archive be written into an ingest.
-struct Ingest<'a> {
-    writer: &'a mut NsWriter,
-    /// What the store said, of which the writer of the archive learns only that it failed.
-    failure: Option<metadata::Error>,
-}
-
-impl Write for Ingest<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self.writer.write(bytes) {
-            Ok(()) => Ok(bytes.len()),
-            Err(error) => {
-                self.failure = Some(error);
-                Err(io::Error::other("the content store refused the checkpoint"))
-            }
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
+    let mut output = IoWriter::new(writer);
+    let made = layer::diff(&[], &[mount], TAR, &mut output, &DiffOptions::default());
+    let writer = output.into_writer()?;
+    made.map_err(|source| Error::Archive { source })?;
+    Ok(writer)
 }

@@ -10,9 +10,8 @@
 //! snapshotter there may be one of its own.
 
 use std::collections::BTreeMap;
-use std::io::{self, Write};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use davit_model::digest::DigestError;
 use davit_model::{Coded, Digest, ErrorCode, Labels, Mount};
@@ -21,9 +20,10 @@ use prost_types::Any;
 
 use crate::config::{self, StreamProcessor};
 use crate::lane::Lane;
-use crate::metadata::{self, Content, Descriptor, NsWriter};
+use crate::metadata::{self, Content, Descriptor, IoWriter, NsWriter};
 use crate::processors::{self, Guard, Processors, Running};
 use crate::proxy::{Failure, ProxyDiffer};
+use crate::unique::unique;
 
 /// The differ of this daemon, which walks through the trees.
 pub const WALKING: &str = "walking";
@@ -297,8 +297,7 @@ fn unsupported(media_type: &str) -> Error {
 /// The name of a layer's ingest.
 fn reference(wanted: &Wanted) -> String {
     if wanted.reference.is_empty() {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        return format!("diff-{}-{}", now.as_nanos(), std::process::id());
+        return format!("diff-{}", unique());
     }
     wanted.reference.clone()
 }
@@ -316,45 +315,16 @@ async fn ask(proxy: &ProxyDiffer, content: &Content, wanted: Wanted) -> Result<D
     if is_there { Ok(made) } else { Err(proxy.lost(&made.digest).into()) }
 }
 
-/// Lets a layer be written into an ingest.
-struct Ingest<'a> {
-    writer: &'a mut NsWriter,
-    failure: &'a mut Option<metadata::Error>,
-    size: &'a mut u64,
-}
-
-impl Write for Ingest<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self.writer.write(bytes) {
-            Ok(()) => {
-                *self.size += bytes.len() as u64;
-                Ok(bytes.len())
-            }
-            Err(error) => {
-                *self.failure = Some(error);
-                Err(io::Error::other("the content store refused the layer"))
-            }
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 /// Makes a layer in an ingest and commits it. Blocks.
 fn make(content: &Content, mut writer: NsWriter, wanted: Wanted) -> Result<Descriptor, Error> {
     let Wanted { left, right, media_type, mut labels, source_date_epoch, .. } = wanted;
     let media_type = if media_type.is_empty() { OCI_LAYER_GZIP.to_owned() } else { media_type };
     writer.truncate(0)?;
-    let (mut failure, mut size) = (None, 0);
-    let ingest = Ingest { writer: &mut writer, failure: &mut failure, size: &mut size };
-    let made = layer::diff(&left, &right, &media_type, ingest, &DiffOptions { source_date_epoch });
-    if let Some(failure) = failure {
-        return Err(failure.into());
-    }
+    let mut output = IoWriter::new(writer);
+    let made = layer::diff(&left, &right, &media_type, &mut output, &DiffOptions { source_date_epoch });
+    let mut writer = output.into_writer()?;
     labels.insert(UNCOMPRESSED.to_owned(), made?.digest.to_string());
-    let digest = writer.digest();
+    let (digest, size) = (writer.digest(), writer.status().offset);
     match writer.commit(size, None, labels) {
         Ok(()) => {}
         // The same layer was made before: that is the answer.

@@ -37,3 +37,4 @@ pub mod snapshotters;
 pub mod streams;
 mod trace;
 pub mod transfer;
+mod unique;

@@ -52,7 +52,7 @@ use davit_model::identifier;
 use davit_snapshotter::Snapshotter;
 
 pub use containers::{Container, Containers, Runtime};
-pub use content::{Content, ContentInfo, IngestStatus, NsWriter};
+pub use content::{Content, ContentInfo, IngestStatus, IoWriter, NsWriter};
 pub use error::{Error, Object};
 pub use event::{Event, EventSink};
 pub use images::{Descriptor, Image, Images};

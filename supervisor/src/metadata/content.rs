@@ -22,7 +22,7 @@ use davit_model::filter::{Adaptor, Filter, label_field};
 use davit_model::{Digest, Labels};
 
 pub use davit_content_store::Status as IngestStatus;
-pub use writer::NsWriter;
+pub use writer::{IoWriter, NsWriter};
 
 use super::error::{Error, Object};
 use super::event::Event;

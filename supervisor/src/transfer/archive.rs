@@ -3,7 +3,7 @@
 //! All of it blocks, on a thread that is counted for transfers, and all that it makes belongs to a lease.
 
 use std::collections::HashMap;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 
 use davit_distribution::Sink as _;
 use davit_model::{Digest, Labels};
@@ -19,8 +19,9 @@ use tokio::runtime::Handle;
 use super::Error;
 use super::export::annotate;
 use super::store::NsSink;
-use super::unpack::{UNCOMPRESSED, unique};
-use crate::metadata::{self, Content, NsWriter};
+use super::unpack::UNCOMPRESSED;
+use crate::metadata::{self, Content, IoWriter, NsWriter};
+use crate::unique::unique;
 
 /// How much of a blob is written at once.
 const BUFFER_SIZE: usize = 256 << 10;
@@ -138,10 +139,12 @@ impl Depot {
     fn compressed(&mut self, digest: &Digest) -> Result<Descriptor, Error> {
         let failed = |source| Error::Compress { digest: digest.clone(), source };
         let reader = self.runtime.block_on(self.content.reader(digest))?;
-        let writer = self.writer(0, None)?;
-        let mut encoder = GzEncoder::new(Writing(writer), flate2::Compression::default());
-        io::copy(&mut io::BufReader::with_capacity(BUFFER_SIZE, reader), &mut encoder).map_err(failed)?;
-        let Writing(writer) = encoder.finish().map_err(failed)?;
+        let mut output = IoWriter::new(self.writer(0, None)?);
+        let mut encoder = GzEncoder::new(&mut output, flate2::Compression::default());
+        let copied = io::copy(&mut io::BufReader::with_capacity(BUFFER_SIZE, reader), &mut encoder);
+        let ended = copied.and_then(|_| encoder.finish().map(drop));
+        let writer = output.into_writer()?;
+        ended.map_err(failed)?;
         let size = writer.status().offset;
         let labels = Labels::from([(UNCOMPRESSED.to_owned(), digest.to_string())]);
         let packed = commit(writer, size, None, labels)?;
@@ -204,19 +207,5 @@ fn commit(
     match writer.commit(size, expected, labels) {
         Ok(()) | Err(metadata::Error::AlreadyExists { .. }) => Ok(writer.digest()),
         Err(error) => Err(error.into()),
-    }
-}
-
-/// A writer of content for an encoder.
-struct Writing(NsWriter);
-
-impl Write for Writing {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.write(bytes).map_err(io::Error::other)?;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }

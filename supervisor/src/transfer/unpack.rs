@@ -9,8 +9,6 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use davit_distribution::{Ready, Wanted, labels};
 use davit_model::{Digest, Labels, Mount};
@@ -25,6 +23,7 @@ use tracing::Instrument;
 use super::{Error, Listener, News, Transfers, Unpack, document, set_labels};
 use crate::differs::Differs;
 use crate::metadata::{self, Content, Metadata, Scope, Snapshots};
+use crate::unique::unique;
 
 /// What labels begin with that are for snapshotters.
 const FOR_SNAPSHOTTERS: &str = "containerd.io/snapshot/";
@@ -376,11 +375,4 @@ impl Unpacking {
             descriptor: Some(layer.clone()),
         });
     }
-}
-
-/// What nothing else of a transfer has in its name, of this daemon or an earlier one.
-pub(super) fn unique() -> String {
-    static NUMBER: AtomicU64 = AtomicU64::new(0);
-    let nanos = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
-    format!("{nanos}-{}", NUMBER.fetch_add(1, Ordering::Relaxed))
 }

@@ -1,5 +1,6 @@
-//! [`NsWriter`]: the writer of one ingest of one namespace.
+//! [`NsWriter`]: the writer of one ingest of one namespace; and [`IoWriter`]: one for archivers and encoders.
 
+use std::io::{self, Write};
 use std::time::SystemTime;
 
 use davit_content_store::Error as StoreError;
@@ -246,5 +247,43 @@ impl NsWriter {
         schema::touch_namespace(txn, scope.namespace());
         schema::store(txn, &Table::Blob.key(scope.namespace(), digest.as_str()), &record);
         Ok((true, effects.with_event(Event::ContentCreate { digest: digest.to_string(), size })))
+    }
+}
+
+/// An [`NsWriter`] for what knows only [`Write`], and keeps no error but one of its own.
+pub struct IoWriter {
+    writer: NsWriter,
+    /// What the store said first, of which who writes learns only that it failed.
+    failure: Option<Error>,
+}
+
+impl IoWriter {
+    /// Appends to what `writer` has.
+    pub fn new(writer: NsWriter) -> IoWriter {
+        IoWriter { writer, failure: None }
+    }
+
+    /// The writer, with all that was written.
+    ///
+    /// # Errors
+    /// The first of the store.
+    pub fn into_writer(self) -> Result<NsWriter, Error> {
+        self.failure.map_or(Ok(self.writer), Err)
+    }
+}
+
+impl Write for IoWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self.writer.write(bytes) {
+            Ok(()) => Ok(bytes.len()),
+            Err(error) => {
+                self.failure.get_or_insert(error);
+                Err(io::Error::other("the content store refused it"))
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
