@@ -74,8 +74,8 @@ fn containers_run_on_snapshots_of_containerd() -> Result<()> {
     let plugin = Containerd::start()?;
     // By a file of containerd's form, in place of the snapshotter of this name.
     let config = format!(
-        "version = 2\ndisabled_plugins = [\"io.containerd.snapshotter.v1.native\"]\n[proxy_plugins.native]\ntype = \
-         \"snapshot\"\naddress = {:?}\ncapabilities = [\"remap-ids\"]\n[proxy_plugins.native.exports]\nkey = \"value\"\n",
+        "version = 2\n[proxy_plugins.native]\ntype = \"snapshot\"\naddress = {:?}\ncapabilities = \
+         [\"remap-ids\"]\n[proxy_plugins.native.exports]\nkey = \"value\"\n",
         plugin.address()
     );
     let daemon = Daemon::start_with(&[], &format!("{config}[debug]\nlevel = \"debug\"\n[log]\n"))?;
