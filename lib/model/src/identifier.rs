@@ -65,7 +65,8 @@ pub fn validate_topic(topic: &str) -> Result<(), TopicError> {
         return Err(error("must have at least one component"));
     }
     for part in rest.split('/') {
-        validate(part).map_err(|source| error(&format!("failed validation on component {part:?}: {source}")))?;
+        validate(part)
+            .map_err(|source| error(&format!("failed validation on component {part:?}: {source}")))?;
     }
     Ok(())
 }

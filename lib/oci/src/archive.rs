@@ -468,7 +468,10 @@ mod tests {
         };
         assert_eq!(saved(r#"[{"Config":"x"}]"#, &[]), r#"image config "x" not found"#);
         assert_eq!(saved(r#"[{"Config":"../c"}]"#, &[]), r#"image config "../c" not found"#);
-        assert_eq!(saved(r#"[{"Config":"c","Layers":["l"]}]"#, &[]), r#"failed to resolve layers: layer "l" not found"#);
+        assert_eq!(
+            saved(r#"[{"Config":"c","Layers":["l"]}]"#, &[]),
+            r#"failed to resolve layers: layer "l" not found"#
+        );
         assert_eq!(saved(r#"[{"Config":"a"}]"#, &[("a", "b"), ("b", "a")]), r#"image config "a" not found"#);
         assert_eq!(saved(r#"[{"Config":"c","RepoTags":["A B"]}]"#, &[]), r#"normalize image ref "A B""#);
         assert!(read(&[("manifest.json", b"[1]")], &[]).is_err());
