@@ -52,7 +52,6 @@ pub(crate) async fn run(client: &Client, address: &str, out: &mut dyn Write) -> 
         (" Stopped", counts[2].to_string()),
         ("Images", image::list(client).await?.len().to_string()),
         ("Snapshotters", of_type("io.containerd.snapshotter.v1")),
-        ("Runtimes", of_type("io.containerd.runtime.v2")),
         ("Cgroup Version", if host.unified_cgroups { "2" } else { "1" }.to_owned()),
         ("Kernel Version", kernel.trim().to_owned()),
         ("Architecture", host.architecture),
