@@ -174,9 +174,9 @@ fn calls_go_on_during_a_collection() -> Result<()> {
         return Ok(());
     }
     let plugin = Daemon::start()?;
-    // In containerd's form, as this can put a plugin in the place of a snapshotter.
+    // A plugin with the name of a snapshotter takes its place.
     let config = format!(
-        "version = 2\ndisabled_plugins = [\"io.containerd.snapshotter.v1.native\"]\n[proxy_plugins.native]\ntype = \
+        "version = 2\n[proxy_plugins.native]\ntype = \
          \"snapshot\"\naddress = {:?}\n[plugins.\"io.containerd.gc.v1.scheduler\"]\npause_threshold = \
          0.000000001\nmutation_threshold = 0\nstartup_delay = \"24h\"\n",
         plugin.address()
