@@ -37,7 +37,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use davit_metadata::Db;
 use davit_model::{Labels, Mount};
 use davit_sys::fs::set_immutable;
-use davit_sys::mount::{kernel_at_least, mount_all, unmount_all};
+use davit_sys::mount::{kernel_at_least, mount_all};
 use nix::errno::Errno;
 
 use crate::folders::{self, Folders};
@@ -207,21 +207,10 @@ impl Erofs {
         let draft = self.records.draft(kind, key, parent)?;
         // Checked even where no folder needs it, so that a bad label is refused at once.
         upper::mapped_root(key, labels)?;
-        let making = if kind == Kind::View && !draft.parents.is_empty() {
-            None
-        } else {
-            let making = self.folders.begin(draft.id)?;
-            if let Err(error) = self.fill(key, draft.id, kind, &draft.parents, labels) {
-                // Most likely the parent was removed meanwhile, which is the better error then.
-                self.records.confirm(&draft, key, parent)?;
-                return Err(error);
-            }
-            Some(making)
-        };
-        let record = self.records.create(draft, key, parent, labels)?;
-        if let Some(making) = making {
-            making.keep();
-        }
+        let record = self.folders.create(&self.records, draft, key, parent, labels, |making, draft| {
+            making.make_folder()?;
+            self.fill(key, draft.id, kind, &draft.parents, labels)
+        })?;
         Ok(self.mounts_of(&record))
     }
 
@@ -368,8 +357,6 @@ fn remove_file(path: &Path) -> Result<(), FileError> {
 /// Deletes the folder of a snapshot.
 fn delete(folder: &Path) -> Result<(), FileError> {
     match remove_file(&folder.join(IMAGE)) {
-        // What is no folder of ours.
-        Err(error) if error.source.kind() == ErrorKind::NotADirectory => Err(error),
         Err(error) if error.source.kind() != ErrorKind::IsADirectory => Err(error),
         _ => tree::remove(folder),
     }
@@ -472,36 +459,14 @@ impl Snapshotter for Erofs {
 
 /// Mounts and unmounts an image and an overlay over it in `root`; answers the options that every overlay there is to have.
 fn try_mounts(root: &Path, config: &Config) -> Result<Vec<String>, Error> {
-    let trial = root.join("trial");
     let failed = |source| Error::Erofs { root: root.to_owned(), source };
-    // Left by a daemon that died right here.
-    unmount_all(&trial.join("merged")).map_err(failed)?;
-    tree::remove(&trial)?;
-    for name in ["lower", "upper", "work", "merged"] {
-        let path = trial.join(name);
-        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
-        made.map_err(FileError::at("create folder", &path))?;
-    }
-    let result = try_mounts_in(root, &trial, config);
-    let unmounted = unmount_all(&trial.join("merged"));
-    let removed = tree::remove(&trial);
-    let options = result?;
-    unmounted.map_err(failed)?;
-    removed?;
-    Ok(options)
+    upper::try_mounts(root, &["lower", "upper", "work"], failed, |trial| try_mounts_in(root, trial, config))
 }
 
 fn try_mounts_in(root: &Path, trial: &Path, config: &Config) -> Result<Vec<String>, Error> {
-    if !tree::tells_types(trial)? {
-        let reason = "its filesystem does not tell file types (d_type), which overlayfs needs; xfs has to be made \
-                      with ftype=1";
-        return Err(Error::Root { root: root.to_owned(), reason });
-    }
     let path = trial.join(IMAGE);
     let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(&path);
     collect::write_image(&trial.join("lower"), &file.map_err(FileError::at("create", &path))?)?;
-    let mut options = config.ovl_mount_options.clone();
-    let has_index = options.iter().any(|option| option.split('=').next() == Some("index"));
     let text = |name: &str| trial.join(name).display().to_string();
     let mount = |kind: &str, source: String, options: Vec<String>| Mount {
         kind: kind.to_owned(),
@@ -516,19 +481,14 @@ fn try_mounts_in(root: &Path, trial: &Path, config: &Config) -> Result<Vec<Strin
         // Unmounting an overlay syncs the whole filesystem below it, unless it is volatile.
         "volatile".to_owned(),
     ];
-    overlay.extend(options.iter().cloned());
+    overlay.extend(config.ovl_mount_options.iter().cloned());
     let lower = mount("erofs", text(IMAGE), vec!["ro".to_owned(), "loop".to_owned()]);
     let overlay = mount("format/mkdir/overlay", "overlay".to_owned(), overlay);
     mount_all(&[lower, overlay], &trial.join("merged")).map_err(|source| match source.errno() {
         Some(Errno::ENODEV) => Error::NoErofs,
         _ => Error::Erofs { root: root.to_owned(), source },
     })?;
-    // The index would refuse an upper folder that another overlay has used, such as a restored one. The module
-    // is loaded by now.
-    if !has_index && Path::new("/sys/module/overlay/parameters/index").exists() {
-        options.push("index=off".to_owned());
-    }
-    Ok(options)
+    Ok(upper::without_index(config.ovl_mount_options.clone()))
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The folders of snapshots, `<root>/snapshots/<id>`, and which of them are garbage.
 //!
 //! ```text
-//!  begin ──► being made ──► recorded (a record has its id) ──► record removed ──► deleted by clean
+//!  claim ──► being made ──► recorded (a record has its id) ──► record removed ──► deleted by clean
 //!                └─────────── failed, or the daemon died ───────────┴────────────────►┘
 //! ```
 //!
@@ -16,10 +16,11 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use davit_model::Labels;
 use nix::unistd::syncfs;
 
-use crate::records::Records;
-use crate::{Error, FileError, tree};
+use crate::records::{Draft, Record, Records};
+use crate::{Error, FileError, Kind, tree};
 
 /// Deletes what is at the place of a snapshot; nothing there is no error.
 pub(crate) type Delete = fn(&Path) -> Result<(), FileError>;
@@ -92,17 +93,36 @@ impl Folders {
         Ok(ids)
     }
 
-    /// Makes the folder of a new snapshot, still empty. It is as yet nobody's business, so its mode lets only root
-    /// in; the maker sets what is right.
-    pub(crate) fn begin(&self, id: u64) -> Result<Making<'_>, FileError> {
-        let making = self.claim(id);
-        let path = making.path();
-        fs::DirBuilder::new().mode(0o700).create(&path).map_err(FileError::at("create folder", &path))?;
-        Ok(making)
+    /// Makes a snapshot: what it has of its own, by `fill`, and then its record. A view of a parent has nothing of its own.
+    ///
+    /// # Errors
+    /// Those of `fill`, if the snapshot could still be made; those of the records.
+    pub(crate) fn create(
+        &self,
+        records: &Records,
+        draft: Draft,
+        key: &str,
+        parent: Option<&str>,
+        labels: &Labels,
+        fill: impl FnOnce(&Making<'_>, &Draft) -> Result<(), Error>,
+    ) -> Result<Record, Error> {
+        let making = owns_place(draft.kind, &draft.parents).then(|| self.claim(draft.id));
+        if let Some(making) = &making
+            && let Err(error) = fill(making, &draft)
+        {
+            // Most likely the parent was removed meanwhile, which is the better error then.
+            records.confirm(&draft, key, parent)?;
+            return Err(error);
+        }
+        let record = records.create(draft, key, parent, labels)?;
+        if let Some(making) = making {
+            making.keep();
+        }
+        Ok(record)
     }
 
     /// Makes the place of a new snapshot its caller's, who is to put something there.
-    pub(crate) fn claim(&self, id: u64) -> Making<'_> {
+    fn claim(&self, id: u64) -> Making<'_> {
         self.making().insert(id);
         Making { folders: self, id, keep: false }
     }
@@ -142,8 +162,15 @@ impl Making<'_> {
         self.folders.of(self.id)
     }
 
+    /// Makes the folder, still empty. It is as yet nobody's business, so its mode lets only root in; the maker sets what is
+    /// right.
+    pub(crate) fn make_folder(&self) -> Result<(), FileError> {
+        let path = self.path();
+        fs::DirBuilder::new().mode(0o700).create(&path).map_err(FileError::at("create folder", &path))
+    }
+
     /// The record is written: the folder belongs to it from now on.
-    pub(crate) fn keep(mut self) {
+    fn keep(mut self) {
         self.keep = true;
     }
 }
@@ -157,6 +184,11 @@ impl Drop for Making<'_> {
         }
         self.folders.making().remove(&self.id);
     }
+}
+
+/// A view of a parent shows the parent's place.
+pub(crate) fn owns_place(kind: Kind, parents: &[u64]) -> bool {
+    kind != Kind::View || parents.is_empty()
 }
 
 /// Syncs the filesystem that a folder is on.

@@ -15,12 +15,12 @@ use std::path::{Path, PathBuf};
 use davit_metadata::Db;
 use davit_model::{Labels, Mount};
 use davit_sys::fs::in_user_namespace;
-use davit_sys::mount::{kernel_at_least, mount_all, unmount_all};
+use davit_sys::mount::{kernel_at_least, mount_all};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 
 use crate::folders::{self, Folders};
 use crate::records::{Record, Records};
-use crate::upper::{self, Top};
+use crate::upper::{self, Top, has_option};
 use crate::{Error, FileError, Info, Kind, Snapshotter, Usage, tree};
 
 /// The name of this snapshotter.
@@ -134,21 +134,10 @@ impl Overlayfs {
         let draft = self.records.draft(kind, key, parent)?;
         // Checked even where no folder needs it, so that a bad label is refused at once.
         upper::mapped_root(key, labels)?;
-        let making = if kind == Kind::View && !draft.parents.is_empty() {
-            None
-        } else {
-            let making = self.folders.begin(draft.id)?;
-            if let Err(error) = self.fill(key, draft.id, kind, &draft.parents, labels) {
-                // Most likely the parent was removed meanwhile, which is the better error then.
-                self.records.confirm(&draft, key, parent)?;
-                return Err(error);
-            }
-            Some(making)
-        };
-        let record = self.records.create(draft, key, parent, labels)?;
-        if let Some(making) = making {
-            making.keep();
-        }
+        let record = self.folders.create(&self.records, draft, key, parent, labels, |making, draft| {
+            making.make_folder()?;
+            self.fill(key, draft.id, kind, &draft.parents, labels)
+        })?;
         Ok(self.mounts_of(&record))
     }
 
@@ -287,41 +276,16 @@ impl Snapshotter for Overlayfs {
 
 /// Mounts and unmounts a small overlay in `root`; answers the options that every overlay there is to have.
 fn try_overlay(root: &Path, config: &Config) -> Result<Vec<String>, Error> {
-    let trial = root.join("trial");
-    // Left by a daemon that died right here.
-    unmount_all(&trial.join("merged")).map_err(|source| Error::Overlay { root: root.to_owned(), source })?;
-    tree::remove(&trial)?;
-    for name in ["1", "2", "upper", "work", "merged"] {
-        let path = trial.join(name);
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&path)
-            .map_err(FileError::at("create folder", &path))?;
-    }
-    let result = try_overlay_in(root, &trial, config);
-    let unmounted = unmount_all(&trial.join("merged"));
-    let removed = tree::remove(&trial);
-    let options = result?;
-    unmounted.map_err(|source| Error::Overlay { root: root.to_owned(), source })?;
-    removed?;
-    Ok(options)
+    let failed = |source| Error::Overlay { root: root.to_owned(), source };
+    upper::try_mounts(root, &["1", "2", "upper", "work"], failed, |trial| try_overlay_in(root, trial, config))
 }
 
 fn try_overlay_in(root: &Path, trial: &Path, config: &Config) -> Result<Vec<String>, Error> {
-    let typed = tree::tells_types(trial)?;
-    if !typed {
-        let reason = "its filesystem does not tell file types (d_type), which overlayfs needs; xfs has to be made \
-                      with ftype=1";
-        return Err(Error::Root { root: root.to_owned(), reason });
-    }
     let mut options = config.mount_options.clone();
-    let has =
-        |options: &[String], name: &str| options.iter().any(|option| option.split('=').next() == Some(name));
     let nested = in_user_namespace().map_err(FileError::at("read", "/proc/self/uid_map"))?;
     let on_tmpfs = statfs(root).map_err(FileError::at("statfs", root))?.filesystem_type() == TMPFS_MAGIC;
     // A user namespace cannot set the attributes of the trusted class. tmpfs has no others.
-    if nested && !on_tmpfs && !has(&options, "userxattr") {
+    if nested && !on_tmpfs && !has_option(&options, "userxattr") {
         options.push("userxattr".to_owned());
     }
     let path = |name: &str| trial.join(name).display().to_string();
@@ -343,10 +307,5 @@ fn try_overlay_in(root: &Path, trial: &Path, config: &Config) -> Result<Vec<Stri
     mount_all(&[overlay(volatile)], &merged)
         .or_else(|_| mount_all(&[overlay(trial_options)], &merged))
         .map_err(|source| Error::Overlay { root: root.to_owned(), source })?;
-    // The index would refuse an upper folder that another overlay has used, such as a restored one. The module
-    // is loaded by now.
-    if !has(&options, "index") && Path::new("/sys/module/overlay/parameters/index").exists() {
-        options.push("index=off".to_owned());
-    }
-    Ok(options)
+    Ok(upper::without_index(options))
 }

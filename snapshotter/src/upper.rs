@@ -1,12 +1,14 @@
-//! The writable folders of snapshots that overlayfs stacks: the folder of changes, `fs`, and overlayfs's own, `work`.
+//! What the snapshotters share that stack by overlayfs: the writable folders of a snapshot, which are its changes, `fs`, and
+//! overlayfs's own, `work`; and the trial of whether overlayfs works.
 
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 
 use davit_model::Labels;
+use davit_sys::mount::{Error as MountError, unmount_all};
 
-use crate::{Error, FileError, GID_MAPPING_LABEL, Kind, UID_MAPPING_LABEL};
+use crate::{Error, FileError, GID_MAPPING_LABEL, Kind, UID_MAPPING_LABEL, tree};
 
 /// The mode of the top folder of a snapshot without parent, and of the changes of a rebased one until then.
 const TOP_MODE: u32 = 0o755;
@@ -52,6 +54,59 @@ pub(crate) fn fill(
         make_folder(&folder.join("work"))?;
     }
     Ok(())
+}
+
+/// Has `body` mount something on `merged` in a folder `trial` of `root`, which holds empty folders of these names as well, and
+/// leaves nothing of it. Overlays have to work there.
+///
+/// # Errors
+/// [`Error::Root`] where they cannot; those of `body`; `failed` of what cannot be unmounted.
+pub(crate) fn try_mounts<T>(
+    root: &Path,
+    names: &[&str],
+    failed: impl Fn(MountError) -> Error,
+    body: impl FnOnce(&Path) -> Result<T, Error>,
+) -> Result<T, Error> {
+    let trial = root.join("trial");
+    let merged = trial.join("merged");
+    // Left by a daemon that died right here.
+    unmount_all(&merged).map_err(&failed)?;
+    tree::remove(&trial)?;
+    for name in names.iter().chain(&["merged"]) {
+        let path = trial.join(name);
+        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
+        made.map_err(FileError::at("create folder", &path))?;
+    }
+    let result = check_types(root, &trial).and_then(|()| body(&trial));
+    let unmounted = unmount_all(&merged);
+    let removed = tree::remove(&trial);
+    let result = result?;
+    unmounted.map_err(failed)?;
+    removed?;
+    Ok(result)
+}
+
+fn check_types(root: &Path, trial: &Path) -> Result<(), Error> {
+    if tree::tells_types(trial)? {
+        return Ok(());
+    }
+    let reason = "its filesystem does not tell file types (d_type), which overlayfs needs; xfs has to be made \
+                  with ftype=1";
+    Err(Error::Root { root: root.to_owned(), reason })
+}
+
+/// Whether options of a mount have one of this name.
+pub(crate) fn has_option(options: &[String], name: &str) -> bool {
+    options.iter().any(|option| option.split('=').next() == Some(name))
+}
+
+/// Turns the index of overlays off, unless the options say something about it. It would refuse an upper folder that another
+/// overlay has used, such as a restored one. The module has to be loaded.
+pub(crate) fn without_index(mut options: Vec<String>) -> Vec<String> {
+    if !has_option(&options, "index") && Path::new("/sys/module/overlay/parameters/index").exists() {
+        options.push("index=off".to_owned());
+    }
+    options
 }
 
 /// The options by which an overlay maps ids, if the labels map them.

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use davit_metadata::Db;
 use davit_model::{Labels, Mount};
 
-use crate::folders::{self, Folders};
+use crate::folders::{self, Folders, owns_place};
 use crate::records::{Record, Records};
 use crate::{Error, FileError, Info, Kind, Snapshotter, Usage};
 
@@ -98,23 +98,11 @@ impl<M: Method> Whole<M> {
         labels: &Labels,
     ) -> Result<Vec<Mount>, Error> {
         let draft = self.records.draft(kind, key, parent)?;
-        let making = if owns_place(kind, &draft.parents) {
-            let making = self.folders.claim(draft.id);
-            if let Err(error) = self.fill(key, &making.path(), &draft.parents) {
-                // Most likely the parent was removed meanwhile, which is the better error then.
-                self.records.confirm(&draft, key, parent)?;
-                return Err(error);
-            }
+        let record = self.folders.create(&self.records, draft, key, parent, labels, |making, draft| {
+            self.fill(key, &making.path(), &draft.parents)?;
             // The copy is what the snapshot promises to begin with, so it is on disk before the record.
-            self.method.sync(&making.path())?;
-            Some(making)
-        } else {
-            None
-        };
-        let record = self.records.create(draft, key, parent, labels)?;
-        if let Some(making) = making {
-            making.keep();
-        }
+            Ok(self.method.sync(&making.path())?)
+        })?;
         Ok(self.mounts_of(&record))
     }
 
@@ -141,11 +129,6 @@ impl<M: Method> Whole<M> {
         let parent = record.parents.first().map(|parent| self.folders.of(*parent));
         self.method.usage(&self.folders.of(record.id), parent.as_deref())
     }
-}
-
-/// A view of a parent shows the parent's place.
-fn owns_place(kind: Kind, parents: &[u64]) -> bool {
-    kind != Kind::View || parents.is_empty()
 }
 
 impl<M: Method> Snapshotter for Whole<M> {

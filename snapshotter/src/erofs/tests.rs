@@ -4,6 +4,7 @@ use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::process::Command;
 
 use davit_sys::fs::{get_xattr, list_xattr, set_xattr};
+use davit_sys::mount::unmount_all;
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
 use super::*;
