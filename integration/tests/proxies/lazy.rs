@@ -191,7 +191,7 @@ fn layers_that_a_snapshotter_has_are_not_fetched() -> Result<()> {
     ensure!(content()?.contains(&image::digest(&layer)), "{}", content()?);
     daemon::ok(daemon.davit(["rmi", &name])?)?;
     wait::until("the image is gone", || content().ok()?.trim().is_empty().then_some(()))?;
-    server.shutdown_background();
+    drop(server);
     std::fs::remove_file(&socket)?;
 
     lazy.locked().clear();
