@@ -116,9 +116,18 @@ pub fn apply(
         Some((root, whiteouts)) => apply_to(reader, declared, root, whiteouts, options),
         None => target::with_trees(&[Tree::Mounts(mounts.to_vec())], |roots| {
             let [root] = <[OwnedFd; 1]>::try_from(roots).expect("as many roots as trees");
-            apply_to(reader, declared, root, Whiteouts::Remove, options)
+            let applied = apply_to(reader, declared, root, Whiteouts::Remove, options)?;
+            if let Some(upper) = target::behind_helper(mounts).filter(|_| options.sync) {
+                sync_filesystem_of(&target::open_folder(upper)?)?;
+            }
+            Ok(applied)
         }),
     }
+}
+
+/// One pass over the filesystem: a sync of each file would commit its journal thousands of times.
+fn sync_filesystem_of(folder: &OwnedFd) -> Result<(), Error> {
+    syncfs(folder).map_err(|errno| Error::file("sync the filesystem of", b"/", errno))
 }
 
 /// Applies a layer to a new snapshot to which nothing else is written before it is committed, and syncs it. One that becomes
@@ -182,8 +191,7 @@ fn apply_to(
     let ((), applied) =
         decompress::with_stream(reader, declared, |stream| extract::extract(stream, root, whiteouts))?;
     if options.sync {
-        // One pass over the filesystem: a sync of each file would commit its journal thousands of times.
-        syncfs(&sync).map_err(|errno| Error::file("sync the filesystem of", b"/", errno))?;
+        sync_filesystem_of(&sync)?;
     }
     Ok(applied)
 }

@@ -10,6 +10,7 @@
 mod calls;
 mod classic;
 mod compose;
+mod helper;
 mod idmap;
 mod options;
 mod private;
@@ -31,6 +32,7 @@ use nix::sys::stat::{Mode, SFlag, fstat};
 
 use crate::loop_device::{self, LoopDevice};
 use calls::Attributes;
+pub use helper::is_by_helper;
 use options::Options;
 pub use private::mount_privately;
 
@@ -68,6 +70,16 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// The program that mounts filesystems of this type is not there, or did not do it.
+    #[error("mount helper {program} for {mount}: {reason}")]
+    Helper {
+        /// The mount, `kind source on target`.
+        mount: String,
+        /// The program.
+        program: &'static str,
+        /// What went wrong, with what it said.
+        reason: String,
+    },
     /// The kernel refused.
     #[error("{syscall}{} for {mount}{}", in_parentheses(.option), in_parentheses(.log))]
     Syscall {
@@ -93,7 +105,10 @@ impl Error {
     pub fn errno(&self) -> Option<Errno> {
         match self {
             Error::Syscall { source, .. } => Some(*source),
-            Error::Option { .. } | Error::Unsupported { .. } | Error::Template { .. } => None,
+            Error::Option { .. }
+            | Error::Unsupported { .. }
+            | Error::Template { .. }
+            | Error::Helper { .. } => None,
         }
     }
 }
@@ -107,7 +122,7 @@ impl Coded for Error {
             Error::Syscall {
                 source: Errno::ENOSPC | Errno::ENOMEM | Errno::EMFILE | Errno::ENFILE, ..
             } => ErrorCode::ResourceExhausted,
-            Error::Syscall { .. } => ErrorCode::Unknown,
+            Error::Syscall { .. } | Error::Helper { .. } => ErrorCode::Unknown,
         }
     }
 }
@@ -119,6 +134,9 @@ impl Coded for Error {
 /// The options are those of fstab(5): flags, propagation, and the rest for the filesystem. `uidmap` and `gidmap`
 /// make an idmapped mount, or for an overlay idmapped lower folders, as containerd does. `loop` mounts a file by way of a
 /// loop device that ends with the mount, with `direct-io` past the page cache; erofs needs none since Linux 6.12.
+///
+/// Types that begin with `fuse.` or `fuse3.` are mounted by the programs `mount.fuse` and `mount.fuse3` of the system's own folders, which
+/// get the options as they are and a minute's time.
 ///
 /// Where the last mount refers to those before it (its type begins with `format/`), that one alone is on `target` in the
 /// end.
@@ -236,22 +254,27 @@ fn mount_points_below(target: &Path) -> Result<Vec<PathBuf>, Error> {
         return Ok(Vec::new());
     }
     let Ok(target) = fs::canonicalize(target) else { return Ok(Vec::new()) };
+    let mut points = mount_points()?;
+    points.retain(|point| *point != target && point.starts_with(&target));
+    points.reverse();
+    Ok(points)
+}
+
+/// Every place where the calling thread sees something mounted, in the order of proc_pid_mountinfo(5).
+///
+/// # Errors
+/// The kernel's table cannot be read.
+pub fn mount_points() -> Result<Vec<PathBuf>, Error> {
     // A thread can have a mount namespace of its own.
     let table = fs::read("/proc/thread-self/mountinfo").map_err(|error| Error::Syscall {
-        mount: target.display().to_string(),
+        mount: "the mount points".to_owned(),
         syscall: "read mountinfo",
         option: None,
         log: None,
         source: error.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
     })?;
-    let mut points: Vec<PathBuf> = table
-        .split(|byte| *byte == b'\n')
-        .filter_map(|line| line.split(|byte| *byte == b' ').nth(4))
-        .map(|field| PathBuf::from(std::ffi::OsStr::from_bytes(&unescape(field))))
-        .filter(|point| *point != target && point.starts_with(&target))
-        .collect();
-    points.reverse();
-    Ok(points)
+    let fields = table.split(|byte| *byte == b'\n').filter_map(|line| line.split(|byte| *byte == b' ').nth(4));
+    Ok(fields.map(|field| PathBuf::from(std::ffi::OsStr::from_bytes(&unescape(field)))).collect())
 }
 
 /// Undoes the `\ooo` that mountinfo has for blanks, newlines and backslashes (proc_pid_mountinfo(5)).
@@ -283,12 +306,13 @@ enum Interface {
 /// Answers the mount point for undoing, unless there is nothing to undo.
 fn mount_one(mount: &Mount, target: &Path, interface: Interface) -> Result<Option<OwnedFd>, Error> {
     let options = Options::parse(mount)?;
-    let refuse = |reason| Err(Error::Unsupported { mount: describe(mount), reason });
-    if mount.kind.starts_with("fuse.") || mount.kind.starts_with("fuse3.") {
-        return refuse("mount helpers are not run here");
-    }
     if mount.kind.contains('/') {
-        return refuse("its kind is for a mount manager");
+        let reason = "its kind is for a mount manager";
+        return Err(Error::Unsupported { mount: describe(mount), reason });
+    }
+    if is_by_helper(mount) {
+        let job = Job { mount, target, options, source: &mount.source };
+        return helper::mount(&job, &helper::Terms::default()).map(Some);
     }
     let Some(direct_io) = options.loop_device else {
         return mount_job(Job { mount, target, options, source: &mount.source }, interface);

@@ -10,7 +10,7 @@ use std::thread;
 
 use davit_model::Mount;
 use davit_sys::fs::in_user_namespace;
-use davit_sys::mount::{mount_all, unmount_all};
+use davit_sys::mount::{is_by_helper, mount_all, unmount_all};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::mkdtemp;
@@ -89,6 +89,14 @@ pub(super) fn changes_of_image(mounts: &[Mount]) -> Option<&Path> {
         _ => return None,
     };
     upper.parent()?.join(erofs::MARK).exists().then_some(upper)
+}
+
+/// The folder that a process writes to which serves the filesystem of a mount (`is_by_helper`). To sync that filesystem does not reach it:
+/// the kernel passes it on to a few alone (`fuse_sync_fs`).
+pub(super) fn behind_helper(mounts: &[Mount]) -> Option<&Path> {
+    let [mount] = mounts else { return None };
+    let upper = mount.options.iter().find_map(|option| option.strip_prefix("upperdir="));
+    upper.filter(|_| is_by_helper(mount)).map(Path::new)
 }
 
 /// The folder of a single bind mount of the root without further conditions, and whether it may be written.
@@ -234,7 +242,13 @@ fn open_trees(trees: &[Tree], targets: &[PathBuf]) -> Result<Vec<OwnedFd>, Error
         (Tree::Folder(folder), _) => open_folder(folder),
         (Tree::Mounts(mounts), Some(target)) => {
             mount_all(mounts, target).map_err(|source| Error::Mount { source })?;
-            open_folder(target)
+            let root = open_folder(target)?;
+            if mounts.iter().any(is_by_helper) {
+                // Its process keeps the namespace, and were it to keep the mount with that, it would outlive a killed daemon.
+                // This way it ends with our descriptors.
+                unmount_all(target).map_err(|source| Error::Mount { source })?;
+            }
+            Ok(root)
         }
         (Tree::Mounts(_), None) => unreachable!("mounts have targets"),
     };

@@ -20,7 +20,7 @@ use nix::mount::MntFlags;
 use nix::sys::stat::Mode;
 
 use super::template::{Earlier, fill_in};
-use super::{Error, Interface, calls, describe, mount_one, take_off};
+use super::{Error, Interface, calls, describe, is_by_helper, mount_one, take_off};
 
 /// The words before a type that are carried out here. The others are `mkfs/`, which runs programs, and what nobody knows.
 const WORDS: [&str; 2] = ["format", "mkdir"];
@@ -98,12 +98,20 @@ impl Stack<'_> {
                 reason: "its folders are made by a mount manager",
             });
         }
-        Ok(Mount {
+        let resolved = Mount {
             kind: kind.to_owned(),
             source: fill(&mount.source)?,
             target: fill(&mount.target)?,
             options: mount.options.iter().map(fill).collect::<Result<_, _>>()?,
-        })
+        };
+        if is_by_helper(&resolved) {
+            // What stands for those are descriptors of this process.
+            return Err(Error::Unsupported {
+                mount: describe(mount),
+                reason: "a mount helper does not find the mounts before it",
+            });
+        }
+        Ok(resolved)
     }
 }
 
