@@ -2,6 +2,7 @@
 //! programs that layers are piped through.
 
 mod lazy;
+mod served;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;

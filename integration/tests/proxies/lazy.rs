@@ -1,5 +1,5 @@
-//! A snapshotter that has layers which nobody has unpacked, as those that mount images from afar: it answers Prepare for a
-//! layer with "already exists".
+//! A snapshotter of our own behind a socket. It may have layers which nobody has unpacked, as those that mount images from afar,
+//! and answers Prepare for a layer with "already exists" then; or it answers mounts that a process serves, see `served`.
 
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixStream;
@@ -29,13 +29,22 @@ const TARGET: &str = "containerd.io/snapshot.ref";
 /// The label with the digest of the layer, which it would fetch.
 const LAYER: &str = "containerd.io/snapshot/cri.layer-digest";
 
-/// It has every layer, in a folder.
+/// Where its snapshots are.
 #[derive(Clone)]
-struct Lazy {
-    rootfs: PathBuf,
+pub(super) enum Place {
+    /// All in the same folder.
+    One(PathBuf),
+    /// Each in a folder below this one, over those of its parents by fuse-overlayfs.
+    Served(PathBuf),
+}
+
+/// It has every layer, or none.
+#[derive(Clone)]
+pub(super) struct Lazy {
+    pub(super) place: Place,
     /// Whether it has layers now.
-    has: bool,
-    snapshots: Arc<Mutex<BTreeMap<String, wire::Info>>>,
+    pub(super) has: bool,
+    pub(super) snapshots: Arc<Mutex<BTreeMap<String, wire::Info>>>,
 }
 
 impl Lazy {
@@ -55,10 +64,43 @@ impl Lazy {
         found.ok_or_else(|| Status::not_found(format!("snapshot {key}")))
     }
 
-    fn mounts(&self) -> Vec<Mount> {
-        let (source, options) = (self.rootfs.display().to_string(), vec!["rbind".into(), "rw".into()]);
-        vec![Mount { r#type: "bind".into(), source, options, ..Default::default() }]
+    /// Where the files of a snapshot are.
+    fn folder(&self, key: &str) -> PathBuf {
+        match &self.place {
+            Place::One(folder) => folder.clone(),
+            Place::Served(folder) => folder.join(key.replace(['/', ':'], "_")),
+        }
     }
+
+    fn mounts(&self, key: &str) -> Result<Vec<Mount>, Status> {
+        let (folder, mut parent) = (self.folder(key), self.find(key)?.parent);
+        let Place::Served(_) = self.place else { return Ok(bind(&folder)) };
+        let mut lowers = Vec::new();
+        while !parent.is_empty() {
+            lowers.push(self.folder(&parent).join("fs").display().to_string());
+            parent = self.find(&parent)?.parent;
+        }
+        if lowers.is_empty() {
+            return Ok(bind(&folder.join("fs")));
+        }
+        let of = |name: &str, below: &str| format!("{name}={}", folder.join(below).display());
+        let options =
+            vec![format!("lowerdir={}", lowers.join(":")), of("upperdir", "fs"), of("workdir", "work")];
+        let (kind, source) = ("fuse3.fuse-overlayfs".to_owned(), "overlay".to_owned());
+        Ok(vec![Mount { r#type: kind, source, options, ..Default::default() }])
+    }
+
+    /// Makes the folders of a snapshot, if it has its own.
+    fn make(&self, key: &str) -> Result<(), Status> {
+        let Place::Served(_) = self.place else { return Ok(()) };
+        let folder = self.folder(key);
+        ["fs", "work"].iter().try_for_each(|name| Ok(std::fs::create_dir_all(folder.join(name))?))
+    }
+}
+
+fn bind(folder: &Path) -> Vec<Mount> {
+    let (source, options) = (folder.display().to_string(), vec!["rbind".into(), "rw".into()]);
+    vec![Mount { r#type: "bind".into(), source, options, ..Default::default() }]
 }
 
 #[tonic::async_trait]
@@ -72,8 +114,9 @@ impl Snapshots for Lazy {
             self.add(&target, parent, wire::Kind::Committed, labels);
             return Err(Status::already_exists(format!("target snapshot {target:?}")));
         }
+        self.make(&key)?;
         self.add(&key, parent, wire::Kind::Active, labels);
-        Ok(Response::new(wire::PrepareSnapshotResponse { mounts: self.mounts() }))
+        Ok(Response::new(wire::PrepareSnapshotResponse { mounts: self.mounts(&key)? }))
     }
 
     async fn view(
@@ -87,20 +130,26 @@ impl Snapshots for Lazy {
         &self,
         request: Request<wire::MountsRequest>,
     ) -> Result<Response<wire::MountsResponse>, Status> {
-        self.find(&request.into_inner().key)?;
-        Ok(Response::new(wire::MountsResponse { mounts: self.mounts() }))
+        Ok(Response::new(wire::MountsResponse { mounts: self.mounts(&request.into_inner().key)? }))
     }
 
     async fn commit(&self, request: Request<wire::CommitSnapshotRequest>) -> Result<Response<()>, Status> {
         let wire::CommitSnapshotRequest { name, key, labels, .. } = request.into_inner();
         let info = self.find(&key)?;
         self.locked().remove(&key);
+        if let Place::Served(_) = self.place {
+            std::fs::rename(self.folder(&key), self.folder(&name))?;
+        }
         self.add(&name, info.parent, wire::Kind::Committed, labels);
         Ok(Response::new(()))
     }
 
     async fn remove(&self, request: Request<wire::RemoveSnapshotRequest>) -> Result<Response<()>, Status> {
-        self.locked().remove(&request.into_inner().key);
+        let key = request.into_inner().key;
+        self.locked().remove(&key);
+        if let Place::Served(_) = self.place {
+            std::fs::remove_dir_all(self.folder(&key))?;
+        }
         Ok(Response::new(()))
     }
 
@@ -139,7 +188,7 @@ impl Snapshots for Lazy {
 }
 
 /// Serves it for as long as the runtime is there.
-fn serve(lazy: Lazy, socket: &Path) -> Result<tokio::runtime::Runtime> {
+pub(super) fn serve(lazy: Lazy, socket: &Path) -> Result<tokio::runtime::Runtime> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let inside = runtime.enter();
     let listener = UnixListener::bind(socket)?;
@@ -181,9 +230,10 @@ fn layers_that_a_snapshotter_has_are_not_fetched() -> Result<()> {
     wait::until("the image is gone", || content().ok()?.trim().is_empty().then_some(()))?;
 
     // Without the layer it is fetched and unpacked, as for any other.
-    let lazy = Lazy { rootfs, has: true, snapshots: Arc::default() };
-    let without = Lazy { has: false, rootfs: folder.path().join("unpacked"), ..lazy.clone() };
-    std::fs::create_dir(&without.rootfs)?;
+    let unpacked = folder.path().join("unpacked");
+    std::fs::create_dir(&unpacked)?;
+    let lazy = Lazy { place: Place::One(rootfs), has: true, snapshots: Arc::default() };
+    let without = Lazy { has: false, place: Place::One(unpacked), ..lazy.clone() };
     let run = || daemon.davit(["run", "--rm", "--snapshotter", "lazy", &name, "echo", "hello"]);
     let server = serve(without, &socket)?;
     let said = daemon::ok(run()?)?;
