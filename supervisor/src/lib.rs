@@ -14,6 +14,7 @@ pub mod calls;
 pub mod cgroup;
 pub mod checkpoint;
 pub mod config;
+mod crowd;
 pub mod differs;
 mod environment;
 pub mod events;

@@ -1,7 +1,16 @@
 //! Pages that are read with HTTP/1.1: the metrics and the diagnostics. One request a connection, without a body.
+//!
+//! Whoever can connect can ask, so that everything about a request is bounded: its size, the time it takes to come, the time
+//! that its answer takes to be made and read, and how many there are of each. containerd bounds the time of the header, by five
+//! minutes.
+//!
+//! On an address of the loopback a request must name the host as people of this host do. A page on the Web cannot read what
+//! others serve, but it can have the name of its own site resolved to 127.0.0.1 once it is loaded, and then ask there what
+//! its browser takes for its own (DNS rebinding). Its name stands in the request, and has a dot.
 
 use std::borrow::Cow;
 use std::future::Future;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,17 +19,22 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-/// The most requests at once; more wait in the kernel's queue.
-const REQUESTS: usize = 8;
+use crate::crowd::Crowd;
+
+/// The most requests that are answered at once.
+const ANSWERS: usize = 8;
+
+/// The most connections whose request has not come, or not got its turn.
+const REQUESTS: usize = 64;
 
 /// The most bytes of a request.
 const LONGEST_REQUEST: usize = 8 << 10;
 
-/// A request comes within this: who connects and says nothing must not keep others out for longer.
+/// A request comes within this.
 const REQUEST: Duration = Duration::from_secs(5);
 
-/// A request and its answer take no longer.
-const LIMIT: Duration = Duration::from_secs(30);
+/// An answer is made and read within this.
+const ANSWER: Duration = Duration::from_secs(30);
 
 /// After an accept that failed, for want of descriptors mostly.
 pub(crate) const PAUSE: Duration = Duration::from_millis(100);
@@ -85,6 +99,14 @@ trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 
 impl Listener {
+    /// Whether only this host can connect, by an address.
+    fn is_loopback(&self) -> bool {
+        match self {
+            Listener::Tcp(listener) => listener.local_addr().is_ok_and(|address| address.ip().is_loopback()),
+            Listener::Unix(_) => false,
+        }
+    }
+
     async fn accept(&self) -> std::io::Result<Box<dyn Stream>> {
         Ok(match self {
             Listener::Tcp(listener) => Box::new(listener.accept().await?.0),
@@ -95,23 +117,31 @@ impl Listener {
 
 /// Answers requests until `stop`.
 pub async fn serve<S: Site>(listener: Listener, site: S, stop: CancellationToken) {
-    let places = Arc::new(Semaphore::new(REQUESTS));
+    let places = Arc::new(Semaphore::new(ANSWERS));
+    let is_local = listener.is_loopback();
+    let mut waiting = Crowd::new(REQUESTS);
     loop {
-        let Ok(place) = places.clone().acquire_owned().await else { return };
         // An accept that is dropped has accepted nothing.
         let accepted = tokio::select! {
             () = stop.cancelled() => return,
             accepted = listener.accept() => accepted,
         };
         match accepted {
-            Ok(stream) => {
-                let site = site.clone();
-                tokio::spawn(async move {
-                    let _place = place;
-                    let answered = tokio::time::timeout(LIMIT, answer(stream, &site)).await;
-                    if let Ok(Err(error)) = answered {
-                        tracing::debug!(%error, "a request for a page broke off");
-                    }
+            Ok(mut stream) => {
+                let (site, places) = (site.clone(), places.clone());
+                waiting.admit(async move {
+                    // Who gives up is not answered.
+                    let Ok(Ok(Some(bytes))) = tokio::time::timeout(REQUEST, read(&mut *stream)).await else {
+                        return;
+                    };
+                    let Ok(place) = places.acquire_owned().await else { return };
+                    tokio::spawn(async move {
+                        let _place = place;
+                        let answered = answer(stream, &bytes, is_local, &site);
+                        if let Ok(Err(error)) = tokio::time::timeout(ANSWER, answered).await {
+                            tracing::debug!(%error, "a request for a page broke off");
+                        }
+                    });
                 });
             }
             Err(error) => {
@@ -136,9 +166,16 @@ async fn read(stream: &mut dyn Stream) -> std::io::Result<Option<Vec<u8>>> {
     Ok(Some(bytes))
 }
 
-async fn answer<S: Site>(mut stream: Box<dyn Stream>, site: &S) -> std::io::Result<()> {
-    let Some(bytes) = tokio::time::timeout(REQUEST, read(&mut *stream)).await?? else { return Ok(()) };
-    let Answer { status, kind, body } = match request(&bytes) {
+async fn answer<S: Site>(
+    mut stream: Box<dyn Stream>,
+    bytes: &[u8],
+    is_local: bool,
+    site: &S,
+) -> std::io::Result<()> {
+    let Answer { status, kind, body } = match request(bytes) {
+        Some(_) if is_local && !hosts(bytes).all(is_of_this_host) => {
+            Answer::error("421 ask for this page by an address or as localhost")
+        }
         Some(request) => site.answer(request).await,
         None => Answer::error("400 Bad Request"),
     };
@@ -160,9 +197,46 @@ fn request(bytes: &[u8]) -> Option<Request<'_>> {
     (version.starts_with("HTTP/1.") && words.next().is_none()).then_some(Request { method, path, query })
 }
 
+/// The hosts that a request names; none in one of HTTP/1.0.
+fn hosts(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
+    bytes.split(|byte| *byte == b'\n').skip(1).filter_map(|line| {
+        let colon = line.iter().position(|byte| *byte == b':')?;
+        line[..colon].eq_ignore_ascii_case(b"host").then(|| line[colon + 1..].trim_ascii())
+    })
+}
+
+/// Whether a host, perhaps with a port, is an address or a name that no site of the Web has.
+fn is_of_this_host(host: &[u8]) -> bool {
+    let Ok(host) = std::str::from_utf8(host) else { return false };
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
+        Some(_) | None => host,
+    };
+    let bare = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
+    bare.parse::<IpAddr>().is_ok() || !name.contains('.')
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_site_of_the_web_is_no_name_of_this_host() {
+        let told = |host: &str| {
+            let request = format!("GET / HTTP/1.1\r\nhOsT:{host}\r\nAccept: a.b\r\n\r\n");
+            hosts(request.as_bytes()).all(is_of_this_host)
+        };
+        for host in ["localhost", " 127.0.0.1:1338", "[::1]:1338 ", "::1", "node-1:80", "", "[fe80::1]"] {
+            assert!(told(host), "{host:?}");
+        }
+        for host in
+            ["a.example", " a.example:1338", "127.0.0.1.a.example", "localhost.", "[::1].a.b", "\u{e4}.b"]
+        {
+            assert!(!told(host), "{host:?}");
+        }
+        assert!(!told("localhost\r\nHost: a.example"), "all of them count");
+        assert!(hosts(b"GET /Host:a.b HTTP/1.0\r\n\r\n").next().is_none());
+    }
 
     #[test]
     fn only_well_formed_requests_are_understood() {

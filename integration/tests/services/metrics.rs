@@ -64,11 +64,29 @@ fn metrics_tell_of_the_daemon_and_its_containers() -> Result<()> {
         ("POST /v1/metrics HTTP/1.1\r\n\r\n", "405"),
         ("GET / HTTP/1.1\r\n\r\n", "404"),
         ("nonsense\r\n\r\n", "400"),
+        // What a browser asks that was led here by the name of a site.
+        ("GET /v1/metrics HTTP/1.1\r\nHost: site.example:1338\r\n\r\n", "421"),
     ] {
         let answer = ask(&address, request)?;
         ensure!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{request}: {answer}");
     }
     ensure!(ask(&address, &format!("GET /{} HTTP/1.1", "x".repeat(10_000))).unwrap_or_default().is_empty());
     ctr.run("tasks kill -s SIGKILL counted")?;
+    Ok(())
+}
+
+#[test]
+fn who_connects_and_says_nothing_keeps_nobody_out() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
+    let _daemon = Daemon::start_with(&[], &format!("[metrics]\naddress = \"{address}\"\n"))?;
+    let mut silent = Vec::new();
+    for _ in 0..150 {
+        silent.push(TcpStream::connect(&address)?);
+    }
+    let answer = ask(&address, "GET /v1/metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")?;
+    ensure!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
     Ok(())
 }

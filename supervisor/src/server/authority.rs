@@ -22,17 +22,24 @@
 mod frames;
 mod header_block;
 
+use std::future::Future;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::Sleep;
 use tonic::transport::server::Connected;
 
 use frames::Rewriter;
 
 /// How much is read at once while the layer is at work.
 const CHUNK: usize = 16 << 10;
+
+/// The time for a client to begin to speak HTTP/2: its preface, and a frame behind that. Nothing else ends a connection whose
+/// client says nothing, for an idle one is as good as any. containerd's server gives it two minutes.
+const GREETING: Duration = Duration::from_secs(30);
 
 /// A connection whose calls may have any authority.
 pub(super) struct AnyAuthority<S> {
@@ -42,12 +49,19 @@ pub(super) struct AnyAuthority<S> {
     /// What has been rewritten and not been read yet, from `given`.
     pending: Vec<u8>,
     given: usize,
+    /// None once the client has begun to speak.
+    deadline: Option<Pin<Box<Sleep>>>,
 }
 
 impl<S> AnyAuthority<S> {
     /// Wraps a connection from its very first byte.
     pub(super) fn new(stream: S) -> AnyAuthority<S> {
-        AnyAuthority { stream, rewriter: Some(Box::default()), pending: Vec::new(), given: 0 }
+        AnyAuthority::greeted_within(GREETING, stream)
+    }
+
+    fn greeted_within(limit: Duration, stream: S) -> AnyAuthority<S> {
+        let deadline = Some(Box::pin(tokio::time::sleep(limit)));
+        AnyAuthority { stream, rewriter: Some(Box::default()), pending: Vec::new(), given: 0, deadline }
     }
 }
 
@@ -85,7 +99,15 @@ impl<S: AsyncRead + Unpin> AsyncRead for AnyAuthority<S> {
             };
             let mut chunk = [0; CHUNK];
             let mut chunk = ReadBuf::new(&mut chunk);
-            ready!(Pin::new(&mut this.stream).poll_read(cx, &mut chunk))?;
+            let read = Pin::new(&mut this.stream).poll_read(cx, &mut chunk);
+            if read.is_pending()
+                && let Some(deadline) = &mut this.deadline
+                && deadline.as_mut().poll(cx).is_ready()
+            {
+                tracing::debug!("a client that does not begin to speak is given up");
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            }
+            ready!(read)?;
             if chunk.filled().is_empty() {
                 // The end, perhaps within a frame: h2 says what it thinks of that.
                 rewriter.finish(&mut this.pending);
@@ -95,7 +117,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for AnyAuthority<S> {
                 }
                 continue;
             }
-            if rewriter.feed(chunk.filled(), &mut this.pending).is_done() {
+            let progress = rewriter.feed(chunk.filled(), &mut this.pending);
+            if progress.is_done() || rewriter.has_begun() {
+                this.deadline = None;
+            }
+            if progress.is_done() {
                 this.rewriter = None;
             }
         }
@@ -148,5 +174,28 @@ mod tests {
             AnyAuthority::new(server).read_to_end(&mut got).await.unwrap();
             assert_eq!(got, sent);
         }
+    }
+
+    #[tokio::test]
+    async fn a_client_that_does_not_begin_to_speak_is_given_up() {
+        let mut buffer = [0; 64];
+        let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+        for sent in [&b""[..], b"PRI", preface, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0"] {
+            let (mut client, server) = tokio::io::duplex(64);
+            client.write_all(sent).await.unwrap();
+            let mut server = AnyAuthority::greeted_within(Duration::from_millis(1), server);
+            let ended = loop {
+                match server.read(&mut buffer).await {
+                    Ok(length) => assert!(length > 0),
+                    Err(error) => break error,
+                }
+            };
+            assert_eq!(ended.kind(), io::ErrorKind::TimedOut);
+        }
+        let (mut client, server) = tokio::io::duplex(64);
+        client.write_all(&[&preface[..], b"\0\0\0\x04\0\0\0\0\0"].concat()).await.unwrap();
+        let mut server = AnyAuthority::new(server);
+        server.read_exact(&mut buffer[..preface.len() + 9]).await.unwrap();
+        assert!(server.deadline.is_none(), "who has begun may take its time");
     }
 }

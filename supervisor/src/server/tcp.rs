@@ -5,10 +5,8 @@
 //! and every container in its network namespace can reach. Each connection proves who it is: no session is
 //! resumed, and a certificate that has expired opens none.
 //!
-//! A handshake is a task of its own with a deadline, and their number is bounded: one too many ends the oldest, so that
-//! who opens connections and says nothing cannot keep others out.
+//! A handshake is a task of its own with a deadline, and their number is bounded ([`Crowd`]).
 
-use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
@@ -29,12 +27,12 @@ use rustls::{
 };
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
-use tokio::task::{AbortHandle, JoinSet};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::config;
+use crate::crowd::Crowd;
 use crate::pages::PAUSE;
 
 /// The most connections that have not proven themselves yet.
@@ -260,27 +258,18 @@ impl Server {
     }
 
     async fn accept(self, proven: mpsc::Sender<io::Result<Connection>>, stop: CancellationToken) {
-        // Dropping the set ends what is in it.
-        let mut handshakes = JoinSet::new();
-        let mut oldest: VecDeque<AbortHandle> = VecDeque::new();
+        let mut handshakes = Crowd::new(HANDSHAKES);
         loop {
             // An accept that is dropped has accepted nothing.
             let accepted = tokio::select! {
                 () = stop.cancelled() => return,
                 accepted = self.listener.accept() => accepted,
             };
-            while handshakes.try_join_next().is_some() {}
             match accepted {
                 Ok((stream, peer)) => {
-                    oldest.retain(|handshake| !handshake.is_finished());
-                    if oldest.len() >= HANDSHAKES
-                        && let Some(handshake) = oldest.pop_front()
-                    {
+                    if !handshakes.admit(prove(self.acceptor.clone(), stream, peer, proven.clone())) {
                         tracing::debug!("too many TLS handshakes; the oldest is given up");
-                        handshake.abort();
                     }
-                    let handshake = prove(self.acceptor.clone(), stream, peer, proven.clone());
-                    oldest.push_back(handshakes.spawn(handshake));
                 }
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a connection over TCP");

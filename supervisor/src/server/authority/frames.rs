@@ -58,11 +58,13 @@ pub(super) struct Rewriter {
     last: usize,
     /// True once a block had to be changed.
     replacing: bool,
+    /// True once a frame has begun.
+    begun: bool,
 }
 
 impl Default for Rewriter {
     fn default() -> Self {
-        Rewriter { at: At::Preface(0), held: Vec::new(), last: 0, replacing: false }
+        Rewriter { at: At::Preface(0), held: Vec::new(), last: 0, replacing: false, begun: false }
     }
 }
 
@@ -95,6 +97,7 @@ impl Rewriter {
                     if self.held.len() < FRAME_HEADER {
                         return Progress::More;
                     }
+                    self.begun = true;
                     if self.held[3] == HEADERS {
                         (self.at, self.last) = (At::Block, 0);
                     } else {
@@ -132,6 +135,11 @@ impl Rewriter {
                 }
             }
         }
+    }
+
+    /// Whether the client has sent its preface and the head of a frame.
+    pub(super) fn has_begun(&self) -> bool {
+        self.begun
     }
 
     /// Gives what is held back: no more comes.
