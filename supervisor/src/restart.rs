@@ -20,8 +20,9 @@ use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, info, info_span, warn};
 
-use crate::metadata::{Container, Error as MetadataError, Metadata, Rootfs, Scope};
-use crate::runtime::{CreateOptions, Error as TaskError, Stdio, Tasks};
+use crate::metadata::{Container, Error as MetadataError, Metadata, Scope};
+use crate::rooted::{Error as TaskError, RootedTasks};
+use crate::runtime::{CreateOptions, Stdio, Tasks};
 pub use policy::CAPABILITIES;
 use policy::{Change, Task};
 
@@ -49,6 +50,7 @@ enum RestartError {
 pub struct Monitor {
     metadata: Metadata,
     tasks: Tasks,
+    rooted: RootedTasks,
     interval: Duration,
     /// The containers that are being changed, by namespace and id.
     busy: Arc<Mutex<HashSet<(String, String)>>>,
@@ -57,7 +59,8 @@ pub struct Monitor {
 impl Monitor {
     /// A monitor that looks in this interval.
     pub fn new(metadata: Metadata, tasks: Tasks, interval: Duration) -> Monitor {
-        Monitor { metadata, tasks, interval, busy: Arc::default() }
+        let rooted = RootedTasks::new(metadata.clone(), tasks.clone());
+        Monitor { metadata, tasks, rooted, interval, busy: Arc::default() }
     }
 
     /// Looks again and again until `stop`. What has begun is finished beyond that.
@@ -112,7 +115,7 @@ impl Monitor {
         let task = match self.tasks.state(scope.namespace(), &container.id, "").await {
             Ok(process) => Task::Is(process.status, process.exit_status),
             Err(error) if error.code() == ErrorCode::NotFound => Task::None,
-            Err(source) => return Err(RestartError::Task { action: "see", source }),
+            Err(source) => return Err(RestartError::Task { action: "see", source: source.into() }),
         };
         let age = SystemTime::now().duration_since(container.created_at).unwrap_or_default();
         if task == Task::None && age < self.interval {
@@ -157,10 +160,6 @@ impl Monitor {
             let snapshots = self.metadata.snapshots(scope, &container.snapshotter).map_err(record)?;
             snapshots.mounts(&container.snapshot_key).await.map_err(record)?
         };
-        let mounts = self.metadata.mounts(scope);
-        let accepted = self.tasks.accepted_mounts(&container.runtime.name);
-        let Rootfs { mounts: rootfs, hold } =
-            mounts.activate_rootfs(&container.id, rootfs, accepted).await.map_err(record)?;
         let log = policy::log(&container.labels);
         let terminal = container.spec.as_ref().is_some_and(|spec| wants_terminal(&spec.value));
         let options = CreateOptions {
@@ -175,26 +174,15 @@ impl Monitor {
         };
         let (namespace, id) = (scope.namespace(), container.id.as_str());
         let failed = |action| move |source| RestartError::Task { action, source };
-        let created = self.tasks.create(namespace, options).await;
-        drop(hold);
-        if let Err(error) = created {
-            mounts.deactivate_rootfs(id, self.has_task(scope, id)).await;
-            return Err(failed("create")(error));
-        }
+        self.rooted.create(scope, options).await.map_err(failed("create"))?;
         if let Err(error) = self.tasks.start(namespace, id, "").await {
             // One that is left created would pass for somebody else's.
             if let Err(error) = self.remove(scope, id).await {
                 warn!(error = chain(&error), "cannot remove the task that did not start");
             }
-            return Err(failed("start")(error));
+            return Err(failed("start")(error.into()));
         }
         Ok(())
-    }
-
-    /// Asks whether a container has a task.
-    fn has_task(&self, scope: &Scope, id: &str) -> impl FnOnce() -> bool + Send + 'static {
-        let (tasks, namespace, id) = (self.tasks.clone(), scope.namespace().to_owned(), id.to_owned());
-        move || tasks.exists(&namespace, &id)
     }
 
     /// Kills every process of a task, waits for its end, and deletes it.
@@ -203,13 +191,13 @@ impl Monitor {
         let namespace = scope.namespace();
         if self.tasks.kill(namespace, id, "", SIGKILL, true).await.is_ok() {
             let ended = self.tasks.wait(namespace, id, "").await;
-            ended.map_err(|source| RestartError::Task { action: "wait for the end of", source })?;
+            ended.map_err(|source| RestartError::Task {
+                action: "wait for the end of",
+                source: source.into(),
+            })?;
         }
-        match self.tasks.delete(namespace, id).await {
-            Ok(_) => {
-                self.metadata.mounts(scope).deactivate_rootfs(id, self.has_task(scope, id)).await;
-                Ok(())
-            }
+        match self.rooted.delete(scope, id).await {
+            Ok(_) => Ok(()),
             // Its client was faster.
             Err(error) if error.code() == ErrorCode::NotFound => Ok(()),
             Err(source) => Err(RestartError::Task { action: "delete", source }),

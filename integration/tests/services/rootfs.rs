@@ -1,6 +1,8 @@
 //! What containerd does around the creation of a task: mounts that a root filesystem is composed of, and hooks.
 
 use std::fs;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -14,7 +16,7 @@ use davit_proto::containerd::services::containers::v1::{
 use davit_proto::containerd::services::mounts::v1::InfoRequest;
 use davit_proto::containerd::services::mounts::v1::mounts_client::MountsClient;
 use davit_proto::containerd::services::tasks::v1::{
-    CreateTaskRequest, DeleteTaskRequest, KillRequest, StartRequest, WaitRequest,
+    CreateTaskRequest, DeleteTaskRequest, KillRequest, ListTasksRequest, StartRequest, WaitRequest,
 };
 use davit_proto::containerd::types::Mount;
 use nix::sys::signal::Signal;
@@ -142,6 +144,50 @@ fn mounts_that_refer_to_each_other_are_held_for_a_container() -> Result<()> {
         }
         anyhow::Ok(())
     })?;
+    census.settle(&daemon.path(""))
+}
+
+#[test]
+fn who_gives_up_creating_a_task_leaves_no_mounts() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let daemon = Daemon::start()?;
+    let busybox = unpacked(&daemon)?;
+    let census = Census::take(&daemon.path(""));
+    // A shim that begins, waits, and fails.
+    let (shim, begun, go) = (daemon.path("shim"), daemon.path("begun"), daemon.path("go"));
+    let script = "#!/bin/sh\ncase \"$*\" in *start) touch BEGUN; while [ ! -e GO ]; do sleep 0.01; done;; esac\nexit 1\n";
+    let script = script.replace("BEGUN", &begun.display().to_string());
+    fs::write(&shim, script.replace("GO", &go.display().to_string()))?;
+    fs::set_permissions(&shim, Permissions::from_mode(0o755))?;
+    let rootfs = vec![mount("bind", &busybox, &["bind"]), mount("format/bind", "{{ mount 0 }}", &["rbind"])];
+    let create = CreateTaskRequest {
+        container_id: "one".into(),
+        rootfs,
+        runtime_path: shim.display().to_string(),
+        ..Default::default()
+    };
+    let runtime = runtime()?;
+    let mut client = runtime.block_on(Client::new(&daemon.address(), &daemon.namespace()))?;
+    let request = container("one", &spec(&format!("/{}/one", daemon.namespace()), &["/bin/true"]))?;
+    runtime.block_on(client.containers.create(request))?;
+    let mut mounts = MountsClient::new(runtime.block_on(conn(&daemon, None))?);
+    let mut info = || runtime.block_on(mounts.info(InfoRequest { name: "one".into() }));
+    let mut tasks = client.tasks.clone();
+    let creating = runtime.spawn(async move { tasks.create(create).await.map(drop) });
+    wait::until("the shim is started", || begun.exists().then_some(()))?;
+    ensure!(info()?.into_inner().info.is_some_and(|held| !held.active.is_empty()));
+    creating.abort();
+    ensure!(runtime.block_on(creating).is_err_and(|error| error.is_cancelled()));
+    // What follows on the same connection is answered when the daemon has heard of it.
+    let listed = runtime.block_on(client.tasks.list(ListTasksRequest::default()))?;
+    ensure!(listed.into_inner().tasks.iter().all(|task| task.pid == 0), "there is no task");
+    fs::write(&go, "")?;
+    wait::until("the mounts are taken away", || {
+        info().is_err_and(|status| status.code() == Code::NotFound).then_some(())
+    })?;
+    runtime.block_on(client.containers.delete(DeleteContainerRequest { id: "one".into() }))?;
     census.settle(&daemon.path(""))
 }
 

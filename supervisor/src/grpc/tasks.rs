@@ -14,7 +14,8 @@ use super::context::Context;
 use super::convert::{any_from_wire, any_to_wire, mount_from_wire, time_to_wire};
 use super::status::{from, invalid};
 use crate::checkpoint::{self, Checkpoints};
-use crate::metadata::{Metadata, Rootfs, Scope};
+use crate::metadata::{Metadata, Scope};
+use crate::rooted::RootedTasks;
 use crate::runtime::{
     Checkpoint, CreateOptions, Error as TaskError, ExecOptions, Process, Status as TaskStatus, Stdio, Tasks,
     UpdateOptions,
@@ -27,19 +28,15 @@ const RESTORE_FROM_PATH: &str = "RestoreFromPath";
 pub struct TasksService {
     metadata: Metadata,
     tasks: Tasks,
+    rooted: RootedTasks,
     checkpoints: Checkpoints,
 }
 
 impl TasksService {
     /// A service over `tasks` and their `checkpoints`, which reads the containers' records in `metadata`.
     pub fn new(metadata: Metadata, tasks: Tasks, checkpoints: Checkpoints) -> TasksService {
-        TasksService { metadata, tasks, checkpoints }
-    }
-
-    /// Asks whether a container has a task.
-    fn has_task(&self, scope: &Scope, id: &str) -> impl FnOnce() -> bool + Send + 'static {
-        let (tasks, namespace, id) = (self.tasks.clone(), scope.namespace().to_owned(), id.to_owned());
-        move || tasks.exists(&namespace, &id)
+        let rooted = RootedTasks::new(metadata.clone(), tasks.clone());
+        TasksService { metadata, tasks, rooted, checkpoints }
     }
 
     /// What a new task is to be restored from: a folder that its options name (`Options.criu_image_path`), a folder that
@@ -129,15 +126,10 @@ impl TasksApi for TasksService {
         }
         let runtime =
             if request.runtime_path.is_empty() { container.runtime.name } else { request.runtime_path };
-        let mounts = self.metadata.mounts(&scope);
-        let rootfs = request.rootfs.into_iter().map(mount_from_wire).collect();
-        let accepted = self.tasks.accepted_mounts(&runtime);
-        let Rootfs { mounts: rootfs, hold } =
-            mounts.activate_rootfs(&request.container_id, rootfs, accepted).await.map_err(from)?;
         let options = CreateOptions {
             container_id: request.container_id,
             spec: container.spec,
-            rootfs,
+            rootfs: request.rootfs.into_iter().map(mount_from_wire).collect(),
             stdio: Stdio {
                 stdin: request.stdin,
                 stdout: request.stdout,
@@ -153,12 +145,8 @@ impl TasksApi for TasksService {
             task_api_version,
         };
         let container_id = options.container_id.clone();
-        let created = self.tasks.create(scope.namespace(), options).await;
-        drop(hold);
-        if created.is_err() {
-            mounts.deactivate_rootfs(&container_id, self.has_task(&scope, &container_id)).await;
-        }
-        Ok(Response::new(wire::CreateTaskResponse { container_id, pid: created.map_err(from)? }))
+        let pid = self.rooted.create(&scope, options).await.map_err(from)?;
+        Ok(Response::new(wire::CreateTaskResponse { container_id, pid }))
     }
 
     async fn start(
@@ -177,8 +165,7 @@ impl TasksApi for TasksService {
     ) -> Result<Response<wire::DeleteResponse>, Status> {
         let scope = Context::of(&request).scope()?;
         let id = request.into_inner().container_id;
-        let exit = self.tasks.delete(scope.namespace(), &id).await.map_err(from)?;
-        self.metadata.mounts(&scope).deactivate_rootfs(&id, self.has_task(&scope, &id)).await;
+        let exit = self.rooted.delete(&scope, &id).await.map_err(from)?;
         let exited_at = time_to_wire(exit.exited_at);
         // containerd leaves the id out here, and sets it for an exec.
         let (id, pid, exit_status) = (String::new(), exit.pid, exit.status);
