@@ -31,9 +31,11 @@ use davit_model::{Digest, Labels};
 use davit_oci::image::{Descriptor, MAX_DOCUMENT_SIZE};
 use davit_oci::platform::Platform;
 use davit_oci::reference::Reference;
+use futures::future::BoxFuture;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tracing::Instrument;
 
 use crate::differs::Differs;
 use crate::lane;
@@ -152,7 +154,7 @@ impl Transfers {
     }
 
     /// Where an image waits for its turn.
-    fn places_for(&self, to: &Local) -> &Semaphore {
+    fn places_for(&self, to: &Local) -> &Arc<Semaphore> {
         let snapshotters = to.unpacks.iter().map(|unpack| unpack::snapshotter(unpack, &self.metadata));
         let mut waits =
             snapshotters.map(|name| self.metadata.is_process(name) || self.differs.asks_others(name));
@@ -170,11 +172,9 @@ impl Transfers {
         to: &Local,
         listener: &Listener,
     ) -> Result<(), Error> {
-        let _place = self.places_for(to).acquire().await;
+        let place = turn(self.places_for(to)).await;
         let (scope, held) = self.hold(scope).await?;
-        let pulled = pull::pull(self, &scope, from, to, listener).await;
-        held.end().await;
-        pulled
+        held.finish(pull::pull(self, &scope, &place, from, to, listener).await).await
     }
 
     /// Pushes an image.
@@ -188,7 +188,7 @@ impl Transfers {
         to: &Remote,
         listener: &Listener,
     ) -> Result<(), Error> {
-        let _place = self.places.acquire().await;
+        let place = turn(&self.places).await;
         let image = self.metadata.images(scope).get(&from.name)?;
         let root = target(&image)?;
         let about = |event: &str| News {
@@ -200,7 +200,7 @@ impl Transfers {
         listener(News { event: format!("Pushing to {to}"), ..News::default() });
         listener(about("pushing content"));
         let repository = Registry::new(to.options.clone()).repository(&to.reference).await?;
-        let source = Arc::new(NsSource::new(self.metadata.content(scope)));
+        let source = Arc::new(NsSource::new(self.metadata.content(scope), place.clone()));
         let options = PushOptions { platforms: from.platforms.clone(), ..PushOptions::default() };
         let observer = Arc::new(Telling { listener: listener.clone(), root: image.name.clone() });
         distribution::push(&repository, source, &root, &options, observer).await?;
@@ -217,7 +217,9 @@ impl Transfers {
     pub async fn tag(&self, scope: &Scope, from: &Local, to: &Local) -> Result<(), Error> {
         let image = self.metadata.images(scope).get(&from.name)?;
         let root = target(&image)?;
-        self.save(scope, names::required(to, root.digest.as_str())?, &root).await.map(drop)
+        let names = names::required(to, root.digest.as_str())?;
+        let (transfers, scope) = (self.clone(), scope.clone());
+        to_the_end(async move { transfers.save(&scope, names, &root).await.map(drop) }).await
     }
 
     /// Sends images as an archive to `out`.
@@ -232,9 +234,9 @@ impl Transfers {
         out: mpsc::Sender<Vec<u8>>,
         listener: &Listener,
     ) -> Result<(), Error> {
-        let _place = self.archive_places.acquire().await;
+        let place = turn(&self.archive_places).await;
         let (scope, held) = self.hold(scope).await?;
-        let exported = export::export(self, &scope, from, options, out, listener).await;
+        let exported = export::export(self, &scope, &place, from, options, out, listener).await;
         held.end().await;
         exported
     }
@@ -252,11 +254,9 @@ impl Transfers {
         to: &Local,
         listener: &Listener,
     ) -> Result<(), Error> {
-        let _place = self.archive_places.acquire().await;
+        let place = turn(&self.archive_places).await;
         let (scope, held) = self.hold(scope).await?;
-        let imported = import::import(self, &scope, pieces, compress, to, listener).await;
-        held.end().await;
-        imported
+        held.finish(import::import(self, &scope, &place, pieces, compress, to, listener).await).await
     }
 
     /// The scope with a lease: that of the call, or a new one, which ends with what comes out beside it.
@@ -305,6 +305,25 @@ impl Transfers {
     }
 }
 
+/// A turn among the transfers. What blocks has it as well: who gives up does not free the threads of his transfer.
+type Place = Arc<OwnedSemaphorePermit>;
+
+/// Waits for a turn.
+async fn turn(places: &Arc<Semaphore>) -> Place {
+    Arc::new(places.clone().acquire_owned().await.expect("the places are never closed"))
+}
+
+/// What makes a transfer known whose content is there.
+type Known = BoxFuture<'static, Result<(), Error>>;
+
+/// Runs work to its end even if the caller goes away.
+async fn to_the_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, Error>> + Send + 'static,
+) -> Result<T, Error> {
+    let work = tokio::spawn(work.in_current_span());
+    work.await.unwrap_or(Err(Error::Interrupted { task: "making an image known" }))
+}
+
 /// A lease that ends with a transfer, however that ends.
 struct Held {
     leases: Leases,
@@ -312,6 +331,25 @@ struct Held {
 }
 
 impl Held {
+    /// Does what makes a transfer known, the records and the labels of what is there, and then ends the lease. Once that
+    /// has begun it goes on to its end, whoever waits: who gives up finds all names of an image or none.
+    async fn finish(self, made: Result<Known, Error>) -> Result<(), Error> {
+        match made {
+            Ok(known) => {
+                to_the_end(async move {
+                    let done = known.await;
+                    self.end().await;
+                    done
+                })
+                .await
+            }
+            Err(error) => {
+                self.end().await;
+                Err(error)
+            }
+        }
+    }
+
     async fn end(mut self) {
         if let Some(id) = self.id.take() {
             end(self.leases.clone(), id).await;

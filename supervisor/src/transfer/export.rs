@@ -16,7 +16,7 @@ use serde_json::json;
 use tokio::sync::mpsc;
 
 use super::store::NsSource;
-use super::{Error, Listener, Local, News, Transfers, target};
+use super::{Error, Listener, Local, News, Place, Transfers, target};
 use crate::metadata::Scope;
 
 /// The bytes of one message (containerd `core/transfer/streaming`).
@@ -39,6 +39,7 @@ pub struct ExportOptions {
 pub(super) async fn export(
     transfers: &Transfers,
     scope: &Scope,
+    place: &Place,
     from: &Local,
     options: ExportOptions,
     out: mpsc::Sender<Vec<u8>>,
@@ -51,7 +52,7 @@ pub(super) async fn export(
         let image = transfers.metadata.images(scope).get(name)?;
         roots.push((target(&image)?, name.clone()));
     }
-    let source = NsSource::new(transfers.metadata.content(scope));
+    let source = NsSource::new(transfers.metadata.content(scope), place.clone());
     let work = move || write(&source, &roots, &options, out);
     tokio::task::spawn_blocking(work).await.map_err(|_| Error::Interrupted { task: "exporting" })??;
     listener(News { event: "Completed export".to_owned(), ..News::default() });

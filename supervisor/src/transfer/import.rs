@@ -18,30 +18,32 @@ use davit_model::Digest;
 use davit_oci::image::{self, Descriptor, MAX_DEPTH, MAX_DOCUMENTS, MAX_DOCUMENTS_SIZE, MAX_LAYERS, Target};
 use davit_oci::media_type;
 use davit_oci::platform::{is_wanted, prefer};
+use futures::FutureExt;
 use tokio::sync::mpsc;
 
 use super::archive::{Depot, check_size};
 use super::store::NsSink;
 use super::unpack::Unpacker;
-use super::{Error, Listener, Local, News, Transfers, names, set_labels};
+use super::{Error, Known, Listener, Local, News, Place, Transfers, names, set_labels};
 use crate::metadata::{Content, Scope};
 
 /// News of layers that wait to be unpacked.
 const QUEUE: usize = 64;
 
-/// Imports into a scope that has a lease.
+/// Imports into a scope that has a lease, and gives what is left to do when all is there.
 pub(super) async fn import(
     transfers: &Transfers,
     scope: &Scope,
+    place: &Place,
     pieces: mpsc::Receiver<Vec<u8>>,
     compress: bool,
     to: &Local,
     listener: &Listener,
-) -> Result<(), Error> {
+) -> Result<Known, Error> {
     listener(News { event: "Importing".to_owned(), ..News::default() });
     let content = transfers.metadata.content(scope);
     let leases = transfers.metadata.leases(scope);
-    let sink = NsSink::new(content.clone(), leases, scope.lease().unwrap_or_default());
+    let sink = NsSink::new(content.clone(), leases, scope.lease().unwrap_or_default(), place.clone());
     let depot = Depot::new(content.clone(), sink);
     let storing = tokio::task::spawn_blocking(move || depot.store(Incoming::new(pieces), compress));
     let root = storing.await.map_err(|_| Error::Interrupted { task: "reading an archive" })??;
@@ -59,22 +61,27 @@ pub(super) async fn import(
         let names = names::annotated(to, image.digest.as_str(), &image.annotations);
         (names, image)
     });
-    let mut saved = Vec::new();
-    for (names, descriptor) in std::iter::once(index).chain(annotated) {
-        // What nobody has a name for is left to the collector.
-        for name in transfers.save(scope, names, &descriptor).await? {
-            saved.push(News {
-                event: "saved".to_owned(),
-                name,
-                descriptor: Some(descriptor.clone()),
-                ..News::default()
-            });
+    let named: Vec<_> = std::iter::once(index).chain(annotated).collect();
+    let (transfers, scope, listener) = (transfers.clone(), scope.clone(), listener.clone());
+    let known = async move {
+        let mut saved = Vec::new();
+        for (names, descriptor) in named {
+            // What nobody has a name for is left to the collector.
+            for name in transfers.save(&scope, names, &descriptor).await? {
+                saved.push(News {
+                    event: "saved".to_owned(),
+                    name,
+                    descriptor: Some(descriptor.clone()),
+                    ..News::default()
+                });
+            }
         }
-    }
-    // As with a pull, the names come last.
-    listener(News { event: "Completed import".to_owned(), ..News::default() });
-    saved.into_iter().for_each(|news| listener(news));
-    Ok(())
+        // As with a pull, the names come last.
+        listener(News { event: "Completed import".to_owned(), ..News::default() });
+        saved.into_iter().for_each(|news| listener(news));
+        Ok(())
+    };
+    Ok(known.boxed())
 }
 
 /// A look at all documents that are wanted, from an index downwards.

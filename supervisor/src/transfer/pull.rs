@@ -7,25 +7,27 @@ use davit_distribution::{Platforms, PullOptions, Registry, labels};
 use davit_model::Labels;
 use davit_oci::image::Descriptor;
 use davit_oci::reference::Reference;
+use futures::FutureExt;
 use tokio::sync::mpsc;
 
 use super::store::NsSink;
 use super::unpack::Unpacker;
-use super::{Error, Listener, Local, News, Remote, Telling, Transfers, names, set_labels};
+use super::{Error, Known, Listener, Local, News, Place, Remote, Telling, Transfers, names, set_labels};
 use crate::metadata::{self, Content, Scope};
 
 /// News of layers that wait to be unpacked.
 const QUEUE: usize = 64;
 
-/// Pulls into a scope that has a lease.
+/// Pulls into a scope that has a lease, and gives what is left to do when all is there.
 #[tracing::instrument(name = "pull", level = "debug", skip_all, fields(reference = %from))]
 pub(super) async fn pull(
     transfers: &Transfers,
     scope: &Scope,
+    place: &Place,
     from: &Remote,
     to: &Local,
     listener: &Listener,
-) -> Result<(), Error> {
+) -> Result<Known, Error> {
     listener(News { event: format!("Resolving from {from}"), ..News::default() });
     let repository = Registry::new(from.options.clone()).repository(&from.reference).await?;
     let root = repository.resolve().await.map_err(|source| Error::Resolve { source })?;
@@ -38,7 +40,8 @@ pub(super) async fn pull(
     });
     let content = transfers.metadata.content(scope);
     let leases = transfers.metadata.leases(scope);
-    let sink = Arc::new(NsSink::new(content.clone(), leases, scope.lease().unwrap_or_default()));
+    let lease = scope.lease().unwrap_or_default();
+    let sink = Arc::new(NsSink::new(content.clone(), leases, lease, place.clone()));
     let platforms =
         if to.platforms.is_empty() { Platforms::All } else { Platforms::Each(to.platforms.clone()) };
     let observer = Arc::new(Telling { listener: listener.clone(), root: from.text.clone() });
@@ -54,17 +57,23 @@ pub(super) async fn pull(
     // Whichever fails first ends the other; what an unfinished unpacking leaves belongs to the lease.
     let (contents, ()) = tokio::try_join!(fetching, unpacker.run(ready))?;
 
-    for (descriptor, labels) in &contents {
-        label(&content, &from.reference, descriptor, labels).await?;
-    }
-    let names = transfers.save(scope, names::required(to, root.digest.as_str())?, &root).await?;
-    // Of what has no name `ctr` shows the last before something named: so the names come last.
-    listener(News { event: format!("Completed pull from {from}"), ..News::default() });
-    for name in names {
-        let descriptor = Some(root.clone());
-        listener(News { event: "saved".to_owned(), name, descriptor, ..News::default() });
-    }
-    Ok(())
+    let names = names::required(to, root.digest.as_str())?;
+    let (transfers, scope) = (transfers.clone(), scope.clone());
+    let (from, listener) = (from.clone(), listener.clone());
+    let known = async move {
+        for (descriptor, labels) in &contents {
+            label(&content, &from.reference, descriptor, labels).await?;
+        }
+        let names = transfers.save(&scope, names, &root).await?;
+        // Of what has no name `ctr` shows the last before something named: so the names come last.
+        listener(News { event: format!("Completed pull from {from}"), ..News::default() });
+        for name in names {
+            let descriptor = Some(root.clone());
+            listener(News { event: "saved".to_owned(), name, descriptor, ..News::default() });
+        }
+        Ok(())
+    };
+    Ok(known.boxed())
 }
 
 /// Gives content the labels that it would have if it had been fetched just now.

@@ -1,5 +1,5 @@
 //! A namespace's content, as the registry client wants it. All calls block, on threads of the pool that are counted for
-//! transfers.
+//! transfers: what is here keeps the turn of its transfer.
 
 use std::io::Read;
 
@@ -8,6 +8,7 @@ use davit_distribution::{Opened, Sink, SinkError, SinkWriter, Source, read_whole
 use davit_model::{Digest, Labels};
 use tokio::runtime::Handle;
 
+use super::Place;
 use crate::metadata::{Content, Error, Leases, NsWriter, Resource};
 
 /// Where a pull puts content: what it finds and what it makes belongs to the lease.
@@ -16,12 +17,13 @@ pub(super) struct NsSink {
     leases: Leases,
     lease: String,
     runtime: Handle,
+    place: Place,
 }
 
 impl NsSink {
     /// Content of a scope with the lease `lease`.
-    pub(super) fn new(content: Content, leases: Leases, lease: &str) -> NsSink {
-        NsSink { content, leases, lease: lease.to_owned(), runtime: Handle::current() }
+    pub(super) fn new(content: Content, leases: Leases, lease: &str, place: Place) -> NsSink {
+        NsSink { content, leases, lease: lease.to_owned(), runtime: Handle::current(), place }
     }
 }
 
@@ -52,7 +54,7 @@ impl Sink for NsSink {
 
     fn writer(&self, reference: &str, size: u64, digest: &Digest) -> Result<Opened, SinkError> {
         match self.runtime.block_on(self.content.writer(reference, size, Some(digest))) {
-            Ok(writer) => Ok(Opened::Writer(Box::new(Writing { writer }))),
+            Ok(writer) => Ok(Opened::Writer(Box::new(Writing { writer, _place: self.place.clone() }))),
             Err(Error::AlreadyExists { .. }) => Ok(Opened::Exists),
             Err(Error::Store(StoreError::Locked { .. })) => Ok(Opened::Busy),
             Err(error) => Err(failed(error)),
@@ -63,6 +65,7 @@ impl Sink for NsSink {
 /// One ingest.
 struct Writing {
     writer: NsWriter,
+    _place: Place,
 }
 
 impl SinkWriter for Writing {
@@ -94,12 +97,13 @@ impl SinkWriter for Writing {
 pub(super) struct NsSource {
     content: Content,
     runtime: Handle,
+    _place: Place,
 }
 
 impl NsSource {
     /// Content of a scope.
-    pub(super) fn new(content: Content) -> NsSource {
-        NsSource { content, runtime: Handle::current() }
+    pub(super) fn new(content: Content, place: Place) -> NsSource {
+        NsSource { content, runtime: Handle::current(), _place: place }
     }
 }
 
