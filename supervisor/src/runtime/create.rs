@@ -8,7 +8,7 @@ use davit_shim_protocol::address;
 use davit_shim_protocol::bootstrap::{PROTOCOL_TTRPC, RUNC_OPTIONS, StartResult, VERSION_3};
 use davit_shim_protocol::bundle::BundleError;
 use davit_snapshotter::layer;
-use tracing::{Instrument, Span, debug, info, warn};
+use tracing::{Instrument, debug, info, warn};
 
 use super::checkpoint::{Checkpoint, ROOTFS_DIFF};
 use super::log::Log;
@@ -16,7 +16,7 @@ use super::owner::{Context, Message};
 use super::shim::Shim;
 use super::task::CreateOptions;
 use super::transitions::Phase;
-use super::{Error, ShimError, binary, load, teardown};
+use super::{Error, ShimError, binary, load, owner, teardown};
 use crate::lane::Lane;
 
 /// What has been made and must be undone on failure.
@@ -144,7 +144,8 @@ async fn try_to_bring_up(
     let shim = connected.map_err(start_error)?;
     made.shim = Some(shim.clone());
     recorded.map_err(|source| start_error(ShimError::Record { source }))?;
-    tokio::spawn(log.follow(shim.closed()).instrument(Span::current()));
+    let span = owner::span(context.namespace(), context.id());
+    tokio::spawn(log.follow(shim.closed()).instrument(span));
     let images = match &options.checkpoint {
         Checkpoint::None => String::new(),
         Checkpoint::Folder(path) | Checkpoint::FolderAndRootfs(path) => path.display().to_string(),

@@ -151,7 +151,8 @@ pub(super) fn load(
     ))
 }
 
-fn span(namespace: &str, id: &str) -> Span {
+/// What the logs of a task hang on. It has no parent: a call's span ends with the call, however long the task lives.
+pub(super) fn span(namespace: &str, id: &str) -> Span {
     info_span!(parent: None, "task", namespace, container.id = id)
 }
 
