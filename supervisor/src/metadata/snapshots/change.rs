@@ -110,13 +110,8 @@ impl Snapshots {
         backend_parent: Option<&str>,
         mut labels: Labels,
     ) -> Result<Error, Error> {
-        let found = self.backend.list()?.into_iter().find(|info| {
-            info.kind == Kind::Committed
-                && info.labels.get(TARGET_LABEL).is_some_and(|name| name == target)
-                && info.parent.as_deref() == backend_parent
-        });
         let lost = || Error::not_found(Object::LostTarget(target.to_owned()));
-        let found = found.ok_or_else(lost)?;
+        let found = self.backend.find_target(target, backend_parent)?.ok_or_else(lost)?;
         // If the collector was about to take it, this waits until it is gone.
         let _claim = self.metadata.inner.backend_claims.share(&self.backend_claim(&found.name));
         self.backend.stat(&found.name).map_err(|_| lost())?;
@@ -137,7 +132,7 @@ impl Snapshots {
         Ok(Error::already_exists(Object::BackendTarget(target.to_owned())))
     }
 
-    /// Records a new snapshot, its link from the parent, and its lease.
+    /// Records a new snapshot, its link from the parent, and its lease. With an error nothing is written.
     fn insert(
         &self,
         txn: &mut Txn<'_>,
@@ -145,7 +140,7 @@ impl Snapshots {
         record: &SnapshotRecord,
         backend_parent: Option<&str>,
     ) -> Result<(), Error> {
-        leases::attach(txn, &self.scope, &self.resource(key))?;
+        leases::check(txn, &self.scope)?;
         if self.load(txn, key)?.is_some() {
             return Err(Error::already_exists(Object::Snapshot(key.to_owned())));
         }
@@ -157,6 +152,7 @@ impl Snapshots {
             }
             txn.put(&self.child(&record.parent, key), b"");
         }
+        leases::attach(txn, &self.scope, &self.resource(key))?;
         schema::touch_namespace(txn, self.scope.namespace());
         schema::store(txn, &self.key(key), record);
         Ok(())
@@ -229,13 +225,19 @@ impl Snapshots {
             let lease = self.scope.lease.clone().filter(|_| leases::check(txn, &self.scope).is_ok());
             let scope = Scope { lease, ..self.scope.clone() };
             let snapshots = Snapshots { scope, ..self.clone() };
-            snapshots.insert(txn, name, &committed, backend_parent.as_deref())?;
-            Ok(((), Effects::event(event)))
+            // A parent that was only named at the commit may be gone. Then what was committed is garbage, and the key is gone
+            // all the same.
+            let inserted = snapshots.insert(txn, name, &committed, backend_parent.as_deref());
+            let effects = match inserted {
+                Ok(()) => Effects::event(event),
+                Err(_) => Effects::removed().with_snapshotter(&self.name),
+            };
+            Ok((inserted, effects))
         });
         if recorded.is_err() {
             self.mark_dirty();
         }
-        recorded
+        recorded?
     }
 
     pub(super) fn remove_blocking(&self, key: String) -> Result<(), Error> {

@@ -1,5 +1,5 @@
 use super::*;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use davit_model::Mount;
 use davit_snapshotter::Error as BackendError;
@@ -283,33 +283,61 @@ async fn no_snapshot_is_lost_to_the_collector() {
 }
 
 /// As a snapshotter that fetches layers by itself: told what will be committed, it has it already.
-struct Remote(Arc<dyn Snapshotter>);
+struct Remote {
+    inner: Arc<dyn Snapshotter>,
+    /// How often it was asked for all that it has.
+    lists: Arc<AtomicUsize>,
+    /// What happens during the next commit.
+    meanwhile: Meanwhile,
+}
+
+type Meanwhile = Arc<Mutex<Option<Box<dyn FnOnce() + Send>>>>;
+
+/// Metadata over a remote snapshotter, which has its snapshots where that of the fixture has them.
+fn over_remote(fixture: &Fixture) -> (Metadata, Arc<AtomicUsize>, Meanwhile) {
+    let inner = &fixture.metadata.inner;
+    let (lists, meanwhile) = (Arc::<AtomicUsize>::default(), Meanwhile::default());
+    let remote: Arc<dyn Snapshotter> = Arc::new(Remote {
+        inner: inner.snapshotters[NATIVE].clone(),
+        lists: lists.clone(),
+        meanwhile: meanwhile.clone(),
+    });
+    let parts = Parts {
+        db: inner.db.clone(),
+        store: inner.store.clone(),
+        snapshotters: BTreeMap::from([("remote".to_owned(), remote)]),
+        mounts: inner.mount_targets.clone(),
+        sharing: Sharing::Shared,
+        events: fixture.metadata.inner.events.clone(),
+    };
+    (Metadata::open(parts).unwrap(), lists, meanwhile)
+}
 
 impl Snapshotter for Remote {
     fn stat(&self, key: &str) -> Result<SnapshotInfo, BackendError> {
-        self.0.stat(key)
+        self.inner.stat(key)
     }
 
     fn update(&self, name: &str, labels: &Labels, fields: &[String]) -> Result<SnapshotInfo, BackendError> {
-        self.0.update(name, labels, fields)
+        self.inner.update(name, labels, fields)
     }
 
     fn usage(&self, key: &str) -> Result<davit_snapshotter::Usage, BackendError> {
-        self.0.usage(key)
+        self.inner.usage(key)
     }
 
     fn mounts(&self, key: &str) -> Result<Vec<Mount>, BackendError> {
-        self.0.mounts(key)
+        self.inner.mounts(key)
     }
 
     fn prepare(&self, key: &str, parent: Option<&str>, labels: &Labels) -> Result<Vec<Mount>, BackendError> {
-        let mounts = self.0.prepare(key, parent, labels)?;
+        let mounts = self.inner.prepare(key, parent, labels)?;
         if !labels.contains_key("containerd.io/snapshot.ref") {
             return Ok(mounts);
         }
         let mut labels = labels.clone();
         labels.insert("containerd.io/snapshot/remote".to_owned(), "1".to_owned());
-        self.0.commit(&format!("{key} fetched"), key, &labels, None)?;
+        self.inner.commit(&format!("{key} fetched"), key, &labels, None)?;
         Err(BackendError::AlreadyExists { key: key.to_owned() })
     }
 
@@ -317,51 +345,44 @@ impl Snapshotter for Remote {
         Err(BackendError::AlreadyExists { key: key.to_owned() })
     }
 
-    fn commit(
-        &self,
-        name: &str,
-        key: &str,
-        labels: &Labels,
-        parent: Option<&str>,
-    ) -> Result<(), BackendError> {
-        self.0.commit(name, key, labels, parent)
+    fn commit(&self, name: &str, key: &str, labels: &Labels, _: Option<&str>) -> Result<(), BackendError> {
+        if let Some(meanwhile) = self.meanwhile.lock().unwrap().take() {
+            meanwhile();
+        }
+        // Here a parent that comes late makes no difference.
+        self.inner.commit(name, key, labels, None)
     }
 
     fn remove(&self, key: &str) -> Result<(), BackendError> {
-        self.0.remove(key)
+        self.inner.remove(key)
     }
 
     fn list(&self) -> Result<Vec<SnapshotInfo>, BackendError> {
-        self.0.list()
+        self.lists.fetch_add(1, Ordering::SeqCst);
+        self.inner.list()
+    }
+
+    fn find_target(&self, target: &str, parent: Option<&str>) -> Result<Option<SnapshotInfo>, BackendError> {
+        self.inner.find_target(target, parent)
     }
 
     fn cleanup(&self) -> Result<(), BackendError> {
-        self.0.cleanup()
+        self.inner.cleanup()
     }
 
     fn capabilities(&self) -> Vec<String> {
-        self.0.capabilities()
+        self.inner.capabilities()
     }
 
     fn exports(&self) -> BTreeMap<String, String> {
-        self.0.exports()
+        self.inner.exports()
     }
 }
 
 #[tokio::test]
 async fn what_a_remote_snapshotter_has_is_adopted() {
     let fixture = Fixture::new();
-    let inner = &fixture.metadata.inner;
-    let remote: Arc<dyn Snapshotter> = Arc::new(Remote(inner.snapshotters[NATIVE].clone()));
-    let metadata = Metadata::open(Parts {
-        db: inner.db.clone(),
-        store: inner.store.clone(),
-        snapshotters: BTreeMap::from([("remote".to_owned(), remote)]),
-        mounts: inner.mount_targets.clone(),
-        sharing: Sharing::Shared,
-        events: Arc::new(|_, event| assert!(matches!(event, Event::SnapshotRemove { .. }))),
-    })
-    .unwrap();
+    let (metadata, lists, _) = over_remote(&fixture);
     let leases = metadata.leases(&scope("a"));
     leases.create(Some("l"), Labels::new()).await.unwrap();
     let snapshots = metadata.snapshots(&leased("a", "l"), "remote").unwrap();
@@ -381,6 +402,8 @@ async fn what_a_remote_snapshotter_has_is_adopted() {
         assert_eq!(info.labels["containerd.io/snapshot/remote"], "1");
         parent = Some(target);
     }
+    assert_eq!(lists.load(Ordering::SeqCst), 0, "it was asked for the targets alone");
+    assert!(fixture.events().is_empty(), "nothing was prepared");
     metadata.collect().await.unwrap();
     assert_eq!(snapshots.list(&[]).await.unwrap().len(), 2);
     assert_eq!(leases.resources("l").unwrap().len(), 2);
@@ -388,6 +411,27 @@ async fn what_a_remote_snapshotter_has_is_adopted() {
     let outcome = snapshots.view("view", None, Labels::new()).await;
     assert_eq!(outcome.unwrap_err().code(), ErrorCode::Unknown);
     leases.delete("l", false).await.unwrap();
+    metadata.collect().await.unwrap();
+    assert_eq!(fixture.backends().2, Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_parent_that_goes_during_a_commit_leaves_no_record_of_nothing() {
+    let fixture = Fixture::new();
+    let (metadata, _, meanwhile) = over_remote(&fixture);
+    let snapshots = metadata.snapshots(&scope("a"), "remote").unwrap();
+    for key in ["one", "two"] {
+        snapshots.prepare(key, None, Labels::new()).await.unwrap();
+    }
+    snapshots.commit("base", "one", Labels::new(), None).await.unwrap();
+    let (other, runtime) = (snapshots.clone(), tokio::runtime::Handle::current());
+    *meanwhile.lock().unwrap() = Some(Box::new(move || runtime.block_on(other.remove("base")).unwrap()));
+    let outcome = snapshots.commit("top", "two", Labels::new(), Some("base")).await;
+    refused(outcome, ErrorCode::NotFound, "parent snapshot base does not exist: not found");
+    // The snapshotter has made a snapshot of it that nobody needs.
+    assert_eq!(snapshots.list(&[]).await.unwrap(), []);
+    refused(snapshots.stat("two").await, ErrorCode::NotFound, "snapshot two does not exist: not found");
+    snapshots.prepare("two", None, Labels::new()).await.unwrap();
     metadata.collect().await.unwrap();
     assert_eq!(fixture.backends().2, Vec::<String>::new());
 }
