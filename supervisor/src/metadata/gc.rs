@@ -65,8 +65,8 @@ struct Swept {
 }
 
 impl Metadata {
-    /// Runs collections whenever they are due, until `shutdown` is cancelled; a collection under way is finished.
-    /// To be spawned once.
+    /// Runs collections whenever they are due, until `shutdown` is cancelled; a collection under way is finished, unless a
+    /// backend hangs. To be spawned once.
     pub async fn run_collector(self, config: Config, shutdown: CancellationToken) {
         schedule::run(&self, &config, &shutdown).await;
     }

@@ -4,25 +4,28 @@ use std::error::Error as _;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use davit_model::{Coded, ErrorCode};
 use davit_proto::containerd::services::namespaces::v1::ListNamespacesRequest;
 use davit_proto::containerd::services::namespaces::v1::namespaces_client::NamespacesClient;
 use hyper_util::rt::TokioIo;
+use prost::Message;
+use prost_types::Timestamp;
 use tokio::net::UnixStream;
 use tokio::runtime::Handle;
 use tonic::metadata::MetadataValue;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Request, Status};
+use tonic::{Request, Status, Streaming};
 
 use crate::grpc::context::NAMESPACE;
+use crate::grpc::convert::time_from_wire;
 
 /// The most bytes of a message, as in containerd.
 pub(super) const MAX_MESSAGE: usize = 16 << 20;
 
 /// The most bytes that a list may take. A walk that does not end ends here.
-pub(super) const MAX_LIST: usize = 64 << 20;
+const MAX_LIST: usize = 64 << 20;
 
 /// How long a socket may take to accept: a backlog that is full is no plugin.
 const CONNECT: Duration = Duration::from_secs(5);
@@ -89,6 +92,11 @@ pub(super) fn namespace_of(name: &str) -> Option<&str> {
     let (number, _) = rest.split_once('/')?;
     let is_number = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
     (is_number && !namespace.is_empty()).then_some(namespace)
+}
+
+/// A time that a plugin tells; the epoch for none, or for one that no clock can show.
+pub(super) fn time(time: Option<Timestamp>) -> SystemTime {
+    time.and_then(time_from_wire).unwrap_or(UNIX_EPOCH)
 }
 
 /// A channel to a socket, which is connected to when it is first used, and again after it broke. Needs the runtime.
@@ -191,6 +199,24 @@ impl Connection {
             all.extend(list(Some(&namespace))?.into_iter().filter(|item| ours(&namespace, item)));
         }
         Ok(all)
+    }
+
+    /// Reads a list of `what` to its end, page by page.
+    pub(super) async fn read_pages<P: Message, T>(
+        mut pages: Streaming<P>,
+        what: &str,
+        items: impl Fn(P) -> Vec<T>,
+    ) -> Result<Vec<T>, Status> {
+        let (mut found, mut size) = (Vec::new(), 0);
+        while let Some(page) = pages.message().await? {
+            size += page.encoded_len();
+            if size > MAX_LIST {
+                let text = format!("the list of {what} has more than {MAX_LIST} bytes");
+                return Err(Status::resource_exhausted(text));
+            }
+            found.extend(items(page));
+        }
+        Ok(found)
     }
 
     /// The namespaces of a plugin that is a daemon.

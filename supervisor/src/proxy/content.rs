@@ -9,21 +9,18 @@ mod reader;
 mod writer;
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use davit_content_store::{Error, Info, Status};
 use davit_model::{Coded, Digest, ErrorCode};
 use davit_proto::containerd::services::content::v1 as wire;
 use davit_proto::containerd::services::content::v1::content_client::ContentClient;
-use prost::Message;
-use prost_types::Timestamp;
 use tonic::transport::Channel;
 
 pub use reader::ProxyReader;
 pub use writer::ProxyWriter;
 
-use super::connection::{Connection, Failure, MAX_LIST, MAX_MESSAGE, ROOT_LABEL, ROOT_VALUE, namespace_of};
-use crate::grpc::convert::time_from_wire;
+use super::connection::{Connection, Failure, MAX_MESSAGE, ROOT_LABEL, ROOT_VALUE, namespace_of, time};
 
 /// A content store behind a socket. Clones are the same.
 #[derive(Debug, Clone)]
@@ -37,10 +34,6 @@ impl From<Failure> for Error {
     fn from(failure: Failure) -> Error {
         Error::Remote { code: failure.code(), message: failure.to_string() }
     }
-}
-
-fn time(time: Option<Timestamp>) -> SystemTime {
-    time.and_then(time_from_wire).unwrap_or(UNIX_EPOCH)
 }
 
 fn no_blob(digest: &Digest) -> impl FnOnce(Failure) -> Error {
@@ -238,17 +231,8 @@ impl ProxyStore {
         let request =
             self.connection.request(namespace, self.change_limit(), wire::ListContentRequest::default());
         let walk = async {
-            let mut pages = self.client().list(request).await?.into_inner();
-            let (mut found, mut size) = (Vec::new(), 0);
-            while let Some(page) = pages.message().await? {
-                size += page.encoded_len();
-                if size > MAX_LIST {
-                    let text = format!("the list of content has more than {MAX_LIST} bytes");
-                    return Err(tonic::Status::resource_exhausted(text));
-                }
-                found.extend(page.info);
-            }
-            Ok(found)
+            let pages = self.client().list(request).await?.into_inner();
+            Connection::read_pages(pages, "content", |page| page.info).await
         };
         self.connection.wait(self.change_limit(), walk)
     }

@@ -8,19 +8,18 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::sync::Arc;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
 use davit_model::{Coded, ErrorCode, Labels, Mount};
 use davit_proto::containerd::services::snapshots::v1 as wire;
 use davit_proto::containerd::services::snapshots::v1::snapshots_client::SnapshotsClient;
 use davit_proto::containerd::types;
 use davit_snapshotter::{Error, Info, Kind, Snapshotter, TARGET_LABEL, Usage};
-use prost::Message;
 use prost_types::FieldMask;
 use tonic::transport::Channel;
 
-use super::connection::{Connection, Failure, MAX_LIST, MAX_MESSAGE, ROOT_LABEL, ROOT_VALUE, namespace_of};
-use crate::grpc::convert::{mount_from_wire, time_from_wire};
+use super::connection::{Connection, Failure, MAX_MESSAGE, ROOT_LABEL, ROOT_VALUE, namespace_of, time};
+use crate::grpc::convert::mount_from_wire;
 
 /// A snapshotter behind a socket.
 pub(super) struct ProxySnapshotter {
@@ -101,7 +100,6 @@ impl ProxySnapshotter {
                     .into());
             }
         };
-        let time = |time: Option<prost_types::Timestamp>| time.and_then(time_from_wire).unwrap_or(UNIX_EPOCH);
         let mut labels = info.labels;
         labels.remove(ROOT_LABEL);
         Ok(Info {
@@ -121,17 +119,8 @@ impl ProxySnapshotter {
         let limit = connection.patience.change;
         let request = connection.request(namespace, limit, message);
         let walk = async {
-            let mut pages = self.client().list(request).await?.into_inner();
-            let (mut found, mut size) = (Vec::new(), 0);
-            while let Some(page) = pages.message().await? {
-                size += page.encoded_len();
-                if size > MAX_LIST {
-                    let text = format!("the list of snapshots has more than {MAX_LIST} bytes");
-                    return Err(tonic::Status::resource_exhausted(text));
-                }
-                found.extend(page.info);
-            }
-            Ok(found)
+            let pages = self.client().list(request).await?.into_inner();
+            Connection::read_pages(pages, "snapshots", |page| page.info).await
         };
         let mut infos = BTreeMap::new();
         for info in connection.wait(limit, walk)? {

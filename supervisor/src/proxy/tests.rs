@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use davit_content_store::Hasher;
+use davit_metadata::{Db, EngineKind};
 use davit_model::{Algorithm, Coded, Digest, ErrorCode, Labels};
 use davit_proto::containerd::services::content::v1 as content;
 use davit_proto::containerd::services::content::v1::content_server::{Content, ContentServer};
@@ -24,7 +25,10 @@ use tonic::{Request, Response, Status, Streaming};
 use super::connection::{self, Connection, Patience};
 use super::snapshots::ProxySnapshotter;
 use super::*;
+use crate::blobs::Blobs;
 use crate::grpc::context::Context;
+use crate::metadata::{Metadata, Parts, Sharing};
+use crate::mounts::Targets;
 
 /// How a plugin behaves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +46,8 @@ enum Mode {
     Short,
     /// It has its reasons.
     Refuses,
+    /// It says nothing to who wants something deleted.
+    Keeps,
 }
 
 /// A plugin that has every snapshot that is asked for, and one blob.
@@ -197,12 +203,17 @@ impl Content for Plugin {
         let mode = self.behave(&request).await?;
         let info = content::Info { digest: digest_of(BLOB).to_string(), ..Default::default() };
         let nonsense = content::Info { digest: "../../etc".into(), size: -1, ..Default::default() };
-        let page = content::ListContentResponse { info: vec![nonsense, info] };
+        let mut page = content::ListContentResponse { info: vec![nonsense, info] };
+        if mode == Mode::Keeps {
+            let digests = (0..3_u8).map(|number| digest_of(&[number]).to_string());
+            page.info.extend(digests.map(|digest| content::Info { digest, ..Default::default() }));
+        }
         Ok(Response::new(pages(page, mode)))
     }
 
     async fn delete(&self, _: Request<content::DeleteContentRequest>) -> Result<Response<()>, Status> {
-        unused()
+        self.told.lock().unwrap().push("delete".to_owned());
+        std::future::pending().await
     }
 
     type ReadStream = BoxStream<'static, Result<content::ReadContentResponse, Status>>;
@@ -238,9 +249,10 @@ impl Content for Plugin {
 
     async fn list_statuses(
         &self,
-        _: Request<content::ListStatusesRequest>,
+        request: Request<content::ListStatusesRequest>,
     ) -> Result<Response<content::ListStatusesResponse>, Status> {
-        unused()
+        self.behave(&request).await?;
+        Ok(Response::new(Default::default()))
     }
 
     type WriteStream = BoxStream<'static, Result<content::WriteContentResponse, Status>>;
@@ -398,10 +410,14 @@ impl Scene {
 
     /// One that waits a moment only.
     fn impatient(&self, socket: &Path) -> ProxySnapshotter {
+        ProxySnapshotter::new(self.impatient_connection(socket), Vec::new(), BTreeMap::new())
+    }
+
+    fn impatient_connection(&self, socket: &Path) -> Connection {
         let mut connection = self.connection(socket);
         let moment = Duration::from_millis(200);
         connection.patience = Patience { look: moment, change: moment, cleanup: moment, layer: moment };
-        ProxySnapshotter::new(connection, Vec::new(), BTreeMap::new())
+        connection
     }
 
     fn set(&self, mode: Mode) {
@@ -545,6 +561,27 @@ fn content_of_a_plugin_is_what_its_digest_says() {
     assert!(matches!(store.status("a/1/ref"), Err(davit_content_store::Error::NoIngest { .. })));
     // What is no blob is left out.
     assert_eq!(store.walk().unwrap().len(), 1);
+}
+
+#[test]
+fn a_content_store_that_says_nothing_costs_a_collection_one_deadline() {
+    let scene = Scene::new();
+    let _server = scene.serve(&scene.socket());
+    let store = ProxyStore::new(scene.impatient_connection(&scene.socket()));
+    let path = |name: &str| scene.folder.path().join(name);
+    let metadata = Metadata::open(Parts {
+        db: Db::open(&path("metadata"), EngineKind::Redb).unwrap(),
+        store: Blobs::Proxy(store),
+        snapshotters: BTreeMap::new(),
+        mounts: Targets::open(&path("mounts"), scene.folder.path()).unwrap(),
+        sharing: Sharing::Shared,
+        events: Arc::new(|_, _| ()),
+    })
+    .unwrap();
+    scene.set(Mode::Keeps);
+    scene.runtime.block_on(metadata.collect()).unwrap();
+    let told = scene.plugin.told.lock().unwrap();
+    assert_eq!(told.iter().filter(|told| *told == "delete").count(), 1, "{told:?}");
 }
 
 /// A request as the layer of this daemon makes it.

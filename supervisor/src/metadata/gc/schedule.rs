@@ -37,6 +37,9 @@ const LONGEST_WAIT: Duration = Duration::from_secs(24 * 60 * 60);
 /// The rest before the next try when the first collection failed, and what is added to the usual one later.
 const REST_AFTER_FAILURE: Duration = Duration::from_secs(1);
 
+/// How long a collection under way may go on when the daemon ends: a backend may hang.
+const LAST_RUN: Duration = Duration::from_secs(5);
+
 /// How eagerly to collect; the names and defaults are containerd's.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
@@ -235,7 +238,14 @@ pub(super) async fn run(metadata: &Metadata, config: &Config, shutdown: &Cancell
             () = schedule.wake.notified() => continue,
         }
         let number = schedule.start();
-        let outcome = metadata.collect().await;
+        // What is given up here is as after a crash: the next daemon looks everywhere.
+        let outcome = tokio::select! {
+            outcome = metadata.collect() => outcome,
+            () = long_after(shutdown) => {
+                tracing::warn!("a collection does not end; the next daemon goes on with it");
+                break;
+            }
+        };
         if let Err(error) = &outcome {
             tracing::error!(error = davit_model::error::chain(error), "garbage collection failed");
         }
@@ -249,6 +259,11 @@ pub(super) async fn run(metadata: &Metadata, config: &Config, shutdown: &Cancell
         schedule.finished.send_replace(Finished { number, failed, stopped: false });
     }
     schedule.finished.send_modify(|finished| finished.stopped = true);
+}
+
+async fn long_after(shutdown: &CancellationToken) {
+    shutdown.cancelled().await;
+    tokio::time::sleep(LAST_RUN).await;
 }
 
 async fn sleep_until(due: Option<Instant>) {

@@ -100,6 +100,7 @@ pub(super) fn content(metadata: &Metadata) -> Result<(), Error> {
             match inner.store.delete(digest) {
                 Ok(()) => tracing::debug!(%digest, "removed content"),
                 Err(StoreError::NoBlob { .. }) => {}
+                Err(error) if is_silence(&error) => return Err(error.into()),
                 Err(error) => {
                     tracing::warn!(%error, %digest, "cannot remove content");
                     failed = true;
@@ -117,6 +118,7 @@ pub(super) fn content(metadata: &Metadata) -> Result<(), Error> {
         match inner.store.abort(&ingest.reference) {
             Ok(()) => tracing::debug!(reference = ingest.reference, "removed an ingest"),
             Err(StoreError::NoIngest { .. }) => {}
+            Err(error) if is_silence(&error) => return Err(error.into()),
             Err(error) => {
                 tracing::warn!(%error, reference = ingest.reference, "cannot remove an ingest");
                 failed = true;
@@ -127,6 +129,11 @@ pub(super) fn content(metadata: &Metadata) -> Result<(), Error> {
         inner.mark_dirty(Dirty { content: true, ..Dirty::default() });
     }
     Ok(())
+}
+
+/// Whether a backend in another process does not answer. It gets its time once, and not for each of what it has.
+fn is_silence(error: &impl Coded) -> bool {
+    matches!(error.code(), ErrorCode::DeadlineExceeded | ErrorCode::Unavailable)
 }
 
 /// Takes away the mounts that no record names. What fails is tried again the next time.
@@ -204,10 +211,7 @@ pub(super) fn snapshots(metadata: &Metadata, name: &str) -> Result<(), Error> {
         match backend.remove(&info.name) {
             Ok(()) => tracing::debug!(snapshotter = name, snapshot.key = info.name, "removed a snapshot"),
             Err(error) if error.code() == ErrorCode::NotFound => {}
-            // One that does not answer gets its time once, and not for each snapshot.
-            Err(error) if matches!(error.code(), ErrorCode::DeadlineExceeded | ErrorCode::Unavailable) => {
-                return Err(error.into());
-            }
+            Err(error) if is_silence(&error) => return Err(error.into()),
             // One failure must not keep all others from being removed.
             Err(error) => {
                 tracing::warn!(%error, snapshotter = name, snapshot.key = info.name, "cannot remove a snapshot");

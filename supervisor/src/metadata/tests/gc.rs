@@ -326,3 +326,36 @@ async fn an_unreadable_record_costs_nothing_else() {
     assert_eq!(fixture.metadata.collect().await.unwrap_err().code(), ErrorCode::DataLoss);
     assert_eq!(fixture.backends().0, [digest.to_string()]);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backend_that_hangs_does_not_keep_the_collector_from_ending() {
+    const LIMIT: Duration = Duration::from_secs(60);
+    let fixture = Fixture::new();
+    let (metadata, shutdown) = (fixture.metadata.clone(), CancellationToken::new());
+    // More than a lane lets begin.
+    let (release, hold) = std::sync::mpsc::channel::<()>();
+    let hold = Arc::new(Mutex::new(hold));
+    for _ in 0..100 {
+        let (lane, hold) = (metadata.inner.content_lane.clone(), hold.clone());
+        tokio::spawn(async move { lane.run(move || hold.lock().unwrap().recv()).await });
+    }
+    while tokio::time::timeout(Duration::from_millis(1), metadata.inner.content_lane.run(|| ())).await.is_ok()
+    {
+    }
+    let config = super::super::gc::Config::default();
+    let collector = tokio::spawn(metadata.clone().run_collector(config, shutdown.clone()));
+    let has_begun = async {
+        while metadata.inner.dirty.lock().unwrap().content {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(LIMIT, has_begun).await.unwrap();
+    let waiting = tokio::spawn({
+        let metadata = metadata.clone();
+        async move { metadata.collected().await }
+    });
+    shutdown.cancel();
+    tokio::time::timeout(LIMIT, collector).await.unwrap().unwrap();
+    assert!(waiting.await.unwrap().is_err(), "whoever waits for a collection is told");
+    drop(release);
+}

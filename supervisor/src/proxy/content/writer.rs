@@ -12,8 +12,8 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
-use super::{ProxyStore, time};
-use crate::proxy::connection::{Failure, ROOT_LABEL, ROOT_VALUE};
+use super::ProxyStore;
+use crate::proxy::connection::{Failure, ROOT_LABEL, ROOT_VALUE, time};
 
 /// The most bytes of one message.
 const PIECE: usize = 1 << 20;
