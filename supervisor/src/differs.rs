@@ -279,14 +279,20 @@ impl Differs {
     async fn walk(&self, content: &Content, wanted: Wanted) -> Result<Descriptor, Error> {
         let reference = reference(&wanted);
         let writer = content.writer(&reference, 0, None).await?;
-        let within = content.clone();
-        let made = self.inner.lane.run(move || make(&within, writer, wanted)).await;
+        let made = self.inner.lane.run(move || make(writer, wanted)).await;
         let made = made.map_err(|_| Error::Interrupted).and_then(|made| made);
-        if made.is_err() {
-            // What is half made is of no use to a second try.
-            let _ = content.abort(&reference).await;
+        match made {
+            Ok(Made::New(layer)) => Ok(layer),
+            Ok(Made::Again { layer, digest, uncompressed }) => {
+                label(content, &digest, uncompressed).await?;
+                Ok(layer)
+            }
+            Err(error) => {
+                // What is half made is of no use to a second try.
+                let _ = content.abort(&reference).await;
+                Err(error)
+            }
         }
-        made
     }
 }
 
@@ -315,24 +321,94 @@ async fn ask(proxy: &ProxyDiffer, content: &Content, wanted: Wanted) -> Result<D
     if is_there { Ok(made) } else { Err(proxy.lost(&made.digest).into()) }
 }
 
+/// A layer that was made.
+enum Made {
+    New(Descriptor),
+    /// Its content was there before.
+    Again {
+        layer: Descriptor,
+        digest: Digest,
+        uncompressed: Digest,
+    },
+}
+
+/// Tells what a layer is uncompressed where nobody has told: it may have come with an archive. Clients make the configuration
+/// of an image of that.
+async fn label(content: &Content, digest: &Digest, uncompressed: Digest) -> Result<(), Error> {
+    if !content.info(digest)?.labels.contains_key(UNCOMPRESSED) {
+        let labels = Labels::from([(UNCOMPRESSED.to_owned(), uncompressed.to_string())]);
+        content.update(digest, labels, &[format!("labels.{UNCOMPRESSED}")]).await?;
+    }
+    Ok(())
+}
+
 /// Makes a layer in an ingest and commits it. Blocks.
-fn make(content: &Content, mut writer: NsWriter, wanted: Wanted) -> Result<Descriptor, Error> {
+fn make(mut writer: NsWriter, wanted: Wanted) -> Result<Made, Error> {
     let Wanted { left, right, media_type, mut labels, source_date_epoch, .. } = wanted;
     let media_type = if media_type.is_empty() { OCI_LAYER_GZIP.to_owned() } else { media_type };
     writer.truncate(0)?;
     let mut output = IoWriter::new(writer);
     let made = layer::diff(&left, &right, &media_type, &mut output, &DiffOptions { source_date_epoch });
     let mut writer = output.into_writer()?;
-    labels.insert(UNCOMPRESSED.to_owned(), made?.digest.to_string());
+    let uncompressed = made?.digest;
+    labels.insert(UNCOMPRESSED.to_owned(), uncompressed.to_string());
     let (digest, size) = (writer.digest(), writer.status().offset);
+    let layer = Descriptor {
+        media_type,
+        digest: digest.to_string(),
+        size: i64::try_from(size).unwrap_or(i64::MAX),
+        ..Descriptor::default()
+    };
     match writer.commit(size, None, labels) {
-        Ok(()) => {}
-        // The same layer was made before: that is the answer.
-        Err(metadata::Error::AlreadyExists { .. }) => {
-            content.info(&digest)?;
-        }
-        Err(error) => return Err(error.into()),
+        Ok(()) => Ok(Made::New(layer)),
+        Err(metadata::Error::AlreadyExists { .. }) => Ok(Made::Again { layer, digest, uncompressed }),
+        Err(error) => Err(error.into()),
     }
-    let size = i64::try_from(size).unwrap_or(i64::MAX);
-    Ok(Descriptor { media_type, digest: digest.to_string(), size, ..Descriptor::default() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metadata::Scope;
+    use crate::metadata::tests::Fixture;
+
+    #[tokio::test]
+    async fn a_layer_that_is_there_is_told_uncompressed() {
+        let fixture = Fixture::new();
+        let content = fixture.metadata.content(&Scope::new("a", None).unwrap());
+        let none = BTreeMap::new();
+        let differs =
+            Differs::new(&config::Diff::default(), &none, &BTreeMap::new(), Lane::layers()).unwrap();
+        let tree = tempfile::tempdir().unwrap();
+        std::fs::write(tree.path().join("file"), "text").unwrap();
+        let bind = Mount {
+            kind: "bind".to_owned(),
+            source: tree.path().display().to_string(),
+            options: vec!["rbind".to_owned(), "ro".to_owned()],
+            ..Mount::default()
+        };
+        let wanted = Wanted {
+            left: Vec::new(),
+            right: vec![bind],
+            media_type: String::new(),
+            reference: String::new(),
+            labels: Labels::new(),
+            source_date_epoch: None,
+        };
+        let layer = differs.diff(&content, &wanted).await.unwrap();
+        let digest: Digest = layer.digest.parse().unwrap();
+        let told = || content.info(&digest).unwrap().labels.get(UNCOMPRESSED).cloned();
+        let uncompressed = told().unwrap();
+        // As after an import, which knows of no trees.
+        content.update(&digest, Labels::new(), &[]).await.unwrap();
+        assert_eq!(told(), None);
+        assert_eq!(differs.diff(&content, &wanted).await.unwrap(), layer);
+        assert_eq!(told(), Some(uncompressed));
+        // What somebody has told stays.
+        let other = Labels::from([(UNCOMPRESSED.to_owned(), "other".to_owned())]);
+        content.update(&digest, other, &[]).await.unwrap();
+        differs.diff(&content, &wanted).await.unwrap();
+        assert_eq!(told().as_deref(), Some("other"));
+        assert_eq!(fixture.backends().1, Vec::<String>::new(), "no ingest is left");
+    }
 }

@@ -24,14 +24,14 @@ use super::*;
 /// The snapshotter of these tests.
 const NATIVE: &str = "native";
 
-struct Fixture {
-    metadata: Metadata,
+pub(crate) struct Fixture {
+    pub(crate) metadata: Metadata,
     events: Arc<Mutex<Vec<(String, Event)>>>,
     folder: tempfile::TempDir,
 }
 
 impl Fixture {
-    fn new() -> Fixture {
+    pub(crate) fn new() -> Fixture {
         Fixture::with(Sharing::Shared)
     }
 
@@ -83,7 +83,7 @@ impl Fixture {
     }
 
     /// The names of all that the blob store and the snapshotter hold.
-    fn backends(&self) -> (Vec<String>, Vec<String>, Vec<String>) {
+    pub(crate) fn backends(&self) -> (Vec<String>, Vec<String>, Vec<String>) {
         let inner = &self.metadata.inner;
         let mut blobs: Vec<_> =
             inner.store.walk().unwrap().into_iter().map(|info| info.digest.to_string()).collect();
