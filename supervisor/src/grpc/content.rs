@@ -6,16 +6,13 @@ mod write;
 use davit_model::Digest;
 use davit_proto::containerd::services::content::v1 as wire;
 use davit_proto::containerd::services::content::v1::content_server::Content;
-use futures::stream::{self, BoxStream};
+use futures::stream::BoxStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::context::Context;
-use super::convert::paths;
+use super::convert::{in_pages, paths};
 use super::status::{from, invalid};
 use crate::metadata::{ContentInfo, IngestStatus, Metadata};
-
-/// The blobs in one message of a list, as in containerd.
-const PAGE: usize = 100;
 
 /// Serves blobs and ingests.
 pub struct ContentService {
@@ -93,11 +90,9 @@ impl Content for ContentService {
     ) -> Result<Response<Self::ListStream>, Status> {
         let scope = Context::of(&request).scope()?;
         let infos = self.metadata.content(&scope).list(&request.into_inner().filters).map_err(from)?;
-        let pages: Vec<_> = infos
-            .chunks(PAGE)
-            .map(|page| Ok(wire::ListContentResponse { info: page.iter().cloned().map(to_wire).collect() }))
-            .collect();
-        Ok(Response::new(Box::pin(stream::iter(pages))))
+        let message =
+            |page: Vec<_>| wire::ListContentResponse { info: page.into_iter().map(to_wire).collect() };
+        Ok(Response::new(in_pages(infos, message)))
     }
 
     async fn delete(&self, request: Request<wire::DeleteContentRequest>) -> Result<Response<()>, Status> {

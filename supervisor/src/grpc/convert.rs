@@ -4,6 +4,8 @@ use std::time::SystemTime;
 
 use davit_model::{Any, Mount};
 use davit_proto::containerd::types;
+use futures::stream::{self, BoxStream, StreamExt};
+use tonic::Status;
 
 use crate::metadata::Descriptor;
 
@@ -49,7 +51,38 @@ pub fn descriptor_to_wire(descriptor: Descriptor) -> types::Descriptor {
     types::Descriptor { media_type, digest, size, annotations }
 }
 
+/// The items in one message of a list, as in containerd.
+const PAGE: usize = 100;
+
+/// A list as messages of so many items each; none for an empty list.
+pub fn in_pages<T: Send + 'static, M: Send + 'static>(
+    items: Vec<T>,
+    message: impl Fn(Vec<T>) -> M + Send + 'static,
+) -> BoxStream<'static, Result<M, Status>> {
+    let mut items = items.into_iter();
+    let pages = std::iter::from_fn(move || {
+        let page: Vec<T> = items.by_ref().take(PAGE).collect();
+        (!page.is_empty()).then(|| Ok(message(page)))
+    });
+    stream::iter(pages).boxed()
+}
+
 /// The paths of a field mask; none for no mask.
 pub fn paths(mask: Option<prost_types::FieldMask>) -> Vec<String> {
     mask.map(|mask| mask.paths).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_list_comes_in_pages() {
+        for (count, lengths) in [(0, &[][..]), (1, &[1]), (PAGE, &[PAGE]), (2 * PAGE + 1, &[PAGE, PAGE, 1])] {
+            let pages: Vec<_> = in_pages((0..count).collect(), |page| page).collect().await;
+            let pages: Vec<Vec<usize>> = pages.into_iter().map(Result::unwrap).collect();
+            assert_eq!(pages.iter().map(Vec::len).collect::<Vec<_>>(), lengths);
+            assert_eq!(pages.concat(), (0..count).collect::<Vec<_>>());
+        }
+    }
 }

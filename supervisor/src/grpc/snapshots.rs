@@ -5,16 +5,13 @@ use davit_proto::containerd::services::snapshots::v1 as wire;
 use davit_proto::containerd::services::snapshots::v1::snapshots_server::Snapshots;
 use davit_proto::containerd::types;
 use davit_snapshotter::Kind;
-use futures::stream::{self, BoxStream};
+use futures::stream::BoxStream;
 use tonic::{Request, Response, Status};
 
 use super::context::Context;
-use super::convert::{mount_to_wire, paths};
+use super::convert::{in_pages, mount_to_wire, paths};
 use super::status::{from, invalid, unimplemented};
 use crate::metadata::{self, Metadata, SnapshotInfo};
-
-/// The snapshots in one message of a list, as in containerd.
-const PAGE: usize = 100;
 
 /// Serves the snapshots of every snapshotter.
 pub struct SnapshotsService {
@@ -131,11 +128,9 @@ impl Snapshots for SnapshotsService {
         let context = Context::of(&request);
         let wire::ListSnapshotsRequest { snapshotter, filters } = request.into_inner();
         let infos = self.of(&context, &snapshotter)?.list(&filters).await.map_err(from)?;
-        let pages: Vec<_> = infos
-            .chunks(PAGE)
-            .map(|page| Ok(wire::ListSnapshotsResponse { info: page.iter().cloned().map(to_wire).collect() }))
-            .collect();
-        Ok(Response::new(Box::pin(stream::iter(pages))))
+        let message =
+            |page: Vec<_>| wire::ListSnapshotsResponse { info: page.into_iter().map(to_wire).collect() };
+        Ok(Response::new(in_pages(infos, message)))
     }
 
     async fn usage(
