@@ -2,6 +2,7 @@
 //! codes. No I/O and no protobuf in here; a type of this crate can be used on either side of any seam.
 
 pub mod digest;
+pub mod duration;
 pub mod error;
 pub mod filter;
 pub mod identifier;

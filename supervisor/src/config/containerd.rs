@@ -10,6 +10,7 @@ mod snapshotters;
 
 use std::path::{Path, PathBuf};
 
+use davit_model::duration;
 use toml::{Table, Value};
 
 use super::{Config, ConfigError, LogFormat, Sharing, TracingProtocol};
@@ -485,30 +486,9 @@ fn says_something(value: &Value) -> bool {
     }
 }
 
-/// A duration as Go writes it, such as `1h30m` or `1.5s`, in seconds.
+/// A duration as Go writes it, such as `1h30m` or `1.5s`, in seconds; it is of no use here if it is negative.
 fn seconds(text: &str) -> Option<f64> {
-    if text == "0" {
-        return Some(0.0);
-    }
-    let (mut rest, mut total) = (text, 0.0);
-    while !rest.is_empty() {
-        let end = rest.find(|letter: char| !letter.is_ascii_digit() && letter != '.')?;
-        let (number, after) = rest.split_at(end);
-        let end = after.find(|letter: char| letter.is_ascii_digit()).unwrap_or(after.len());
-        let (unit, after) = after.split_at(end);
-        let unit = match unit {
-            "ns" => 1e-9,
-            "us" | "\u{b5}s" | "\u{3bc}s" => 1e-6,
-            "ms" => 1e-3,
-            "s" => 1.0,
-            "m" => 60.0,
-            "h" => 3600.0,
-            _ => return None,
-        };
-        total += number.parse::<f64>().ok()? * unit;
-        rest = after;
-    }
-    (!text.is_empty()).then_some(total)
+    duration::nanoseconds(text).filter(|length| *length >= 0.0).map(|length| length / 1e9)
 }
 
 #[cfg(test)]
