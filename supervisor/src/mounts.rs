@@ -21,13 +21,12 @@ mod transform;
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder};
 use std::io;
-use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use davit_model::{Coded, ErrorCode, Mount};
-use davit_sys::mount::{mount_all, unmount_all};
+use davit_sys::mount::{mount_all, mount_points, unmount_all};
 
 pub use transform::TransformError;
 
@@ -58,6 +57,12 @@ pub enum MountError {
         /// Why.
         source: davit_sys::mount::Error,
     },
+    /// What is mounted is not known.
+    #[error("cannot see what is mounted")]
+    Table {
+        /// Why not.
+        source: davit_sys::mount::Error,
+    },
     /// A folder cannot be made, read or removed.
     #[error("cannot {action} {}", path.display())]
     Folder {
@@ -75,7 +80,9 @@ impl Coded for MountError {
         match self {
             MountError::Nothing => ErrorCode::Unimplemented,
             MountError::Transform(error) => error.code(),
-            MountError::Mount { source, .. } | MountError::Unmount { source, .. } => source.code(),
+            MountError::Mount { source, .. }
+            | MountError::Unmount { source, .. }
+            | MountError::Table { source } => source.code(),
             MountError::Folder { .. } => ErrorCode::Unknown,
         }
     }
@@ -239,37 +246,14 @@ impl Targets {
         Ok(entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
     }
 
-    /// Where this process sees anything mounted (`/proc/self/mountinfo`).
+    /// Where this process sees anything mounted.
     ///
     /// # Errors
-    /// It cannot be read.
+    /// The kernel does not tell.
     pub fn mount_points() -> Result<HashSet<PathBuf>, MountError> {
-        let path = Path::new("/proc/self/mountinfo");
-        let table = fs::read(path).map_err(folder_error("read", path))?;
-        let fields =
-            table.split(|byte| *byte == b'\n').filter_map(|line| line.split(|byte| *byte == b' ').nth(4));
-        Ok(fields.map(|field| PathBuf::from(std::ffi::OsString::from_vec(unescape(field)))).collect())
+        let points = mount_points().map_err(|source| MountError::Table { source })?;
+        Ok(points.into_iter().collect())
     }
-}
-
-/// Blanks, line ends and backslashes stand in mountinfo as a backslash and three octal digits (proc(5)).
-fn unescape(field: &[u8]) -> Vec<u8> {
-    let mut plain = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((&first, after)) = rest.split_first() {
-        let octal = after.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
-        match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-            Some(byte) if first == b'\\' => {
-                plain.push(byte);
-                rest = &after[3..];
-            }
-            _ => {
-                plain.push(first);
-                rest = after;
-            }
-        }
-    }
-    plain
 }
 
 #[cfg(test)]
@@ -313,10 +297,5 @@ mod tests {
         assert_eq!(plan(&["format/bind", "format/overlay"], false), Some(1));
         assert_eq!(plan(&["format/overlay"], false), Some(0));
         assert_eq!(plan(&["bind", "overlay"], true), Some(2));
-    }
-
-    #[test]
-    fn names_in_mountinfo_are_read_as_they_are() {
-        assert_eq!(unescape(br"/a\040b\134c\0"), br"/a b\c\0");
     }
 }
