@@ -16,7 +16,7 @@ mod methods;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
@@ -115,7 +115,7 @@ impl Calls {
         let span = trace::call(id, path, &namespace, headers);
         let began = Instant::now();
         self.underway().insert(id, Underway { method, namespace, began });
-        let call = Call { calls: self.clone(), id, method, began, span, ended: Mutex::new(None) };
+        let call = Call { calls: self.clone(), id, method, began, span, ended: AtomicBool::new(false) };
         if let Some(counters) = call.counters() {
             counters.started.fetch_add(1, Ordering::Relaxed);
         }
@@ -185,7 +185,7 @@ struct Call {
     method: Option<usize>,
     began: Instant,
     span: Span,
-    ended: Mutex<Option<Code>>,
+    ended: AtomicBool,
 }
 
 impl Call {
@@ -195,11 +195,9 @@ impl Call {
 
     /// Notes the end. Only the first counts: a body is dropped after its trailers, too.
     fn end(&self, code: Code) {
-        let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
-        if ended.is_some() {
+        if self.ended.swap(true, Ordering::Relaxed) {
             return;
         }
-        *ended = Some(code);
         self.calls.underway().remove(&self.id);
         trace::ended(&self.span, code);
         let Some(counters) = self.counters() else { return };
