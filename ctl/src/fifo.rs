@@ -52,7 +52,7 @@ impl FifoDir {
         })
     }
 
-    /// Takes over the folder that another client has left. `None` if one has it still.
+    /// Takes over the folder that another client has left ([`is_folder`]). `None` if one has it still.
     ///
     /// # Errors
     /// [`Error::File`].
@@ -105,9 +105,14 @@ impl Drop for FifoDir {
     }
 }
 
+/// Whether a folder is one that a client like this one has made for FIFOs. Others' are neither read nor removed.
+pub(crate) fn is_folder(path: &Path) -> bool {
+    path.parent() == Some(Path::new(BASE))
+}
+
 /// Removes a folder of FIFOs that a client has left, and no other folder.
 pub(crate) fn remove_left(path: &Path) {
-    if path.parent() == Some(Path::new(BASE)) {
+    if is_folder(path) {
         // What belongs to a container that is gone is of no use to anyone, and may be gone too.
         let _ = fs::remove_dir_all(path);
     }

@@ -32,8 +32,7 @@ impl LogOptions {
     pub(crate) fn parse(texts: &[String]) -> Result<LogOptions> {
         let mut options = LogOptions::default();
         for text in texts {
-            let hint =
-                "the options are max-size=SIZE (such as 10m), max-file=NUMBER and mode=blocking|non-blocking";
+            let hint = "the options are max-size=SIZE (such as 10m), max-file=NUMBER (1 to 1000) and mode=blocking|non-blocking";
             let invalid = || Error::usage(format!("invalid log option {text:?}"), hint);
             let (key, value) = text.split_once('=').ok_or_else(invalid)?;
             match key {
@@ -43,7 +42,7 @@ impl LogOptions {
                     options.max_size = Some(size.ok_or_else(invalid)?);
                 }
                 "max-file" => {
-                    let files = value.parse().ok().filter(|files| *files > 0);
+                    let files = value.parse().ok().filter(|files| (1..=MOST_FILES).contains(files));
                     options.max_files = Some(files.ok_or_else(invalid)?);
                 }
                 "mode" if ["blocking", "non-blocking"].contains(&value) => {
@@ -63,10 +62,18 @@ impl LogOptions {
     }
 }
 
+/// The most files of a log; each is looked for when the container is removed.
+const MOST_FILES: u32 = 1000;
+
 /// The name of a container's log. `can_be_json` says whether the daemon is one whose shim knows json logs.
 pub(crate) fn file_name(id: &str, runtime: &str, can_be_json: bool) -> String {
     let is_json = can_be_json && RUNTIMES.contains(&runtime);
     format!("{id}{}", if is_json { JSON } else { ".log" })
+}
+
+/// All that a container's log may be called.
+pub(crate) fn names(id: &str) -> [String; 2] {
+    [JSON, ".log"].map(|end| format!("{id}{end}"))
 }
 
 /// Whether a log is one of JSON lines.
@@ -93,7 +100,7 @@ pub(crate) fn rotated(log: &Path, number: u32) -> PathBuf {
 /// How many files a log has at most, by its container's label.
 pub(crate) fn max_files(options: &str) -> u32 {
     let value = options.split('&').find_map(|option| option.strip_prefix("max-file="));
-    value.and_then(|value| value.parse().ok()).unwrap_or(1)
+    value.and_then(|value| value.parse().ok()).map_or(1, |files: u32| files.min(MOST_FILES))
 }
 
 #[cfg(test)]
@@ -110,7 +117,16 @@ mod tests {
         assert_eq!(options.mode.as_deref(), Some("blocking"));
         assert_eq!(max_files(&options.label()), 3);
         assert_eq!(parse(&[]).unwrap().label(), "");
-        for bad in ["max-size", "max-size=0", "max-size=x", "max-file=0", "mode=maybe", "compress=true"] {
+        assert_eq!(max_files("max-file=4000000000"), 1000, "whoever has written that");
+        for bad in [
+            "max-size",
+            "max-size=0",
+            "max-size=x",
+            "max-file=0",
+            "max-file=1001",
+            "mode=maybe",
+            "compress=true",
+        ] {
             assert!(parse(&[bad]).is_err(), "{bad}");
         }
     }

@@ -132,7 +132,7 @@ impl Streams {
         })
     }
 
-    /// Opens the streams of a process that another client has left alone; none of the output where it goes to a log.
+    /// Opens the streams of a process that another `davit` has left alone; none of the output where it goes elsewhere.
     ///
     /// # Errors
     /// Those of opening them, and [`Error::Usage`] when a client is there.
@@ -142,24 +142,27 @@ impl Streams {
         pass_signals: bool,
         keys: &DetachKeys,
     ) -> Result<Streams> {
-        let is_fifo = |path: &str| std::fs::metadata(path).is_ok_and(|status| status.file_type().is_fifo());
+        // What is in another folder another client has made, which may be there.
+        let folder_of = |path: &str| {
+            let is_fifo = std::fs::symlink_metadata(path).is_ok_and(|status| status.file_type().is_fifo());
+            Path::new(path).parent().filter(|folder| is_fifo && fifo::is_folder(folder)).map(Path::to_owned)
+        };
         let mut outputs = Vec::new();
         let mut folder = None;
-        if is_fifo(&process.stdout) {
-            let path = Path::new(&process.stdout).parent().unwrap_or(Path::new("/"));
-            folder = FifoDir::take_over(path)?;
+        if let Some(path) = folder_of(&process.stdout) {
+            folder = FifoDir::take_over(&path)?;
             if folder.is_none() {
                 let hint = "detach that one first (ctrl-p ctrl-q), or follow a log: run containers with -d";
                 return Err(Error::usage("another client is attached to the container", hint));
             }
             let reader = fifo::open_reader(process.stdout.as_ref())?;
             outputs.push(fifo::copy_out(reader, std::io::stdout()));
-            if is_fifo(&process.stderr) {
+            if folder_of(&process.stderr).is_some() {
                 outputs.push(fifo::copy_out(fifo::open_reader(process.stderr.as_ref())?, std::io::stderr()));
             }
         }
         let mut input = None;
-        if interactive && is_fifo(&process.stdin) {
+        if interactive && folder_of(&process.stdin).is_some() {
             input = Some(fifo::open_writer(process.stdin.as_ref())?);
         }
         Ok(Streams {

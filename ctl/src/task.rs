@@ -11,6 +11,7 @@ use nix::libc;
 
 use crate::client::Client;
 use crate::error::{CallContext, Error, Result};
+use crate::place::Places;
 use crate::process::{self, ProcessId, Streams};
 use crate::{container, etc, fifo, labels, log};
 
@@ -143,6 +144,7 @@ pub(crate) async fn kill_and_wait(client: &Client, id: &str) -> Result<()> {
 /// # Errors
 /// Those of the calls. What is gone already is removed.
 pub(crate) async fn remove_container(client: &Client, container: &Container) -> Result<()> {
+    let places = Places::of(client).await?;
     delete(client, &container.id).await?;
     let request = DeleteContainerRequest { id: container.id.clone() };
     match client.containers().delete(request).await.call("remove the container") {
@@ -159,18 +161,18 @@ pub(crate) async fn remove_container(client: &Client, container: &Container) -> 
             _ => {}
         }
     }
-    if let Some(path) = container.labels.get(labels::LOG) {
-        remove_quietly(fs::remove_file(path));
+    if let Some(path) = places.log_of(container) {
+        remove_quietly(fs::remove_file(&path));
         let rotation = container.labels.get(labels::LOG_OPTIONS).map_or("", String::as_str);
         for number in 1..log::max_files(rotation) {
-            remove_quietly(fs::remove_file(log::rotated(path.as_ref(), number)));
+            remove_quietly(fs::remove_file(log::rotated(&path, number)));
         }
     }
     if let Some(folder) = container.labels.get(labels::FIFOS) {
         fifo::remove_left(folder.as_ref());
     }
-    if let Some(folder) = container.labels.get(labels::ETC) {
-        etc::remove(folder.as_ref());
+    if let Some(folder) = places.etc_of(container) {
+        etc::remove(&folder);
     }
     if container.labels.contains_key(labels::STDIN) {
         remove_quietly(fs::remove_dir_all(fifo::detached_stdin(&container.id).0));

@@ -268,6 +268,48 @@ fn an_image_steers_nothing_on_the_host() -> Result<()> {
     scene.unharmed()
 }
 
+/// CVE-2026-53488 by way of another client, which gives the labels of an image to its containers as they are: `davit` reads, writes and
+/// removes nothing that they name, and leaves alone what that client has open.
+#[test]
+fn an_image_steers_nothing_by_way_of_another_client() -> Result<()> {
+    if !root() {
+        return Ok(());
+    }
+    let scene = Scene::new()?;
+    let daemon = &scene.daemon;
+    let canary = scene.canary.display().to_string();
+    let etc = daemon.path("etc");
+    fs::create_dir(&etc)?;
+    fs::write(etc.join("hosts"), "untouched")?;
+    let config = json!({
+        "Env": ["PATH=/bin"],
+        "Cmd": ["/bin/sh", "-c", "echo overwritten; exec /bin/sleep 1000"],
+        "Labels": { "davit/log": canary, "davit/etc": etc.display().to_string(), "davit/log-options": "max-file=4000000000" },
+    });
+    let image = scene.image(&[], &config)?;
+    let mut client = daemon.ctr().words(&format!("run {image} box"));
+    let mut client = client.stdout(std::process::Stdio::null()).spawn()?;
+    let listed = |word: &str| daemon.ctr().run("tasks ls").is_ok_and(|tasks| tasks.contains(word));
+    wait::until("it runs", || listed("RUNNING").then_some(()))?;
+    let labels = daemon.ctr().run("containers info box")?;
+    ensure!(labels.contains("davit/log"), "else this test shows nothing: {labels}");
+    for words in [&["logs", "box"][..], &["attach", "--no-stdin", "box"]] {
+        let refused = daemon.davit(words)?;
+        ensure!(!refused.status.success() && !text(&refused).contains("untouched"), "{}", text(&refused));
+    }
+    ensure!(client.try_wait()?.is_none(), "its client has been left alone");
+    daemon.ctr().run("tasks kill -s KILL box")?;
+    client.wait()?;
+    // From here on it is a container like others, with a log in its place.
+    davit_integration::daemon::ok(daemon.davit(["start", "box"])?)?;
+    wait::until("it has a log", || {
+        text(&daemon.davit(["logs", "box"]).ok()?).contains("overwritten").then_some(())
+    })?;
+    davit_integration::daemon::ok(daemon.davit(["rm", "-f", "box"])?)?;
+    ensure!(fs::read(etc.join("hosts")).context("the file of the host is gone")? == b"untouched");
+    scene.unharmed()
+}
+
 /// A process of another user: its output. `None` when the host has no setpriv(1).
 fn as_nobody(script: &str) -> Result<Option<String>> {
     let output = Command::new("setpriv")

@@ -11,7 +11,8 @@ use crate::container::{self, State};
 use crate::error::{Error, Result};
 use crate::keys::{self, DetachKeys};
 use crate::labels;
-use crate::process::{ProcessId, Streams};
+use crate::place::Places;
+use crate::process::{Ended, ProcessId, Streams};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -69,12 +70,12 @@ async fn follow(
     process: &ProcessId,
     out: &mut dyn Write,
 ) -> Result<u8> {
-    let Some(path) = container.labels.get(labels::LOG) else {
+    let Some(path) = Places::of(client).await?.log_of(container) else {
         let hint = "containers that davit has started can be attached to";
         return Err(Error::usage("another client has the output of this container", hint));
     };
     let rotation = container.labels.get(labels::LOG_OPTIONS).map_or("", String::as_str);
-    let mut log = logs::from_now(path.as_ref(), rotation)?;
+    let mut log = logs::from_now(&path, rotation)?;
     streams.engage()?;
     let supervised = streams.supervise(client, process);
     tokio::pin!(supervised);
@@ -87,5 +88,8 @@ async fn follow(
         }
     };
     log.copy(out)?;
+    if ended == Ended::Detached {
+        run::say_detached("the container goes on");
+    }
     Ok(run::exit_code(&ended))
 }

@@ -77,7 +77,11 @@ async fn inspect(client: &Client, given: &str, kind: Option<&str>) -> Result<Val
 }
 
 async fn describe_container(client: &Client, container: &Container) -> Result<Value> {
-    let state = container::state(client, container).await?;
+    let mut state = container::state(client, container).await?;
+    if state == State::Created {
+        // As for `davit ps`.
+        state = container::past_exits(client, &[container]).await.remove(&container.id).unwrap_or(state);
+    }
     let spec = container::spec(container)?;
     let (code, finished) = match &state {
         State::Exited { code, at } => (*code, at.map(format::rfc3339)),

@@ -31,7 +31,7 @@ pub(crate) async fn run(client: &Client, options: Options, out: &mut dyn Write) 
             return Err(Error::NotRunning { given: given.to_owned() });
         }
         // Another signal may mean anything.
-        if signal == libc::SIGKILL.unsigned_abs() {
+        if [libc::SIGKILL.unsigned_abs(), stop::signal_of(&container)].contains(&signal) {
             restart::end(client, &container).await?;
         }
         let process = ProcessId { container: container.id, exec: String::new() };

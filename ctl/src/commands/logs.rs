@@ -11,8 +11,9 @@ use std::time::{Duration, SystemTime};
 use crate::client::Client;
 use crate::commands::events::when;
 use crate::error::{Error, Result};
+use crate::place::{self, Places};
 use crate::process::{self, ProcessId};
-use crate::{container, labels, log, place};
+use crate::{container, labels, log};
 use json::{JsonLog, Outputs, Show};
 
 /// How often a followed log is looked at.
@@ -57,14 +58,14 @@ fn parse_tail(text: &str) -> std::result::Result<Tail, String> {
 /// `davit logs`.
 pub(crate) async fn run(client: &Client, options: Options, out: &mut dyn Write) -> Result<()> {
     let container = container::find(client, &options.container).await?;
-    let Some(path) = container.labels.get(labels::LOG) else {
+    let Some(path) = Places::of(client).await?.log_of(&container) else {
         return Err(Error::usage(
             format!("container {} was run in the foreground, so its output was not kept", options.container),
             "run it with -d to have its output in a log",
         ));
     };
     let rotation = container.labels.get(labels::LOG_OPTIONS).map_or("", String::as_str);
-    let mut log = AnyLog::open(PathBuf::from(path), log::max_files(rotation), &options)?;
+    let mut log = AnyLog::open(path, log::max_files(rotation), &options)?;
     if !options.follow {
         return log.copy(out);
     }

@@ -137,12 +137,9 @@ fn status_text(state: &State, now: SystemTime, started_at: impl Fn(u32) -> Optio
     }
 }
 
-/// When a process of this machine started: field 22 of proc_pid_stat(5), in ticks since boot.
+/// When a process of this machine started.
 pub(crate) fn started_at(pid: u32) -> Option<SystemTime> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The second field is the program's name in parentheses, which may hold anything.
-    let (_, rest) = stat.rsplit_once(')')?;
-    let ticks: u64 = rest.split_ascii_whitespace().nth(19)?.parse().ok()?;
+    let ticks = davit_sys::process::start_time(i32::try_from(pid).ok()?).ok()?;
     let per_second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok()??;
     let since_boot = Duration::from_millis(ticks * 1000 / u64::try_from(per_second).ok()?);
     let uptime = std::fs::read_to_string("/proc/uptime").ok()?;

@@ -44,13 +44,12 @@ async fn remove(client: &Client, container: &Container, given: &str, force: bool
         State::Running { .. } | State::Paused { .. } if !force => {
             return Err(Error::Running { given: given.to_owned() });
         }
-        State::Running { .. } | State::Paused { .. } => {
+        State::Exited { .. } => restart::end(client, container).await?,
+        // A task that was never started has a process all the same, which waits for the start.
+        State::Running { .. } | State::Paused { .. } | State::Created => {
             restart::end(client, container).await?;
             task::kill_and_wait(client, &container.id).await?;
         }
-        // A task that was never started has a process all the same, which waits for the start.
-        State::Created if task.is_some() => task::kill_and_wait(client, &container.id).await?,
-        State::Created | State::Exited { .. } => restart::end(client, container).await?,
     }
     task::remove_container(client, container).await
 }

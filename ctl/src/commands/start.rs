@@ -60,13 +60,9 @@ pub(super) async fn start(client: &Client, given: &str, checkpoint: Option<&str>
     if !prepare(client, given, &container).await? {
         return Ok(());
     }
-    let log = match container.labels.get(labels::LOG) {
-        Some(log) => log.into(),
-        None => {
-            let runtime = container.runtime.as_ref().map_or("", |runtime| &runtime.name);
-            Places::of(client).await?.log(&container.id, runtime)
-        }
-    };
+    let places = Places::of(client).await?;
+    let runtime = container.runtime.as_ref().map_or("", |runtime| &runtime.name);
+    let log = places.log_of(&container).unwrap_or_else(|| places.log(&container.id, runtime));
     let text = log.display().to_string();
     let changes =
         vec![(labels::LOG, text), (labels::EXIT_CODE, String::new()), (labels::EXITED_AT, String::new())];

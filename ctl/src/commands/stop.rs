@@ -51,6 +51,12 @@ pub(crate) fn parse(text: &str) -> Result<u32> {
     })
 }
 
+/// The signal that asks a container to stop.
+pub(crate) fn signal_of(container: &Container) -> u32 {
+    let own = container.labels.get(labels::STOP_SIGNAL).and_then(|text| signal::parse(text));
+    own.unwrap_or(libc::SIGTERM.unsigned_abs())
+}
+
 /// Stops a container: its stop signal, then, after `timeout`, SIGKILL. One that does not run is stopped.
 ///
 /// # Errors
@@ -67,8 +73,7 @@ pub(crate) async fn stop(
         return restart::end(client, container).await;
     }
     restart::end(client, container).await?;
-    let own = container.labels.get(labels::STOP_SIGNAL).and_then(|text| signal::parse(text));
-    let signal = signal.or(own).unwrap_or(libc::SIGTERM.unsigned_abs());
+    let signal = signal.unwrap_or_else(|| signal_of(container));
     let process = ProcessId { container: container.id.clone(), exec: String::new() };
     match process::kill(client, &process, signal, false).await {
         Err(error) if error.is_not_found() => return Ok(()),

@@ -2,6 +2,7 @@
 
 use std::str::FromStr;
 
+use davit_oci::reference::Reference;
 use davit_proto::containerd::services::containers::v1::Container;
 
 use crate::container::{self, State};
@@ -116,9 +117,11 @@ fn matches(filter: &Filter, Seen { container, state }: &Seen) -> bool {
         Filter::Status(word) => state.word() == word,
         Filter::Exited(wanted) => matches!(state, State::Exited { code, .. } if code == wanted),
         Filter::Ancestor(name) => {
-            let familiar = image::familiar(&container.image);
+            let untagged = container.image.parse::<Reference>();
             // Without a tag any will do.
-            familiar == *name || container.image == *name || familiar.split(':').next() == Some(name)
+            let untagged =
+                untagged.is_ok_and(|image| image.familiar_name() == *name || image.name() == *name);
+            untagged || image::familiar(&container.image) == *name || container.image == *name
         }
         Filter::Before(_) | Filter::Since(_) => true,
     }
@@ -132,7 +135,10 @@ mod tests {
         let make = |id: &str, name: &str, labels: &[(&str, &str)], state| Seen {
             container: Container {
                 id: id.to_owned(),
-                image: "docker.io/library/busybox:latest".to_owned(),
+                image: match name {
+                    "db" => "r.example:5000/db:2".to_owned(),
+                    _ => "docker.io/library/busybox:latest".to_owned(),
+                },
                 labels: labels
                     .iter()
                     .chain(&[(crate::labels::NAME, name)])
@@ -166,7 +172,11 @@ mod tests {
         assert_eq!(kept(&["status=exited"]), "aa2");
         assert_eq!(kept(&["exited=3"]), "aa2");
         assert_eq!(kept(&["exited=0"]), "");
-        assert_eq!(kept(&["ancestor=busybox"]), "aa1 aa2 bb1");
+        assert_eq!(kept(&["ancestor=busybox"]), "aa1 aa2");
+        for name in ["r.example:5000/db", "r.example:5000/db:2"] {
+            assert_eq!(kept(&[&format!("ancestor={name}")]), "bb1");
+        }
+        assert_eq!(kept(&["ancestor=r.example"]), "");
         assert_eq!(kept(&["ancestor=busybox:1"]), "");
         assert_eq!(kept(&["before=db"]), "aa1 aa2");
         assert_eq!(kept(&["since=aa1", "before=db"]), "aa2");
