@@ -29,7 +29,7 @@ pub(crate) mod image;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -39,6 +39,8 @@ use davit_model::{Labels, Mount};
 use davit_sys::fs::set_immutable;
 use davit_sys::mount::{kernel_at_least, mount_all};
 use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, AtFlags};
+use nix::unistd::linkat;
 
 use crate::folders::{self, Folders};
 use crate::native::bind;
@@ -71,7 +73,8 @@ impl Applied<'_> {
     /// Begins one for the snapshot in `folder`.
     pub(crate) fn begin(folder: &Path) -> io::Result<Applied<'_>> {
         let new = folder.join("layer.applying");
-        // A daemon that was killed may have left one; whoever is at it now loses it, and fails at the end.
+        // A daemon that was killed may have left one; whoever is at it now loses it, and fails at the end: his file has no name
+        // by which it could be linked to.
         match fs::remove_file(&new) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -87,14 +90,17 @@ impl Applied<'_> {
     /// Has the image on disk under its name.
     pub(crate) fn finish(self) -> io::Result<()> {
         self.file.sync_all()?;
-        fs::rename(&self.new, self.folder.join(APPLIED))?;
+        // This very file, and not what another one who is at it has there by now.
+        let file = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let applied = self.folder.join(APPLIED);
+        linkat(AT_FDCWD, file.as_str(), AT_FDCWD, &applied, AtFlags::AT_SYMLINK_FOLLOW)?;
         File::open(self.folder)?.sync_all()
     }
 }
 
 impl Drop for Applied<'_> {
     fn drop(&mut self) {
-        // Finished, it has another name.
+        // Finished, it has another name as well.
         let _ = fs::remove_file(&self.new);
     }
 }

@@ -221,3 +221,19 @@ fn an_immutable_image_can_be_removed_by_its_snapshotter_alone() {
     assert!(!path.exists());
     assert!(denied, "the image could be removed");
 }
+
+#[test]
+fn of_two_that_apply_a_layer_none_passes_the_others_file_for_its_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let first = Applied::begin(folder.path()).unwrap();
+    let second = Applied::begin(folder.path()).unwrap();
+    let lost = first.finish().unwrap_err();
+    assert_eq!(lost.raw_os_error(), Some(Errno::ENOENT as i32));
+    assert!(!has_applied(folder.path()));
+    drop(second);
+    let one = Applied::begin(folder.path()).unwrap();
+    std::io::Write::write_all(&mut one.file(), b"whole").unwrap();
+    one.finish().unwrap();
+    assert_eq!(fs::read(folder.path().join(APPLIED)).unwrap(), b"whole");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+}

@@ -37,8 +37,8 @@ const LINK_LIMIT: usize = 40;
 /// The longest name of a file.
 const NAME_LIMIT: usize = 255;
 /// What the names and attributes of a layer may take in memory, by a rough count: more than three million files.
-const MEMORY_LIMIT: usize = 1 << 30;
-/// What an entry takes besides its name and attributes.
+const MEMORY_LIMIT: usize = if cfg!(test) { 1 << 20 } else { 1 << 30 };
+/// What a name takes besides its bytes, with what it is of.
 const ENTRY_COST: usize = 256;
 
 const PREFIX: &str = "trusted.overlay.";
@@ -145,6 +145,7 @@ impl<'a> Packer<'a> {
                 self.take(parent, name.base());
                 if self.lowers.is_some() {
                     self.put_whiteout(parent, &name)?;
+                    self.take_memory(name.path().len(), name.path())?;
                     self.hidden.push(name);
                 }
                 Ok(())
@@ -177,23 +178,29 @@ impl<'a> Packer<'a> {
 
     /// Puts something where nothing is.
     fn put(&mut self, folder: Index, name: &Name, node: Node) -> Result<Index, Error> {
-        let base = name.base();
         let attributes: usize = node.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum();
         let target = if let Content::Link(target) = &node.content { target.len() } else { 0 };
-        self.memory += ENTRY_COST + base.len() + target + attributes;
-        if self.memory > MEMORY_LIMIT {
-            return Err(Error::file("hold in memory the names up to", name.path(), Errno::ENOMEM));
-        }
+        self.take_memory(target + attributes, name.path())?;
         self.nodes.push(node);
         let index = self.nodes.len() - 1;
         self.put_name(folder, name, index)?;
         Ok(index)
     }
 
+    /// Counts what is about to be kept.
+    fn take_memory(&mut self, bytes: usize, path: &[u8]) -> Result<(), Error> {
+        self.memory += bytes;
+        if self.memory > MEMORY_LIMIT {
+            return Err(Error::file("hold in memory the names up to", path, Errno::ENOMEM));
+        }
+        Ok(())
+    }
+
     fn put_name(&mut self, folder: Index, name: &Name, index: Index) -> Result<(), Error> {
         if name.base().len() > NAME_LIMIT {
             return Err(Error::entry(name.path(), EntryFault::NameTooLong { length: name.base().len() }));
         }
+        self.take_memory(ENTRY_COST + name.base().len(), name.path())?;
         if let Some(entries) = self.entries(folder) {
             entries.insert(name.base().to_vec(), index);
         }
@@ -453,7 +460,7 @@ impl<'a> Packer<'a> {
     /// Sets what an entry says of something that may be there already.
     fn set_looks(&mut self, node: Index, entry: &Entry, takes_user_attributes: bool) -> Result<(), Error> {
         let xattrs = attributes(entry, takes_user_attributes)?;
-        self.memory += xattrs.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>();
+        self.take_memory(xattrs.iter().map(|(name, value)| name.len() + value.len()).sum(), &entry.name)?;
         let node = &mut self.nodes[node];
         if (node.uid, node.gid) != (entry.uid, entry.gid) && !matches!(node.content, Content::Folder { .. }) {
             // As chown(2) does.
@@ -596,4 +603,50 @@ fn copy_looks(from: &OwnedFd, node: &mut Node, path: &[u8]) -> Result<(), Error>
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A layer of one file and many more entries, each made for a number.
+    fn many(mut entry: impl FnMut(u32, &mut tar::Builder<Vec<u8>>)) -> Vec<u8> {
+        let mut builder = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_gnu();
+        header.set_size(0);
+        builder.append_data(&mut header, "file", &b""[..]).unwrap();
+        (0..5000).for_each(|number| entry(number, &mut builder));
+        builder.into_inner().unwrap()
+    }
+
+    #[test]
+    fn whatever_a_layer_has_many_of_takes_bounded_memory() {
+        let folder = tempfile::tempdir().unwrap();
+        let append = |builder: &mut tar::Builder<Vec<u8>>, kind, name: &str| {
+            let mut header = tar::Header::new_gnu();
+            header.set_entry_type(kind);
+            header.set_size(0);
+            match kind {
+                tar::EntryType::Link => builder.append_link(&mut header, name, "file").unwrap(),
+                _ => builder.append_data(&mut header, name, &b""[..]).unwrap(),
+            }
+        };
+        let long = "x/".repeat(1000);
+        let layers = [
+            many(|number, builder| append(builder, tar::EntryType::Regular, &format!("f{number}"))),
+            many(|number, builder| append(builder, tar::EntryType::Link, &format!("l{number}"))),
+            // Fewer of these than the limit allows of names, but each is remembered with its whole path.
+            many(|number, builder| {
+                if number < 1000 {
+                    append(builder, tar::EntryType::Regular, &format!("{long}.wh.w{number}"));
+                }
+            }),
+        ];
+        for layer in layers {
+            let file = tempfile::tempfile().unwrap();
+            let top = folder.path().metadata().unwrap();
+            let error = pack(layer.as_slice(), &file, &top, Some(Vec::new())).unwrap_err();
+            assert!(error.to_string().contains("hold in memory"), "{error}");
+        }
+    }
 }
