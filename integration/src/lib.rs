@@ -10,6 +10,7 @@ pub mod daemon;
 pub mod docker;
 pub mod image;
 pub mod lifecycle;
+pub mod loopback;
 pub mod memory;
 pub mod model;
 pub mod peer;

@@ -8,11 +8,10 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-use crate::wait;
+use crate::{loopback, wait};
 
 const PROGRAM: &str = "/usr/bin/docker-registry";
 
@@ -39,32 +38,26 @@ impl Registry {
             return Ok(None);
         }
         fs::create_dir_all(folder)?;
-        // The port is free again when the registry asks for it; should somebody be faster, it ends and another is tried.
-        for _ in 0..5 {
-            let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
-            let place = folder.display();
-            let mut config = format!(
-                "version: 0.1\nlog: {{level: error}}\nhttp: {{addr: '{address}'}}\n\
-                 storage: {{filesystem: {{rootdirectory: {place}/data}}}}\n"
-            );
-            if password {
-                fs::write(folder.join("htpasswd"), HTPASSWD)?;
-                config.push_str(&format!("auth: {{htpasswd: {{realm: test, path: {place}/htpasswd}}}}\n"));
-            }
-            let file = folder.join("config.yml");
-            fs::write(&file, config)?;
-            let mut command = Command::new(PROGRAM);
-            let child = command.arg("serve").arg(file).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
-            let mut registry = Registry { child, folder: folder.to_owned(), address };
-            let end = Instant::now() + wait::PATIENCE;
-            while registry.child.try_wait()?.is_none() && Instant::now() < end {
-                if TcpStream::connect(address).is_ok() {
-                    return Ok(Some(registry));
-                }
-                thread::sleep(Duration::from_millis(20));
-            }
+        let address = loopback::address();
+        let place = folder.display();
+        let mut config = format!(
+            "version: 0.1\nlog: {{level: error}}\nhttp: {{addr: '{address}'}}\n\
+             storage: {{filesystem: {{rootdirectory: {place}/data}}}}\n"
+        );
+        if password {
+            fs::write(folder.join("htpasswd"), HTPASSWD)?;
+            config.push_str(&format!("auth: {{htpasswd: {{realm: test, path: {place}/htpasswd}}}}\n"));
         }
-        bail!("docker-registry does not start")
+        let file = folder.join("config.yml");
+        fs::write(&file, config)?;
+        let mut command = Command::new(PROGRAM);
+        let child = command.arg("serve").arg(file).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+        let mut registry = Registry { child, folder: folder.to_owned(), address };
+        wait::until("docker-registry listens", || {
+            let ended = registry.child.try_wait().ok().flatten().map(|status| bail!("it ended: {status}"));
+            ended.or_else(|| TcpStream::connect(address).is_ok().then_some(Ok(())))
+        })??;
+        Ok(Some(registry))
     }
 }
 

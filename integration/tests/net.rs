@@ -6,17 +6,11 @@ mod startup;
 mod tcp;
 
 use std::io::{Read, Write};
-use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use davit_integration::wait;
-
-/// An address with a port that was free a moment ago.
-fn free_address() -> Result<String> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string())
-}
 
 /// The status and the body of a page on a unix socket.
 fn page(socket: &Path, method: &str, target: &str) -> Result<(String, String)> {

@@ -4,11 +4,11 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
 use anyhow::{Context, Result, ensure};
-use davit_integration::Daemon;
 use davit_integration::daemon::FOLDER;
+use davit_integration::{Daemon, loopback};
 
 use super::certificates::{Authority, Identity, settings};
-use super::{free_address, page};
+use super::page;
 use crate::root;
 
 /// Why a daemon with this configuration does not start.
@@ -26,7 +26,7 @@ fn tcp_that_is_not_safe_keeps_the_daemon_from_starting() -> Result<()> {
     }
     let (authority, other) = (Authority::new()?, Authority::new()?);
     let (server, stranger) = (authority.server()?, other.server()?);
-    let address = free_address()?;
+    let address = loopback::address().to_string();
     fs::write(authority.path("nothing"), "no certificate")?;
     let mixed = Identity { cert: server.cert.clone(), key: stranger.key };
     let missing = Identity { cert: server.cert.clone(), key: authority.path("absent") };

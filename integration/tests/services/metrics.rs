@@ -1,10 +1,10 @@
 //! The metrics of the daemon and of its containers, as Prometheus reads them.
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 
 use anyhow::{Context, Result, ensure};
-use davit_integration::{Daemon, image, wait};
+use davit_integration::{Daemon, image, loopback, wait};
 
 use crate::root;
 
@@ -22,8 +22,7 @@ fn metrics_tell_of_the_daemon_and_its_containers() -> Result<()> {
     if !root() {
         return Ok(());
     }
-    // A port that was free a moment ago.
-    let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
+    let address = loopback::address().to_string();
     let daemon =
         Daemon::start_with(&[], &format!("[metrics]\naddress = \"{address}\"\ngrpc_histogram = true\n"))?;
     daemon.import_busybox()?;
@@ -80,7 +79,7 @@ fn who_connects_and_says_nothing_keeps_nobody_out() -> Result<()> {
     if !root() {
         return Ok(());
     }
-    let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
+    let address = loopback::address().to_string();
     let _daemon = Daemon::start_with(&[], &format!("[metrics]\naddress = \"{address}\"\n"))?;
     let mut silent = Vec::new();
     for _ in 0..150 {
