@@ -5,10 +5,10 @@ use std::net::TcpStream;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
-use davit_integration::{Daemon, wait};
+use davit_integration::{Daemon, loopback, wait};
 use davit_proto::containerd::services::containers::v1::ListContainersRequest;
 use davit_proto::containerd::services::containers::v1::containers_client::ContainersClient;
 use davit_proto::containerd::services::namespaces::v1::namespaces_client::NamespacesClient;
@@ -24,7 +24,6 @@ use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint};
 
 use super::certificates::{Authority, Holder, Identity, settings};
-use super::free_address;
 use crate::root;
 
 const VERSIONS: [&SupportedProtocolVersion; 2] = [&rustls::version::TLS13, &rustls::version::TLS12];
@@ -81,7 +80,7 @@ async fn ask(
 
 /// A daemon that serves on TCP for the clients of `authority` that `more` lets in.
 fn daemon(authority: &Authority, more: &str) -> Result<(Daemon, String)> {
-    let address = free_address()?;
+    let address = loopback::address().to_string();
     let tcp = settings(&address, &authority.ca(), &authority.server()?);
     Ok((Daemon::start_with(&[], &format!("{tcp}{more}"))?, address))
 }
@@ -174,7 +173,14 @@ fn who_says_nothing_keeps_nobody_out() -> Result<()> {
     let authority = Authority::new()?;
     let (_daemon, address) = daemon(&authority, "")?;
     let client = authority.client("c")?;
-    let silent = (0..300).map(|_| TcpStream::connect(&address)).collect::<Result<Vec<_>, _>>()?;
+    /// What a client is given for its handshake.
+    const HANDSHAKE: Duration = Duration::from_secs(10);
+    let mut last = Instant::now();
+    let connect = |_| {
+        last = Instant::now();
+        TcpStream::connect(&address)
+    };
+    let silent = (0..300).map(connect).collect::<Result<Vec<_>, _>>()?;
     runtime()?.block_on(ask(&address, &authority.ca(), Some(&client), VERSIONS[0]))?;
     // The daemon says nothing to who says nothing, and so what can be read is an end.
     let closed = |mut stream: &TcpStream, patience: Duration| -> Result<bool> {
@@ -184,7 +190,9 @@ fn who_says_nothing_keeps_nobody_out() -> Result<()> {
     };
     // The oldest had to go when the bound of 128 was reached, the last stays until its time is over.
     ensure!(closed(&silent[0], wait::PATIENCE)?, "the first connection is still open");
-    ensure!(!closed(&silent[299], Duration::from_millis(1))?, "the last connection is closed already");
+    let over = closed(&silent[299], Duration::from_millis(1))?;
+    // On a machine that is so slow its time may be over.
+    ensure!(!over || last.elapsed() >= HANDSHAKE, "the last connection is closed already");
     ensure!(closed(&silent[299], wait::PATIENCE)?, "a handshake has no end");
     Ok(())
 }
@@ -208,9 +216,10 @@ import grpc, sys
 read = lambda path: open(path, "rb").read()
 address, ca, cert, key = sys.argv[1:]
 credentials = grpc.ssl_channel_credentials(read(ca), read(key), read(cert))
-channel = grpc.secure_channel(address, credentials, [("grpc.enable_retries", 0)])
+options = [("grpc.enable_retries", 0), ("grpc.ssl_target_name_override", "localhost")]
+channel = grpc.secure_channel(address, credentials, options)
 call = channel.unary_unary("/containerd.services.version.v1.Version/Version")
-print(call(b"", timeout=20))
+print(call(b"", timeout=60))
 "#;
         let output = Command::new(python)
             .args(["-c", script, &address])

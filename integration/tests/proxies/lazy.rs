@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 use davit_integration::registry::Registry;
@@ -281,21 +281,27 @@ fn pulls_that_wait_for_a_plugin_keep_no_others_from_their_turn() -> Result<()> {
     let content = || daemon.ctr().run("content ls -q");
     wait::until("the image is gone", || content().ok()?.trim().is_empty().then_some(()))?;
 
+    /// What a plugin is given to look something up.
+    const LOOK: Duration = Duration::from_secs(30);
     let pid = Pid::from_raw(plugin.pid().context("the plugin runs")? as i32);
+    let stopped = Instant::now();
     kill(pid, Signal::SIGSTOP)?;
     let run = |snapshotter: &str| {
         daemon.davit_command(["run", "--rm", "--pull=always", "--snapshotter", snapshotter, &name, "true"])
     };
     // More than there are places for transfers.
     let waiting =
-        (0..12).map(|_| run("overlayfs").stderr(Stdio::null()).spawn()).collect::<Result<Vec<_>, _>>()?;
+        (0..12).map(|_| run("overlayfs").stderr(Stdio::piped()).spawn()).collect::<Result<Vec<_>, _>>()?;
     wait::until("a pull has come as far as the plugin", || {
         (content().ok()?.lines().count() >= 2).then_some(())
     })?;
     daemon::ok(run("native").output()?)?;
     kill(pid, Signal::SIGCONT)?;
-    for mut client in waiting {
-        ensure!(client.wait()?.success(), "it goes on with the plugin");
+    // On a machine that is so slow the first have been given up.
+    let given_up = stopped.elapsed() >= LOOK;
+    for client in waiting {
+        let goes_on = daemon::ok(client.wait_with_output()?);
+        ensure!(goes_on.is_ok() || given_up, "it does not go on with the plugin: {goes_on:?}");
     }
     Ok(())
 }
