@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail};
 use davit_proto::davit::services::events::v1::events_client::EventsClient;
 use davit_proto::davit::services::events::v1::{Entry, FollowRequest, follow_request};
 use nix::sys::signal::Signal;
@@ -253,16 +253,12 @@ fn show_progress(run: &Run, begun: Instant) {
 /// Compares what is there with what was there before, and what was told with what happened.
 fn judge(run: &Run, daemon: &Daemon, census: &Census, before: &str) -> Result<()> {
     let judged = || -> Result<()> {
-        // What a shim has not told yet it tells within thirty seconds; each patience is as long.
-        let told = wait::until("every exit is told", || run.ledger().missing().is_empty().then_some(()));
-        if told.is_err() {
-            wait::until("every exit is told", || run.ledger().missing().is_empty().then_some(()))
-                .with_context(|| format!("missing: {:#?}", run.ledger().missing()))?;
-        }
+        // What a shim has not told yet it tells within thirty seconds; the patience is twice as long.
+        wait::until("every exit is told", || run.ledger().missing().is_empty().then_some(()))
+            .with_context(|| format!("missing: {:#?}", run.ledger().missing()))?;
         census.settle(&daemon.path(""))?;
-        let now = daemon.rows()?;
-        ensure!(now == before, "rows are left:\n{now}\nbefore:\n{before}");
-        Ok(())
+        wait::until("no row is left", || (daemon.rows().ok()? == before).then_some(()))
+            .with_context(|| format!("now: {:?}\nbefore: {before:?}", daemon.rows()))
     };
     let result = judged();
     let wrong = run.ledger().judge();

@@ -61,6 +61,7 @@ pub(crate) async fn scenario(daemon: &mut Daemon, signal: Signal) -> Result<()> 
     let before = pids(&mut client).await?;
     ensure!(before.len() == CONTAINERS, "{before:?}");
     wait::until("the writer writes", || (reader.lines() > 1000).then_some(()))?;
+    wait::until("c-1 has set its trap", || catches(before["c-1"], Signal::SIGTERM).then_some(()))?;
 
     for ignored in [Signal::SIGHUP, Signal::SIGUSR1] {
         daemon.signal(ignored)?;
@@ -107,6 +108,14 @@ pub(crate) async fn scenario(daemon: &mut Daemon, signal: Signal) -> Result<()> 
     }
     ensure!(client.kill("writer").await? == 137);
     reader.finish()
+}
+
+/// Whether a process has a handler for a signal: the first of a pid namespace is not ended by one that it does not catch.
+fn catches(pid: u32, signal: Signal) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+    let caught = caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    caught.is_some_and(|mask| mask & (1 << (signal as i32 - 1)) != 0)
 }
 
 async fn pids(client: &mut Client) -> Result<BTreeMap<String, u32>> {

@@ -199,8 +199,9 @@ async fn scenario(daemon: &mut impl Restart, runtime: &str, shim: &str) -> Resul
 /// The shims of a daemon, without their short-lived copies.
 fn shims_of(program: &str, folder: &Path) -> Vec<u32> {
     let all = memory::named(program, &folder.display().to_string());
-    let copy = |pid: u32| parents(&[pid]).is_ok_and(|parents| all.contains(&parents[0]));
-    all.iter().copied().filter(|pid| !copy(*pid)).collect()
+    // A copy may have ended since it was found, and has no parent then.
+    let own = |pid: u32| parents(&[pid]).is_ok_and(|parents| !all.contains(&parents[0]));
+    all.iter().copied().filter(|pid| own(*pid)).collect()
 }
 
 /// The tasks by id, and their processes.

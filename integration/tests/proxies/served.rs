@@ -83,7 +83,7 @@ fn containers_run_on_filesystems_that_processes_serve() -> Result<()> {
     run(&[&on[..], &["-d", "--name", "long", "busybox", "sh", "-c", script]].concat())?;
     let exec = |words: &[&str]| daemon::ok(daemon.davit([&["exec", "long"], words].concat())?);
     wait::until("it has written", || exec(&["cat", "/file"]).ok().filter(|said| said == "written\n"))?;
-    ensure!(servers(folder.path()) == 1);
+    wait::until("one process serves it", || (servers(folder.path()) == 1).then_some(()))?;
     daemon.stop(Signal::SIGKILL)?;
     daemon.restart()?;
     let run = |args: &[&str]| daemon::ok(daemon.davit(args)?);
