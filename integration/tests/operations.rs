@@ -19,7 +19,7 @@ fn davitd(args: &[&str]) -> Result<Output> {
     let davitd = bins::folder()?.join("davitd");
     // A daemon that serves after all is a failure, not a test without end.
     let mut command = Command::new("timeout");
-    Ok(command.args(["--signal=KILL", "20"]).arg(davitd).args(args).output()?)
+    Ok(command.args(["--signal=KILL", "60"]).arg(davitd).args(args).output()?)
 }
 
 /// What it printed; it must have succeeded.

@@ -4,10 +4,12 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use davit_integration::client::{Conn, InNamespace, connect};
 use davit_integration::lifecycle::{Steps, Wish};
+use davit_integration::wait;
 use davit_proto::any;
 use davit_proto::containerd::runc::v1::{CheckpointOptions, Options};
 use davit_proto::containerd::services::containers::v1::GetContainerRequest;
@@ -379,8 +381,9 @@ fn what_waits_for_its_restore_outlives_the_daemon_and_not_its_shim() -> Result<(
         ensure!(steps.state("waits", "").await?.status() == TaskStatus::Created, "it still waits");
         ensure!(steps.start("waits", "").await? != 0, "it is restored");
         let mut state = steps.state("restores", "").await?;
-        while state.status() == TaskStatus::Created {
-            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        let end = Instant::now() + wait::PATIENCE;
+        while state.status() == TaskStatus::Created && Instant::now() < end {
+            tokio::time::sleep(Duration::from_millis(5)).await;
             state = steps.state("restores", "").await?;
         }
         ensure!(state.status() == TaskStatus::Running && state.pid != 0, "{state:?}");
