@@ -3,11 +3,12 @@
 //! Reading order: [`server`] builds everything and is the one place where the parts meet; [`metadata`] holds what
 //! the daemon knows (namespaces, content, images, containers, snapshots, leases) and collects garbage;
 //! [`runtime`] holds what runs (shims and tasks); [`events`] tells what happened; [`grpc`] translates between all
-//! of these and the wire. [`mounts`] are made for clients; [`restart`] keeps tasks in the state that labels ask
-//! for, and [`rooted`] has tasks and the mounts under them come and go together; [`checkpoint`]s of tasks become content, and content tasks; [`streams`] are what services and clients say
-//! beside calls; [`calls`], [`metrics`] and [`logs`] tell what the daemon is at; [`transfer`] moves images from and to
-//! registries; [`differs`] unpack and make layers, by [`processors`] where such are configured. [`blobs`] and snapshotters are
-//! this daemon's own or, through a [`proxy`], those of other processes. What blocks goes through a [`lane`].
+//! of these and the wire. [`mounts`] are made for clients; [`restart`] keeps tasks in the state that labels ask for,
+//! and [`rooted`] has tasks and the mounts under them come and go together; [`checkpoint`]s of tasks become content,
+//! and content tasks; [`streams`] are what services and clients say beside calls; [`calls`], [`metrics`] and [`logs`]
+//! tell what the daemon is at; [`transfer`] moves images from and to registries; [`differs`] unpack and make layers, by
+//! [`processors`] where such are configured. [`blobs`] and snapshotters are this daemon's own or, through a [`proxy`],
+//! those of other processes. What blocks goes through a [`lane`].
 
 pub mod blobs;
 pub mod calls;

@@ -96,6 +96,27 @@ pub struct Config {
     pub timeouts: Timeouts,
 }
 
+#[cfg(test)]
+impl Config {
+    /// Of a test that has this folder and starts no shim.
+    pub(crate) fn of_test(folder: &std::path::Path) -> Config {
+        Config {
+            root: folder.join("root"),
+            state: folder.join("state"),
+            grpc_address: "/nowhere.sock".into(),
+            ttrpc_address: "/nowhere.sock.ttrpc".into(),
+            daemon_binary: "/nowhere".into(),
+            shim_directory: folder.to_owned(),
+            default_shim: None,
+            default_runtime_binary: None,
+            socket_directory: None,
+            environment: Vec::new(),
+            debug: false,
+            timeouts: Timeouts::default(),
+        }
+    }
+}
+
 /// The bounds of time. The defaults are containerd's (`io.containerd.timeout.*`) where it has one.
 #[derive(Debug, Clone, Copy)]
 pub struct Timeouts {

@@ -148,21 +148,8 @@ mod tests {
     const OVERLAYFS: (&str, &str) = ("io.containerd.snapshotter.v1", "overlayfs");
 
     fn service(folder: &Path) -> IntrospectionService {
-        let config = runtime::Config {
-            root: folder.join("root"),
-            state: folder.join("state"),
-            grpc_address: "/nowhere.sock".into(),
-            ttrpc_address: "/nowhere.sock.ttrpc".into(),
-            daemon_binary: "/nowhere".into(),
-            shim_directory: folder.to_owned(),
-            default_shim: None,
-            default_runtime_binary: None,
-            socket_directory: None,
-            environment: Vec::new(),
-            debug: false,
-            timeouts: runtime::Timeouts::default(),
-        };
-        let tasks = Tasks::open(config, Hub::new(crate::grpc::notice::READING)).unwrap();
+        let tasks =
+            Tasks::open(runtime::Config::of_test(folder), Hub::new(crate::grpc::notice::READING)).unwrap();
         let broken = SnapshotterEntry { name: OVERLAYFS.1.into(), state: Err("no".into()) };
         let plugins = plugins::list("/r", "/l", true, vec![broken]);
         IntrospectionService::open(folder, plugins.into(), tasks).unwrap()

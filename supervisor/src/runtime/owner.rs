@@ -411,30 +411,13 @@ mod tests {
     use super::*;
     use crate::events::Hub;
     use crate::grpc::notice;
-    use crate::runtime::{Config, Timeouts};
-
-    fn shared(folder: &std::path::Path) -> Arc<Shared> {
-        let config = Config {
-            root: folder.join("root"),
-            state: folder.join("state"),
-            grpc_address: String::new(),
-            ttrpc_address: String::new(),
-            daemon_binary: "/bin/true".into(),
-            shim_directory: folder.to_owned(),
-            default_shim: None,
-            default_runtime_binary: None,
-            socket_directory: None,
-            environment: Vec::new(),
-            debug: false,
-            timeouts: Timeouts::default(),
-        };
-        Arc::new(Shared::new(config, Hub::new(notice::READING)))
-    }
+    use crate::runtime::Config;
 
     #[tokio::test]
     async fn whoever_writes_to_an_owner_as_it_leaves_is_answered() {
         let folder = tempfile::tempdir().unwrap();
-        let shared = shared(folder.path());
+        let config = Config::of_test(folder.path());
+        let shared = Arc::new(Shared::new(config, Hub::new(notice::READING)));
         let owner = Owner::new(&shared, "n", "one", Machine::creating("one"), None);
         let handle = owner.handle();
         let mut view = handle.view.clone();

@@ -21,7 +21,7 @@ use prost_types::Timestamp;
 use tokio::task::JoinHandle;
 
 use crate::events::{connect, envelope, forward};
-use crate::fake::{FakeShim, script, serve};
+use crate::fake::{FakeShim, LastingSocket, script, serve};
 use crate::life::with;
 use crate::world::{Daemon, World, alive, eventually, eventually_equal, every_record, own_shim};
 
@@ -236,16 +236,8 @@ fn a_shim_that_waits_for_a_reader_of_its_log_is_no_silent_one() {
     let shim = Arc::new(FakeShim::new());
     let state = wire::StateResponse { pid: 77, status: WireStatus::Running as i32, ..Default::default() };
     shim.answer("State", Ok(state.encode_to_vec()));
-    let listener = std::os::unix::net::UnixListener::bind(world.path("shim.sock")).unwrap();
-    listener.set_nonblocking(true).unwrap();
-    let serve = |listener: std::os::unix::net::UnixListener| {
-        let shim = shim.clone();
-        daemon.inside(|| {
-            let listener = tokio::net::UnixListener::from_std(listener).unwrap();
-            tokio::spawn(davit_shim_protocol::server::serve(listener, nix::unistd::geteuid(), shim))
-        })
-    };
-    let first = serve(listener.try_clone().unwrap());
+    let socket = LastingSocket::bind(&world.path("shim.sock"));
+    let first = daemon.inside(|| socket.serve(&shim));
     daemon.create(options("one")).unwrap();
     // The connection is lost, and the shim answers again when somebody reads what it has to say.
     let held = shim.hold("Connect");
@@ -257,7 +249,7 @@ fn a_shim_that_waits_for_a_reader_of_its_log_is_no_silent_one() {
         held.add_permits(100);
         writer
     });
-    let second = serve(listener);
+    let second = daemon.inside(|| socket.serve(&shim));
     eventually_equal(&Some(Status::Running), || daemon.status("one").ok());
     drop(opened.join().unwrap());
     daemon.delete("one").unwrap();

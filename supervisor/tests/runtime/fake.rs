@@ -94,6 +94,25 @@ pub fn serve(path: &Path, shim: Arc<FakeShim>) -> tokio::task::JoinHandle<()> {
     tokio::spawn(server::serve(listener, nix::unistd::geteuid(), shim))
 }
 
+/// A socket that goes on to listen while the servers on it come and go: the end of one ends its connections.
+pub struct LastingSocket {
+    listener: std::os::unix::net::UnixListener,
+}
+
+impl LastingSocket {
+    pub fn bind(path: &Path) -> LastingSocket {
+        let listener = std::os::unix::net::UnixListener::bind(path).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        LastingSocket { listener }
+    }
+
+    /// Serves until the handle is aborted.
+    pub fn serve(&self, shim: &Arc<FakeShim>) -> tokio::task::JoinHandle<()> {
+        let listener = UnixListener::from_std(self.listener.try_clone().unwrap()).unwrap();
+        tokio::spawn(server::serve(listener, nix::unistd::geteuid(), shim.clone()))
+    }
+}
+
 /// A script that passes for a shim's binary. It keeps its arguments and its input in files beside itself, for
 /// each action.
 pub fn script(folder: &Path, body: &str) -> PathBuf {

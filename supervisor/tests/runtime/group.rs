@@ -9,7 +9,7 @@ use davit_supervisor::runtime::{CreateOptions, Status};
 use nix::sys::signal::{Signal, kill};
 use prost::Message;
 
-use crate::fake::{FakeShim, script};
+use crate::fake::{FakeShim, LastingSocket, script};
 use crate::life::{with, with_both_shims};
 use crate::world::{GO_SHIM, World, alive, eventually_equal, own_shim};
 
@@ -122,18 +122,8 @@ fn a_connection_that_is_lost_is_no_death() {
     let shim = Arc::new(FakeShim::new());
     let state = wire::StateResponse { pid: 77, status: WireStatus::Running as i32, ..Default::default() };
     shim.answer("State", Ok(state.encode_to_vec()));
-    // Two listeners on one socket: ending the first server ends its connections, while somebody still
-    // listens.
-    let listener = std::os::unix::net::UnixListener::bind(world.path("shim.sock")).unwrap();
-    listener.set_nonblocking(true).unwrap();
-    let serve = |listener: std::os::unix::net::UnixListener| {
-        let shim = shim.clone();
-        daemon.inside(|| {
-            let listener = tokio::net::UnixListener::from_std(listener).unwrap();
-            tokio::spawn(davit_shim_protocol::server::serve(listener, nix::unistd::geteuid(), shim))
-        })
-    };
-    let first = serve(listener.try_clone().unwrap());
+    let socket = LastingSocket::bind(&world.path("shim.sock"));
+    let first = daemon.inside(|| socket.serve(&shim));
     assert_eq!(daemon.create(options("one")).unwrap(), 77);
     let wait = daemon.spawn({
         let (tasks, namespace) = (daemon.tasks.clone(), daemon.namespace.clone());
@@ -141,7 +131,7 @@ fn a_connection_that_is_lost_is_no_death() {
     });
     let bundle = world.bundle("one");
     first.abort();
-    let second = serve(listener);
+    let second = daemon.inside(|| socket.serve(&shim));
     eventually_equal(&Some(Status::Running), || daemon.status("one").ok());
     assert!(bundle.exists());
     assert!(daemon.events().is_empty(), "{:?}", daemon.events());

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use davit_model::{Any, Coded, ErrorCode};
@@ -11,6 +11,13 @@ use davit_proto::containerd::task::v3 as wire;
 use davit_shim_protocol::frame::RpcError;
 use davit_supervisor::runtime::{CreateOptions, Error, ShimError};
 use prost::Message;
+use tracing::Subscriber;
+use tracing::field::{Field, Visit};
+use tracing::span::{Attributes, Id};
+use tracing_subscriber::Layer;
+use tracing_subscriber::layer::{Context, SubscriberExt};
+use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::fake::{FakeShim, script, serve};
 use crate::world::{Daemon, World, eventually_equal};
@@ -307,4 +314,55 @@ fn runtimes_are_found_by_name() {
     }
     assert!(text("/nothing/here").contains("invalid custom binary path /nothing/here"));
     world.assert_nothing_left();
+}
+
+/// Keeps the namespaces whose `create` spans have ended.
+#[derive(Clone, Default)]
+struct Ended {
+    namespaces: Arc<Mutex<Vec<String>>>,
+}
+
+/// The namespace that a span names.
+struct Namespace(String);
+
+impl Visit for Namespace {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        if field.name() == "namespace" {
+            value.clone_into(&mut self.0);
+        }
+    }
+
+    fn record_debug(&mut self, _: &Field, _: &dyn std::fmt::Debug) {}
+}
+
+impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Ended {
+    fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
+        let mut namespace = Namespace(String::new());
+        attributes.record(&mut namespace);
+        context.span(id).unwrap().extensions_mut().insert(namespace);
+    }
+
+    fn on_close(&self, id: Id, context: Context<'_, S>) {
+        let span = context.span(&id).unwrap();
+        if span.name() == "create" {
+            let Namespace(namespace) = span.extensions_mut().remove().unwrap();
+            self.namespaces.lock().unwrap().push(namespace);
+        }
+    }
+}
+
+/// A trace that waits for the end of a span of its call would wait for that of the container.
+#[test]
+fn the_span_of_a_creation_ends_before_the_task() {
+    let ended = Ended::default();
+    // Of the whole process: the calls of a runtime go on in its threads.
+    tracing_subscriber::registry().with(ended.clone()).init();
+    let world = world("printf unix://$(dirname $0)/shim.sock");
+    let daemon = world.daemon();
+    let shim = Arc::new(FakeShim::new());
+    let server = daemon.inside(|| serve(&world.path("shim.sock"), shim));
+    create(&daemon).unwrap();
+    eventually_equal(&true, || ended.namespaces.lock().unwrap().contains(&world.namespace));
+    daemon.delete("one").unwrap();
+    server.abort();
 }
