@@ -23,6 +23,11 @@ impl From<Store> for Blobs {
 }
 
 impl Blobs {
+    /// Whether it is in another process.
+    pub fn is_process(&self) -> bool {
+        matches!(self, Blobs::Proxy(_))
+    }
+
     /// The same store, for the calls of a client in `namespace`; only another process is told.
     #[must_use]
     pub fn in_namespace(&self, namespace: &str) -> Blobs {

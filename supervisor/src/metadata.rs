@@ -154,7 +154,7 @@ struct Inner {
     mount_claims: Claims,
     /// Root filesystems that a task is being made of, by the keys of the records of their activated mounts.
     rootfs_claims: Claims,
-    /// Snapshotters that are being swept.
+    /// Backends that are being swept.
     sweep_claims: Claims,
     /// The backends that have something to take away.
     dirty: Mutex<Dirty>,

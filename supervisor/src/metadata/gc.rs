@@ -19,6 +19,7 @@ mod mark;
 mod schedule;
 mod sweep;
 
+use std::fmt;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -29,6 +30,7 @@ use super::error::Error;
 use super::event::Event;
 use super::schema::Table;
 use super::{Dirty, Metadata, mounts};
+use crate::lane::Lane;
 use crate::metrics::Page;
 
 pub use schedule::Config;
@@ -40,7 +42,7 @@ pub const LABEL_EXPIRE: &str = "containerd.io/gc.expire";
 /// The label of what is kept as long as the container that it names is there.
 pub const LABEL_CONTAINER_BACK_REF: &str = "containerd.io/gc.bref.container";
 
-/// How long a collection waits for snapshotters in other processes.
+/// How long a collection waits for backends in other processes.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What a collection did.
@@ -52,6 +54,42 @@ pub struct Stats {
     pub removed: usize,
     /// When the next lease, image or ingest expires.
     pub next_expiry: Option<SystemTime>,
+}
+
+/// What is swept after the records.
+#[derive(Debug)]
+enum Backend {
+    Content,
+    Mounts,
+    Snapshotter(String),
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Backend::Content => f.write_str("content"),
+            Backend::Mounts => f.write_str("mounts"),
+            Backend::Snapshotter(name) => write!(f, "snapshotter {name}"),
+        }
+    }
+}
+
+impl Dirty {
+    /// That one backend has something to take away.
+    fn of(backend: Backend) -> Dirty {
+        match backend {
+            Backend::Content => Dirty { content: true, ..Dirty::default() },
+            Backend::Mounts => Dirty { mounts: true, ..Dirty::default() },
+            Backend::Snapshotter(name) => Dirty { snapshotters: [name].into(), ..Dirty::default() },
+        }
+    }
+
+    fn into_backends(self) -> impl Iterator<Item = Backend> {
+        let Dirty { content, mounts, snapshotters } = self;
+        let content = content.then_some(Backend::Content);
+        let mounts = mounts.then_some(Backend::Mounts);
+        content.into_iter().chain(mounts).chain(snapshotters.into_iter().map(Backend::Snapshotter))
+    }
 }
 
 /// What the sweep of the records leaves to be done.
@@ -93,50 +131,13 @@ impl Metadata {
         // No backend takes part in this, so it needs no lane.
         let marking = tokio::task::spawn_blocking(move || metadata.collect_records());
         let (stats, dirty) = marking.await.map_err(|source| Error::Interrupted { source })??;
-        let mut backends = JoinSet::new();
-        if dirty.content {
-            let (metadata, lane) = (self.clone(), self.inner.content_lane.clone());
-            let work = move || {
-                if let Err(error) = sweep::content(&metadata) {
-                    tracing::warn!(%error, "cannot collect content");
-                    metadata.inner.mark_dirty(Dirty { content: true, ..Dirty::default() });
-                }
-            };
-            backends.spawn(async move { lane.run(work).await });
-        }
-        if dirty.mounts {
-            let (metadata, lane) = (self.clone(), self.inner.mount_lane.clone());
-            let work = move || {
-                if let Err(error) = sweep::mounts(&metadata) {
-                    tracing::warn!(%error, "cannot collect mounts");
-                    metadata.inner.mark_dirty(Dirty { mounts: true, ..Dirty::default() });
-                }
-            };
-            backends.spawn(async move { lane.run(work).await });
-        }
-        let mut processes = JoinSet::new();
-        for name in dirty.snapshotters {
-            let Some(lane) = self.inner.lanes.get(&name).cloned() else { continue };
-            let is_process = self.is_process(&name);
-            let backends = if is_process { &mut processes } else { &mut backends };
+        let (mut backends, mut processes) = (JoinSet::new(), JoinSet::new());
+        for backend in dirty.into_backends() {
+            let Some(lane) = self.lane_of(&backend).cloned() else { continue };
+            let is_process = self.is_in_process(&backend);
             let metadata = self.clone();
-            let work = move || {
-                let inner = &metadata.inner;
-                // An earlier sweep may be waiting for a process still; one is enough.
-                let turn = inner.sweep_claims.try_take(&name);
-                let swept = match turn {
-                    None if is_process => false,
-                    _ => sweep::snapshots(&metadata, &name)
-                        .inspect_err(|error| {
-                            tracing::warn!(%error, snapshotter = name, "cannot collect snapshots");
-                        })
-                        .is_ok(),
-                };
-                if !swept {
-                    inner.mark_dirty(Dirty { snapshotters: [name].into(), ..Dirty::default() });
-                }
-            };
-            backends.spawn(async move { lane.run(work).await });
+            let sweeps = if is_process { &mut processes } else { &mut backends };
+            sweeps.spawn(async move { lane.run(move || metadata.sweep(backend, is_process)).await });
         }
         while let Some(ended) = backends.join_next().await {
             ended.and_then(|ended| ended).map_err(|source| Error::Interrupted { source })?;
@@ -147,6 +148,45 @@ impl Metadata {
             processes.detach_all();
         }
         Ok(stats)
+    }
+
+    fn lane_of(&self, backend: &Backend) -> Option<&Lane> {
+        match backend {
+            Backend::Content => Some(&self.inner.content_lane),
+            Backend::Mounts => Some(&self.inner.mount_lane),
+            Backend::Snapshotter(name) => self.inner.lanes.get(name),
+        }
+    }
+
+    /// Whether a backend is in another process.
+    fn is_in_process(&self, backend: &Backend) -> bool {
+        match backend {
+            Backend::Content => self.inner.store.is_process(),
+            Backend::Mounts => false,
+            Backend::Snapshotter(name) => self.is_process(name),
+        }
+    }
+
+    /// Sweeps one backend. If that fails it is tried again the next time. Blocks.
+    fn sweep(&self, backend: Backend, is_process: bool) {
+        let name = backend.to_string();
+        // An earlier sweep may be waiting for a process still; one is enough.
+        let turn = self.inner.sweep_claims.try_take(&name);
+        if turn.is_some() || !is_process {
+            let swept = match &backend {
+                Backend::Content => sweep::content(self),
+                Backend::Mounts => sweep::mounts(self),
+                Backend::Snapshotter(name) => sweep::snapshots(self, name),
+            };
+            match swept {
+                Ok(()) => return,
+                Err(error) => {
+                    let error = davit_model::error::chain(&error);
+                    tracing::warn!(error, backend = name, "cannot collect garbage");
+                }
+            }
+        }
+        self.inner.mark_dirty(Dirty::of(backend));
     }
 
     fn collect_records(&self) -> Result<(Stats, Dirty), Error> {

@@ -420,6 +420,20 @@ impl Scene {
         connection
     }
 
+    /// The metadata of a daemon whose content this is.
+    fn metadata(&self, store: ProxyStore) -> Metadata {
+        let path = |name: &str| self.folder.path().join(name);
+        let parts = Parts {
+            db: Db::open(&path("metadata"), EngineKind::Redb).unwrap(),
+            store: Blobs::Proxy(store),
+            snapshotters: BTreeMap::new(),
+            mounts: Targets::open(&path("mounts"), self.folder.path()).unwrap(),
+            sharing: Sharing::Shared,
+            events: Arc::new(|_, _| ()),
+        };
+        Metadata::open(parts).unwrap()
+    }
+
     fn set(&self, mode: Mode) {
         *self.plugin.mode.lock().unwrap() = mode;
     }
@@ -568,20 +582,25 @@ fn a_content_store_that_says_nothing_costs_a_collection_one_deadline() {
     let scene = Scene::new();
     let _server = scene.serve(&scene.socket());
     let store = ProxyStore::new(scene.impatient_connection(&scene.socket()));
-    let path = |name: &str| scene.folder.path().join(name);
-    let metadata = Metadata::open(Parts {
-        db: Db::open(&path("metadata"), EngineKind::Redb).unwrap(),
-        store: Blobs::Proxy(store),
-        snapshotters: BTreeMap::new(),
-        mounts: Targets::open(&path("mounts"), scene.folder.path()).unwrap(),
-        sharing: Sharing::Shared,
-        events: Arc::new(|_, _| ()),
-    })
-    .unwrap();
+    let metadata = scene.metadata(store);
     scene.set(Mode::Keeps);
     scene.runtime.block_on(metadata.collect()).unwrap();
     let told = scene.plugin.told.lock().unwrap();
     assert_eq!(told.iter().filter(|told| *told == "delete").count(), 1, "{told:?}");
+}
+
+#[test]
+fn a_collection_goes_on_without_a_content_store_that_says_nothing() {
+    let scene = Scene::new();
+    let server = scene.serve(&scene.socket());
+    let metadata = scene.metadata(ProxyStore::new(scene.connection(&scene.socket())));
+    scene.set(Mode::Hangs);
+    let limit = Patience::default().change / 2;
+    let collected = scene.runtime.block_on(async { tokio::time::timeout(limit, metadata.collect()).await });
+    collected.unwrap().unwrap();
+    assert_eq!(scene.plugin.told.lock().unwrap().len(), 1, "it was asked");
+    // The call that it does not answer ends with it.
+    server.shutdown_background();
 }
 
 /// A request as the layer of this daemon makes it.
