@@ -5,6 +5,7 @@ use std::io::{self, PipeReader, PipeWriter, Read, Seek, Write, pipe};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -36,7 +37,8 @@ pub(super) struct Program {
     output: PipeReader,
     running: Arc<Running>,
     child: Option<Child>,
-    feeder: Option<JoinHandle<Result<(), io::Error>>>,
+    /// How the feeder ended.
+    fed: Receiver<io::Result<()>>,
     /// Keeps the end of what it says.
     listener: Option<JoinHandle<Vec<u8>>>,
     /// Dropping it ends the listener, should anybody still hold the other end of the pipe.
@@ -88,19 +90,23 @@ impl Program {
             state.leaders.push(child.pid);
             child
         };
-        let mut program = Program {
+        let (done, fed) = mpsc::sync_channel(1);
+        let program = Program {
             id: id.to_owned(),
             output,
             running: running.clone(),
             child: Some(child),
-            feeder: None,
+            fed,
             listener: Some(listener),
             listening: Some(listening),
         };
         let feeder = thread::Builder::new().name("layer-feed".to_owned());
         // From here on a failure drops the program, which kills it.
-        let feeder = feeder.spawn(move || feed(input, to_stdin)).map_err(failed("start a thread"))?;
-        program.feeder = Some(feeder);
+        let work = move || {
+            // Nobody asks of a program that was given up.
+            let _ = done.send(feed(input, to_stdin));
+        };
+        feeder.spawn(work).map_err(failed("start a thread"))?;
         Ok(program)
     }
 
@@ -145,10 +151,16 @@ impl Program {
         if !exit.success() {
             return Err(Error::Failed { id: self.id.clone(), exit, said: self.said() });
         }
-        match self.feeder.take().map(JoinHandle::join) {
-            Some(Ok(Err(source))) => Err(self.pipe_error("feed it", source)),
-            Some(Err(_)) => Err(self.pipe_error("feed it", io::ErrorKind::Other.into())),
-            Some(Ok(Ok(()))) | None => Ok(()),
+        // A program before this one may still have its time.
+        let limit = self.running.stall;
+        match self.fed.recv_timeout(limit) {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(source)) => Err(self.pipe_error("feed it", source)),
+            // What it has left behind in a group of its own has its input still, and does not read it.
+            Err(RecvTimeoutError::Timeout) => Err(self.stuck("did not let go of its input", limit)),
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(self.pipe_error("feed it", io::ErrorKind::Other.into()))
+            }
         }
     }
 

@@ -110,6 +110,23 @@ fn a_program_that_says_nothing_or_does_not_end_is_killed() {
 }
 
 #[test]
+fn what_a_program_leaves_behind_is_not_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    // A session of its own, which has the input and does not read it. It ends with the folder.
+    let script = format!(
+        "cd {}; exec 5<&0; setsid sh -c 'touch begun; while [ -e begun ]; do sleep 0.01; done' <&5 >/dev/null 2>&1 &\n\
+         while [ ! -e begun ]; do sleep 0.01; done",
+        folder.path().display()
+    );
+    let running = Arc::new(Running { stall: Duration::from_secs(1), ..Running::default() });
+    let list = processors(&[("a", shell(SECRET, PLAIN, &script))]);
+    let input = std::io::Cursor::new(vec![0; 1 << 20]);
+    let (mut reader, _) = list.start(input, SECRET, &BTreeMap::new(), &running).unwrap();
+    let error = reader.read(&mut [0]).unwrap_err();
+    assert!(error.to_string().contains("did not let go of its input within 1 seconds"), "{error}");
+}
+
+#[test]
 fn what_is_given_up_is_killed_with_all_that_it_started() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("pids");
