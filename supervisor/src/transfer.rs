@@ -431,3 +431,39 @@ async fn set_labels(content: &Content, digest: &Digest, mut wanted: Labels) -> R
 fn rfc3339(time: SystemTime) -> String {
     OffsetDateTime::from(time).format(&Rfc3339).expect("a time of this century can be written")
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_begins_to_be_known_is_known_whoever_gives_up() {
+        let (begin, begun) = oneshot::channel();
+        let (go, gone) = oneshot::channel::<()>();
+        let (known, heard) = oneshot::channel();
+        let waiting = tokio::spawn(to_the_end(async move {
+            let _ = begin.send(());
+            let _ = gone.await;
+            let _ = known.send(());
+            Ok(())
+        }));
+        begun.await.unwrap();
+        waiting.abort();
+        assert!(waiting.await.unwrap_err().is_cancelled());
+        go.send(()).unwrap();
+        heard.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_turn_ends_with_the_last_thread_of_a_transfer() {
+        let places = Arc::new(Semaphore::new(1));
+        let place = turn(&places).await;
+        let held_by_a_thread = place.clone();
+        drop(place);
+        assert_eq!(places.available_permits(), 0);
+        drop(held_by_a_thread);
+        assert_eq!(places.available_permits(), 1);
+    }
+}
