@@ -115,20 +115,24 @@ fn start_input(config: &Config, bundle: &Bundle, binary: &Path, options: Option<
     input
 }
 
-fn command(config: &Config, bundle: &Bundle, binary: &Path) -> Command {
+/// A shim's program, with nothing of the daemon's environment that is not for others.
+fn program(binary: &Path) -> Command {
     let mut command = Command::new(binary);
+    // A process group of its own: a signal to the daemon's does not reach it, and it can be killed as one.
+    command.process_group(0);
+    for name in environment::private() {
+        command.env_remove(name);
+    }
+    command
+}
+
+fn command(config: &Config, bundle: &Bundle, binary: &Path) -> Command {
+    let mut command = program(binary);
     command
         .args(["-namespace", bundle.namespace(), "-address", &config.grpc_address, "-publish-binary"])
         .arg(&config.daemon_binary)
         .args(["-id", bundle.id()])
         .current_dir(bundle.path())
-        // A process group of its own: a signal to the daemon's does not reach it, and it can be killed as
-        // one.
-        .process_group(0);
-    for name in environment::private() {
-        command.env_remove(name);
-    }
-    command
         .env("GOMAXPROCS", "2")
         .env("MAX_SHIM_VERSION", "2")
         .env("TTRPC_ADDRESS", &config.ttrpc_address)
@@ -205,8 +209,8 @@ pub(super) async fn delete(config: &Config, bundle: &Bundle, binary: &Path) -> R
 
 /// Runs `-info`: what the shim and its OCI runtime can do, as an encoded `containerd.types.RuntimeInfo`.
 pub(super) async fn info(config: &Config, binary: &Path, options: Option<Any>) -> Result<Vec<u8>, ShimError> {
-    let mut command = Command::new(binary);
-    command.arg("-info").process_group(0);
+    let mut command = program(binary);
+    command.arg("-info");
     let input = options.map(|options| any_to_wire(options).encode_to_vec()).unwrap_or_default();
     let output = capture(command, binary, "-info", &input, config.timeouts.start).await?;
     match RuntimeInfo::decode(output.as_slice()) {
