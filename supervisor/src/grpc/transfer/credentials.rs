@@ -1,13 +1,19 @@
 //! Credentials that the client is asked for, on the stream that it has opened for it.
 
+use std::time::Duration;
+
 use davit_distribution::{CredentialError, CredentialSource, Credentials, Secret};
 use davit_proto::any;
 use davit_proto::containerd::types::transfer::{AuthRequest, AuthResponse, AuthType};
 use futures::future::{BoxFuture, FutureExt};
 use tokio::sync::Mutex;
+use tokio::time::timeout;
 
 use crate::grpc::convert::{any_from_wire, any_to_wire};
 use crate::streams::Stream;
+
+/// The time for an answer, which a person may have to type: the transfer keeps others from their turn meanwhile.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Asks the client of a transfer.
 #[derive(Debug)]
@@ -38,7 +44,8 @@ impl Asking {
         };
         let sent = self.stream.send(any_from_wire(any::pack(&question))).await;
         sent.map_err(|_| failed("the client is gone"))?;
-        let answer = self.stream.receive().await.ok().flatten();
+        let answer = timeout(PATIENCE, self.stream.receive()).await;
+        let answer = answer.ok().and_then(|answer| answer.ok().flatten());
         let answer = answer.ok_or_else(|| failed("the client does not answer"))?;
         *asked = false;
         // What cannot be read may hold a secret all the same, and is in no text.
