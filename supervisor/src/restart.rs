@@ -2,7 +2,8 @@
 //!
 //! Clients such as nerdctl put `containerd.io/restart.*` on a container, and the daemon does the rest: it looks at all
 //! such containers at its start and then every ten seconds, as containerd's monitor does (`plugins/restart`). It does
-//! not act on an exit at once: a client that kills a container to remove it would find a new task in its place.
+//! not act on an exit at once: a client that kills a container to remove it would find a new task in its place. So a
+//! container that ends at once for ever costs a start and a line of the log in each interval, and no back-off is needed.
 //!
 //! Where containerd's monitor does harm, this one does not: a task that somebody has created and not yet started is
 //! theirs; a container younger than one look is about to get its task from its client; a shim that does not answer
@@ -17,6 +18,7 @@ use std::time::{Duration, SystemTime};
 use davit_model::error::chain;
 use davit_model::{Coded, ErrorCode, Labels};
 use serde::Deserialize;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, info, info_span, warn};
 
@@ -25,6 +27,10 @@ use crate::rooted::{Error as TaskError, RootedTasks};
 use crate::runtime::{CreateOptions, Stdio, Tasks};
 pub use policy::CAPABILITIES;
 use policy::{Change, Task};
+
+/// The most tasks that are started at once. After a reboot all containers want to be, and the more of them share the
+/// processors, the more fail for want of time.
+const STARTS: usize = 32;
 
 /// Why a container could not be brought into the wanted state. It is tried again at the next look.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +58,8 @@ pub struct Monitor {
     tasks: Tasks,
     rooted: RootedTasks,
     interval: Duration,
+    /// The turns of tasks that are started.
+    turns: Arc<Semaphore>,
     /// The containers that are being changed, by namespace and id.
     busy: Arc<Mutex<HashSet<(String, String)>>>,
 }
@@ -60,7 +68,8 @@ impl Monitor {
     /// A monitor that looks in this interval.
     pub fn new(metadata: Metadata, tasks: Tasks, interval: Duration) -> Monitor {
         let rooted = RootedTasks::new(metadata.clone(), tasks.clone());
-        Monitor { metadata, tasks, rooted, interval, busy: Arc::default() }
+        let turns = Arc::new(Semaphore::new(STARTS));
+        Monitor { metadata, tasks, rooted, interval, turns, busy: Arc::default() }
     }
 
     /// Looks again and again until `stop`. What has begun is finished beyond that.
@@ -173,6 +182,7 @@ impl Monitor {
             ..CreateOptions::default()
         };
         let (namespace, id) = (scope.namespace(), container.id.as_str());
+        let _turn = self.turns.acquire().await;
         let failed = |action| move |source| RestartError::Task { action, source };
         self.rooted.create(scope, options).await.map_err(failed("create"))?;
         if let Err(error) = self.tasks.start(namespace, id, "").await {
