@@ -205,7 +205,8 @@ fn hosts(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     })
 }
 
-/// Whether a host, perhaps with a port, is an address or a name that no site of the Web has.
+/// Whether a host, perhaps with a port, is an address or a name that no site of the Web has: one without a dot, or below the
+/// domains that are reserved for this host (RFC 6761) and for private networks.
 fn is_of_this_host(host: &[u8]) -> bool {
     let Ok(host) = std::str::from_utf8(host) else { return false };
     let name = match host.rsplit_once(':') {
@@ -213,7 +214,10 @@ fn is_of_this_host(host: &[u8]) -> bool {
         Some(_) | None => host,
     };
     let bare = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
-    bare.parse::<IpAddr>().is_ok() || !name.contains('.')
+    let is_reserved = |(_, domain): (&str, &str)| {
+        ["localhost", "internal"].iter().any(|reserved| domain.eq_ignore_ascii_case(reserved))
+    };
+    bare.parse::<IpAddr>().is_ok() || name.rsplit_once('.').is_none_or(is_reserved)
 }
 
 #[cfg(test)]
@@ -226,7 +230,17 @@ mod tests {
             let request = format!("GET / HTTP/1.1\r\nhOsT:{host}\r\nAccept: a.b\r\n\r\n");
             hosts(request.as_bytes()).all(is_of_this_host)
         };
-        for host in ["localhost", " 127.0.0.1:1338", "[::1]:1338 ", "::1", "node-1:80", "", "[fe80::1]"] {
+        for host in [
+            "localhost",
+            " 127.0.0.1:1338",
+            "[::1]:1338 ",
+            "::1",
+            "node-1:80",
+            "",
+            "[fe80::1]",
+            "a.Localhost",
+            "b.internal:1",
+        ] {
             assert!(told(host), "{host:?}");
         }
         for host in
