@@ -39,7 +39,7 @@ fn a_group_shares_a_shim_until_its_last(world: World) {
     let daemon = world.daemon();
     let one = daemon.run(member(&world, "one", "pod"));
     let two = daemon.run(member(&world, "two", "pod"));
-    assert_eq!(world.shims().len(), 1);
+    assert_eq!(world.serving().len(), 1);
     end(&daemon, "one");
     assert!(!alive(one) && alive(two));
     assert_eq!(daemon.status("two").unwrap(), Status::Running);
@@ -50,7 +50,7 @@ fn a_group_shares_a_shim_until_its_last(world: World) {
     assert_eq!(daemon.status("two").unwrap(), Status::Running);
     daemon.run(member(&world, "one", "pod"));
     end(&daemon, "two");
-    assert_eq!(world.shims().len(), 1);
+    assert_eq!(world.serving().len(), 1);
     end(&daemon, "one");
     world.assert_nothing_left();
 }
@@ -72,7 +72,7 @@ fn a_group_survives_the_daemon(world: World) {
 fn a_group_dies_with_its_shim(world: World) {
     let daemon = world.daemon();
     let pids = ["one", "two"].map(|id| daemon.run(member(&world, id, "pod")));
-    kill(world.shims()[0], Signal::SIGKILL).unwrap();
+    kill(world.serving()[0], Signal::SIGKILL).unwrap();
     for id in ["one", "two"] {
         eventually_equal(&1, || daemon.deletions(id));
         assert_eq!(daemon.exits(id), [(id.to_owned(), 137)]);
@@ -88,14 +88,14 @@ fn a_container_joins_the_shim_of_its_sandbox_if_that_can_hold_it() {
         daemon.run(world.container("pod", "sleep 1000"));
         let member = |id| CreateOptions { sandbox_id: "pod".into(), ..world.container(id, "sleep 1000") };
         daemon.run(member("inner"));
-        assert_eq!(world.shims().len(), 1);
+        assert_eq!(world.serving().len(), 1);
         assert_eq!(std::fs::read_to_string(world.bundle("inner").join("sandbox")).unwrap(), "pod");
         drop(daemon);
         let daemon = world.next_daemon();
         end(&daemon, "inner");
         assert_eq!(daemon.status("pod").unwrap(), Status::Running);
         daemon.run(member("other"));
-        kill(world.shims()[0], Signal::SIGKILL).unwrap();
+        kill(world.serving()[0], Signal::SIGKILL).unwrap();
         for id in ["pod", "other"] {
             eventually_equal(&1, || daemon.deletions(id));
             assert_eq!(daemon.exits(id).last(), Some(&(id.to_owned(), 137)));

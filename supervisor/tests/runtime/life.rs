@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use davit_model::{Coded, ErrorCode};
 use davit_supervisor::runtime::{Error, Status, UpdateOptions};
@@ -216,7 +217,7 @@ fn concurrent_creates_of_one_name(world: World) {
     let refused = results.iter().filter_map(|result| result.as_ref().err());
     let codes: Vec<_> = refused.map(Coded::code).collect();
     assert_eq!(codes, [ErrorCode::AlreadyExists; 4]);
-    assert_eq!(world.shims().len(), 1);
+    assert_eq!(world.serving().len(), 1);
     // A task that was never started can be deleted.
     daemon.delete("one").unwrap();
     world.assert_nothing_left();
@@ -285,7 +286,9 @@ fn a_killed_shim_is_reported(world: World) {
     world.assert_nothing_left();
 }
 
-fn a_stopped_shim_delays_only_its_own(world: World) {
+fn a_stopped_shim_delays_only_its_own(mut world: World) {
+    // So long is waited for the one that is stopped, and the other answers within that also where all is slow.
+    world.timeouts.state = Duration::from_secs(10);
     let daemon = world.daemon();
     let pid = daemon.run(world.container("stopped", "sleep 1000"));
     daemon.run(world.container("fine", "sleep 1000"));

@@ -25,9 +25,6 @@ use crate::world::{Daemon, World, eventually_equal};
 /// A world whose shim is a script.
 fn world(body: &str) -> World {
     let mut world = World::new(&PathBuf::from("/nonexistent"));
-    world.timeouts.start = Duration::from_millis(1500);
-    world.timeouts.cleanup = Duration::from_millis(500);
-    world.timeouts.shutdown = Duration::from_millis(500);
     world.shim = script(world.folder.path(), body);
     world
 }
@@ -177,7 +174,9 @@ fn a_start_that_fails_says_why_and_leaves_nothing() {
 
 #[test]
 fn a_start_that_hangs_is_killed_with_all_that_it_started() {
-    let world = world("case \"$action\" in start) echo working; sleep 1000 & sleep 1000;; esac");
+    let mut world = world("case \"$action\" in start) echo working; sleep 1000 & sleep 1000;; esac");
+    // Time enough to say something also where all is slow.
+    world.timeouts.start = Duration::from_secs(10);
     let daemon = world.daemon();
     match shim_error(create(&daemon)) {
         ShimError::Timeout { output, action: "start", .. } => assert_eq!(output, "working"),
@@ -190,7 +189,8 @@ fn a_start_that_hangs_is_killed_with_all_that_it_started() {
 
 #[test]
 fn a_background_process_that_holds_the_output_does_not_hang_the_daemon() {
-    let world = world("case \"$action\" in start) sleep 1000 & printf unix:///nowhere;; esac");
+    let mut world = world("case \"$action\" in start) sleep 1000 & printf unix:///nowhere;; esac");
+    world.timeouts.start = Duration::from_secs(1);
     let daemon = world.daemon();
     assert!(matches!(shim_error(create(&daemon)), ShimError::Timeout { .. }));
     let bundle = world.bundle("one").display().to_string();
@@ -257,6 +257,9 @@ fn a_refused_create_is_undone() {
 fn a_create_that_hangs_ends() {
     let mut world = world("printf unix://$(dirname $0)/shim.sock");
     world.timeouts.create = Duration::from_millis(300);
+    world.timeouts.shutdown = Duration::from_millis(300);
+    // For the shim, which hangs, and then for its binary, which does not, however slow all is.
+    world.timeouts.cleanup = Duration::from_secs(10);
     let daemon = world.daemon();
     let shim = Arc::new(FakeShim::new());
     shim.hangs.lock().unwrap().extend(["Create", "Delete", "Shutdown"]);
@@ -271,7 +274,8 @@ fn a_create_that_hangs_ends() {
 
 #[test]
 fn a_shim_that_dies_when_it_is_to_end_leaves_no_socket() {
-    let world = world("printf unix://$(dirname $0)/shim.sock");
+    let mut world = world("printf unix://$(dirname $0)/shim.sock");
+    world.timeouts.shutdown = crate::world::PATIENCE;
     let daemon = world.daemon();
     let shim = Arc::new(FakeShim::new());
     shim.hangs.lock().unwrap().push("Shutdown");

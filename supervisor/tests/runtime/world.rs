@@ -25,7 +25,7 @@ use nix::unistd::Pid;
 use tokio::net::UnixListener;
 
 /// What tests wait for at most; far more than it ever takes.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Debian's shim, as old as any that is still in use.
 pub const GO_SHIM: &str = "/usr/bin/containerd-shim-runc-v2";
@@ -194,9 +194,21 @@ impl World {
         self.processes(|arguments| arguments.contains(&self.namespace))
     }
 
+    /// The shims without what they have forked: a copy that unmounts outlives the answer of its shim, and what is to execute a
+    /// runtime looks like its shim until it does.
+    pub fn serving(&self) -> Vec<Pid> {
+        let shims = self.shims();
+        shims
+            .iter()
+            .copied()
+            .filter(|pid| parent(*pid).is_some_and(|parent| !shims.contains(&parent)))
+            .collect()
+    }
+
     /// The shim of one container.
     pub fn shim_of(&self, id: &str) -> Pid {
-        let shims = self.processes(|arguments| arguments.contains(&self.namespace) && arguments.contains(id));
+        let named = self.processes(|arguments| arguments.contains(&self.namespace) && arguments.contains(id));
+        let shims: Vec<Pid> = self.serving().into_iter().filter(|pid| named.contains(pid)).collect();
         assert_eq!(shims.len(), 1, "{shims:?}");
         shims[0]
     }
@@ -396,9 +408,10 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // Nothing is told goodbye: this is how a daemon dies.
+        // Nothing is told goodbye: this is how a daemon dies. And when it is dead it does nothing any more, where a thread that
+        // nobody waits for would go on beside the next daemon.
         if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
+            runtime.shutdown_timeout(PATIENCE);
         }
     }
 }
@@ -443,6 +456,13 @@ pub fn stop(process: Pid) {
         }
         Ok(())
     });
+}
+
+/// The parent of a process that is there.
+fn parent(pid: Pid) -> Option<Pid> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
+    line.trim().parse().ok().map(Pid::from_raw)
 }
 
 pub fn alive(pid: u32) -> bool {
