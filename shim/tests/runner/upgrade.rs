@@ -280,9 +280,11 @@ fn open_calls_and_half_frames_go_on() {
         client.upgrade(&builds[round % 2]).unwrap();
     }
     raw.stream.write_all(second).unwrap();
-    assert_eq!(raw.next().0, 5);
-    let (stream, given_up) = raw.next();
-    assert_eq!((stream, given_up.unwrap_err().code), (3, ErrorCode::DeadlineExceeded));
+    // Where all is slow the time of the one is over before the other is asked.
+    let mut answers = [raw.next(), raw.next()];
+    answers.sort_by_key(|(stream, _)| *stream);
+    let [(3, given_up), (5, Ok(_))] = answers else { panic!("{answers:?}") };
+    assert_eq!(given_up.unwrap_err().code, ErrorCode::DeadlineExceeded);
 
     // Requests behind that of the upgrade are read by the next program, and so is what a client leaves unread.
     let upgrade = UpgradeRequest { binary: builds[0].display().to_string() };
