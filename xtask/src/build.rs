@@ -37,24 +37,50 @@ pub(crate) fn run_with(program: &str, args: &[&str], env: &[(&str, &str)]) -> Re
     Ok(())
 }
 
-/// Builds `davitd`, `davit`, the shim and the test programs, and gives the folder that holds them all.
-///
-/// The shim is built with the profile `shim` and replaces the plain build of it, so that the binaries lie together as
-/// they are installed.
+/// Builds `davitd`, `davit`, the shim and all test programs for the tests, and gives the folder that holds them.
 ///
 /// # Errors
 /// The build fails.
-pub(crate) fn all(release: bool) -> Result<PathBuf> {
+pub(crate) fn debug() -> Result<PathBuf> {
     // Not the whole workspace: the shim follows in its own profile, and this program runs already.
-    let mut args =
-        vec!["build", "--bins", "-p", "davit-supervisor", "-p", "davit-ctl", "-p", "davit-integration"];
-    if release {
-        args.push("--release");
+    run(
+        "cargo",
+        &["build", "--bins", "-p", "davit-supervisor", "-p", "davit-ctl", "-p", "davit-integration"],
+    )?;
+    with_shim("debug")
+}
+
+/// Builds `davitd`, `davit`, the shim and `tool`, a program of `integration`, for release, and gives the folder that
+/// holds them.
+///
+/// # Errors
+/// The build fails.
+pub(crate) fn release(tool: Option<&str>) -> Result<PathBuf> {
+    let mut args = vec![
+        "build",
+        "--release",
+        "-p",
+        "davit-supervisor",
+        "-p",
+        "davit-ctl",
+        "--bin",
+        "davitd",
+        "--bin",
+        "davit",
+    ];
+    if let Some(tool) = tool {
+        args.extend(["-p", "davit-integration", "--bin", tool]);
     }
     run("cargo", &args)?;
+    with_shim("release")
+}
+
+/// Builds the shim, and puts it beside the daemon in the place of cargo's plain build of it, so that the programs lie
+/// together as they are installed.
+fn with_shim(folder: &str) -> Result<PathBuf> {
     shim()?;
     let target = target_folder();
-    let folder = target.join(if release { "release" } else { "debug" });
+    let folder = target.join(folder);
     let shim = "containerd-shim-davit-v2";
     // Copied beside and renamed: a shim that runs keeps its file.
     let new = folder.join(format!("{shim}.new"));

@@ -43,7 +43,7 @@ fn dispatch(args: &[&str]) -> Result<()> {
         ["quickstart"] => quickstart(),
         ["test", rest @ ..] => test(rest),
         ["ci"] => ci(),
-        ["build"] => build::all(true).map(|folder| println!("binaries: {}", folder.display())),
+        ["build"] => build::release(None).map(|folder| println!("binaries: {}", folder.display())),
         ["bench", rest @ ..] => program("bench", rest),
         ["soak", rest @ ..] => program("soak", rest),
         ["model", rest @ ..] => program("api-model", rest),
@@ -63,23 +63,23 @@ fn quickstart() -> Result<()> {
     if !packages::is_root() {
         bail!("containers need root: run it as root");
     }
-    let folder = build::all(true)?;
+    let folder = build::release(Some("quickstart"))?;
     build::run(&folder.join("quickstart").display().to_string(), &[])
 }
 
 fn test(args: &[&str]) -> Result<()> {
     packages::install(packages::TEST)?;
-    let folder = build::all(false)?.display().to_string();
+    let folder = build::debug()?.display().to_string();
     build::peer_shim()?;
     let mut command = vec!["test", "--workspace", "--no-fail-fast"];
     command.extend(args);
     build::run_with("cargo", &command, &[("DAVIT_BIN_DIR", &folder)])
 }
 
-/// Runs one of the programs of `integration`, all built for release.
+/// Runs one of the programs of `integration`, built for release.
 fn program(name: &str, args: &[&str]) -> Result<()> {
     packages::install(packages::TEST)?;
-    let folder = build::all(true)?;
+    let folder = build::release(Some(name))?;
     build::run(&folder.join(name).display().to_string(), args)
 }
 
