@@ -177,11 +177,15 @@ fn content_of_containerd_is_the_content_of_a_daemon() -> Result<()> {
     let listed = daemon.ctr().run("plugins ls type==io.containerd.content.v1")?;
     ensure!(listed.contains("store") && listed.lines().count() == 2, "{listed}");
     // What the plugin has for others is not ours to collect.
-    let mut others = behind.command(&["content", "ingest", "others"]);
     let file = daemon.path("others");
     fs::write(&file, "others")?;
-    daemon::ok(others.stdin(fs::File::open(&file)?).output()?)?;
-    behind.run(&format!("content label {} containerd.io/gc.root=theirs", image::digest(b"others")))?;
+    let label = format!("content label {} containerd.io/gc.root=theirs", image::digest(b"others"));
+    // The plugin's own collector may take it away before it has its label.
+    wait::until("the others' content is there to stay", || {
+        let mut others = behind.command(&["content", "ingest", "others"]);
+        others.stdin(fs::File::open(&file).ok()?).output().ok()?;
+        behind.run(&label).ok()
+    })?;
     daemon::ok(daemon.davit(["rmi", "busybox"])?)?;
     let kept = format!("{}\n", image::digest(b"others"));
     wait::until("only the others' content is left", || {
