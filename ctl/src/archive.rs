@@ -1,7 +1,9 @@
 //! Image archives on their way to the daemon: the tar that holds them, plain or compressed with gzip, and what their
 //! images are called.
 
+use std::cell::Cell;
 use std::io::{self, BufRead, BufReader, Read};
+use std::rc::Rc;
 
 use davit_model::Digest;
 use davit_model::digest::Algorithm;
@@ -15,6 +17,9 @@ use crate::error::{Error, Result};
 
 /// The most characters of a reason that may quote the archive.
 const MAX_REASON: usize = 200;
+
+/// The most bytes between the data of one member and that of the next. The parser keeps in memory what they say, such as a long name.
+const MAX_HEADERS: u64 = 1 << 20;
 
 /// An image of the archive that is to be made known to the daemon.
 #[derive(Debug)]
@@ -56,15 +61,25 @@ pub(crate) fn inflate(reader: Box<dyn Read + Send>) -> Result<Box<dyn Read + Sen
 /// # Errors
 /// [`Error::Archive`] when it is not well formed, and those of the sink.
 pub(crate) fn read(reader: impl Read, sink: &mut Sink<'_, Error>) -> Result<Contents> {
-    let mut archive = tar::Archive::new(reader);
+    let left = Rc::new(Cell::new(u64::MAX));
+    let mut archive = tar::Archive::new(Metered { inner: reader, left: left.clone() });
     let mut contents = Contents::default();
-    for (count, entry) in archive.entries().map_err(read_error)?.enumerate() {
-        let mut entry = match entry {
-            Ok(entry) => entry,
+    let mut entries = archive.entries().map_err(read_error)?;
+    let mut is_first = true;
+    loop {
+        left.set(MAX_HEADERS);
+        let mut entry = match entries.next() {
+            None => return Ok(contents),
+            Some(Ok(entry)) => entry,
+            Some(Err(_)) if left.get() == 0 => {
+                return Err(Error::Archive { reason: "a member's headers are too large".to_owned() });
+            }
             // What the parser says of a file that is something else altogether helps nobody.
-            Err(_) if count == 0 => return Err(Error::Archive { reason: "it is not a tar".to_owned() }),
-            Err(error) => return Err(read_error(error)),
+            Some(Err(_)) if is_first => return Err(Error::Archive { reason: "it is not a tar".to_owned() }),
+            Some(Err(error)) => return Err(read_error(error)),
         };
+        is_first = false;
+        left.set(u64::MAX);
         let name = entry.path_bytes().into_owned();
         let kind = entry.header().entry_type();
         if kind.is_symlink() || kind.is_hard_link() {
@@ -73,8 +88,28 @@ pub(crate) fn read(reader: impl Read, sink: &mut Sink<'_, Error>) -> Result<Cont
         } else if kind.is_file() {
             contents.file(&name, entry.size(), &mut entry, sink)?;
         }
+        // What nobody had a use for is no part of the next one's headers.
+        io::copy(&mut entry, &mut io::sink()).map_err(read_error)?;
     }
-    Ok(contents)
+}
+
+/// A reader of which only so much is read.
+struct Metered<R> {
+    inner: R,
+    left: Rc<Cell<u64>>,
+}
+
+impl<R: Read> Read for Metered<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = self.left.get();
+        if left == 0 {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        let limit = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        let count = self.inner.read(&mut buffer[..limit])?;
+        self.left.set(left - count as u64);
+        Ok(count)
+    }
 }
 
 /// The images of an archive. A layout comes before `docker save`'s table, since newer versions of that write both; but
@@ -187,6 +222,29 @@ mod tests {
             hashing.read_exact(&mut [0]).map_err(read_error)?;
             Ok(hashing.finish()?.0)
         })
+    }
+
+    #[test]
+    fn headers_of_any_size_take_bounded_memory() {
+        for kind in [tar::EntryType::GNULongName, tar::EntryType::GNULongLink, tar::EntryType::XHeader] {
+            let mut header = tar::Header::new_gnu();
+            header.set_entry_type(kind);
+            header.set_size(1 << 32);
+            header.set_cksum();
+            let endless = header.as_bytes().chain(io::repeat(b'x'));
+            let error = read(endless, &mut |_, _| panic!("there is no blob")).unwrap_err();
+            assert!(error.to_string().contains("headers are too large"), "{kind:?}: {error}");
+        }
+        // Blobs may be larger, whether anybody reads them or not.
+        let large = vec![7; 3 << 20];
+        let bytes = tar(&[("a", &large), ("b", &large)]);
+        let mut passed = 0;
+        read(bytes.as_slice(), &mut |_, _| {
+            passed += 1;
+            Ok(sha256(b""))
+        })
+        .unwrap();
+        assert_eq!(passed, 2);
     }
 
     const LAYOUT: (&str, &[u8]) = ("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#);

@@ -70,7 +70,7 @@ enum Command {
     /// Ask containers to stop, and kill those that do not
     Stop(commands::stop::Options),
     /// Stop containers and start them again
-    Restart(commands::restart::Options),
+    Restart(commands::stop::Options),
     /// Send a signal to containers
     Kill(commands::kill::Options),
     /// Wait for containers to exit and print their exit codes
@@ -229,8 +229,8 @@ async fn dispatch(cli: Cli) -> Result<u8> {
         Command::Create(options) => commands::create::run(&client, options, out).await?,
         Command::Ps(options) => commands::ps::run(&client, options, out).await?,
         Command::Logs(options) => commands::logs::run(&client, options, out).await?,
-        Command::Stop(options) => commands::stop::run(&client, options, out).await?,
-        Command::Restart(options) => commands::restart::run(&client, options, out).await?,
+        Command::Stop(options) => commands::stop::run(&client, options, false, out).await?,
+        Command::Restart(options) => commands::stop::run(&client, options, true, out).await?,
         Command::Kill(options) => commands::kill::run(&client, options, out).await?,
         Command::Wait(options) => commands::wait::run(&client, options, out).await?,
         Command::Pause(options) => commands::pause::pause(&client, options, out).await?,

@@ -168,6 +168,10 @@ impl Error {
     pub(crate) fn hint(&self) -> Option<String> {
         match self {
             Error::Connect { address, source } => Some(match source.kind() {
+                _ if address.to_string_lossy().contains("://") => {
+                    "want the path of the daemon's unix socket: `davit` speaks to a daemon on this machine"
+                        .to_owned()
+                }
                 io::ErrorKind::PermissionDenied => {
                     "you need access to the socket: run this as root, or join the socket's group".to_owned()
                 }

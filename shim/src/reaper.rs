@@ -1,9 +1,10 @@
 //! Waits for children, and buries the orphans that come to us as their subreaper.
 //!
 //! A process that somebody waits for is reaped through its own pidfd, by that waiter alone, who must do so as soon as it is
-//! dead: the kernel shows one dead child at a time, and behind one that stays no other is seen. All others are orphans: processes of containers whose parents have died. They are reaped when `SIGCHLD` says that there
-//! may be one, but not while a runtime is starting a process: the new process is an orphan too until its pid
-//! file has been read, and it must stay a zombie until then, so that its pid is not given to another one.
+//! dead: the kernel shows one dead child at a time, and behind one that stays no other is seen. All others are orphans:
+//! processes of containers whose parents have died, and those that serve a container's filesystem. They are reaped when
+//! `SIGCHLD` says that there may be one, but not while a runtime is starting a process: the new process is an orphan too
+//! until its pid file has been read, and it must stay a zombie until then, so that its pid is not given to another one.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;

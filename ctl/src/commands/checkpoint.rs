@@ -25,8 +25,14 @@ const IMAGES: &str = "application/vnd.containerd.container.criu.checkpoint.criu.
 /// The label of a container that refers to a checkpoint, before its name: the collector knows the first part of it.
 const LABEL: &str = "containerd.io/gc.ref.content.checkpoint.";
 
+const EXAMPLES: &str = "\
+Examples:
+  davit checkpoint create web before-update     web has stopped then; --leave-running lets it run
+  davit start --checkpoint before-update web    and goes on from there";
+
 /// Options of `davit checkpoint`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub(crate) struct Options {
     #[command(subcommand)]
     command: Command,

@@ -78,7 +78,7 @@ pub(crate) struct CreateOptions {
     #[arg(long, value_name = "BYTES", value_parser = format::parse_size)]
     memory_reservation: Option<u64>,
     /// Limit of CPU time, in CPUs, such as 1.5
-    #[arg(long, value_name = "NUMBER")]
+    #[arg(long, value_name = "NUMBER", value_parser = parse_cpus)]
     cpus: Option<f64>,
     /// Relative weight of CPU time (1024 is the usual)
     #[arg(short, long, value_name = "WEIGHT")]
@@ -167,6 +167,10 @@ pub(crate) struct CreateOptions {
     pub(crate) image_and_args: Vec<String>,
 }
 
+fn parse_cpus(text: &str) -> std::result::Result<f64, String> {
+    text.parse().map_err(|_| "want a number, such as 1.5".to_owned())
+}
+
 impl CreateOptions {
     /// Whether the daemon is to start the container again.
     pub(crate) fn is_restarted(&self) -> bool {
@@ -223,6 +227,12 @@ pub(crate) async fn create(
         options.platform.as_deref().map(Platform::parse).transpose()?.unwrap_or_else(Platform::host);
     let image = transfer::find(client, given, options.pull, &platform, &options.snapshotter.name).await?;
     let found = image::for_platform(client, &image::target(&image)?, &platform).await?;
+    let own = Platform::of(&found.config);
+    // An image that is for one platform alone is taken for any other, unless somebody says which.
+    if options.platform.is_some() && !own.runs_on(&platform) {
+        let hint = format!("`davit pull --platform {platform} {given}` gets the other, if there is one");
+        return Err(Error::usage(format!("the image is for {own}, not for {platform}"), hint));
+    }
 
     let id = container::new_id()?;
     spec_options.id.clone_from(&id);
@@ -338,6 +348,10 @@ fn labels_of(
         if key.is_empty() || !labels::is_users(key) {
             let hint = "want KEY or KEY=VALUE, and no key of davit's or containerd's own";
             return Err(Error::usage(format!("invalid label {label:?}"), hint));
+        }
+        if key.len() + value.len() > davit_model::label::MAX_LABEL_SIZE {
+            let hint = format!("key and value have {} bytes at most", davit_model::label::MAX_LABEL_SIZE);
+            return Err(Error::usage(format!("the label {} is too long", format::ellipsis(key, 40)), hint));
         }
         all.insert(key.to_owned(), value.to_owned());
     }

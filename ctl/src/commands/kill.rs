@@ -13,6 +13,7 @@ use crate::restart;
 
 /// Options of `davit kill`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  davit kill web\n  davit kill -s HUP web db")]
 pub(crate) struct Options {
     /// The signal
     #[arg(short, long, value_name = "SIGNAL", default_value = "KILL")]

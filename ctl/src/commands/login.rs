@@ -18,6 +18,7 @@ const MAX_INPUT: u64 = 64 << 10;
 
 /// Options of `davit login`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  davit login\n  davit login -u me --password-stdin ghcr.io < token")]
 pub(crate) struct Options {
     /// The user (default: asked for)
     #[arg(short, long, value_name = "NAME")]
@@ -28,7 +29,7 @@ pub(crate) struct Options {
     #[command(flatten)]
     reach: Reach,
     /// The registry (default: Docker Hub)
-    #[arg(value_name = "SERVER", default_value = "docker.io")]
+    #[arg(value_name = "SERVER", default_value = "docker.io", hide_default_value = true)]
     server: String,
 }
 
@@ -36,7 +37,7 @@ pub(crate) struct Options {
 #[derive(Debug, clap::Args)]
 pub(crate) struct LogoutOptions {
     /// The registry (default: Docker Hub)
-    #[arg(value_name = "SERVER", default_value = "docker.io")]
+    #[arg(value_name = "SERVER", default_value = "docker.io", hide_default_value = true)]
     server: String,
 }
 

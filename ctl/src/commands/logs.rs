@@ -24,6 +24,7 @@ const MOST_PARTS: u32 = 100;
 
 /// Options of `davit logs`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  davit logs -n 20 web\n  davit logs -ft --since 10m web")]
 pub(crate) struct Options {
     /// Go on until the container exits
     #[arg(short, long)]

@@ -39,6 +39,9 @@ struct ListOptions {
 
 /// Options of `davit shim upgrade`.
 #[derive(Debug, clap::Args)]
+#[command(
+    override_usage = "davit shim upgrade [OPTIONS] --all\n       davit shim upgrade [OPTIONS] CONTAINER..."
+)]
 struct UpgradeOptions {
     /// Containers, by name or id; those that share a shim move together
     #[arg(value_name = "CONTAINER", required_unless_present = "all", conflicts_with = "all")]

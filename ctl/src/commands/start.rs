@@ -16,11 +16,14 @@ use crate::{fifo, labels, restart};
 
 /// Options of `davit start`.
 #[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  davit start web db\n  davit start -ai shell\n  davit start --checkpoint before-update web"
+)]
 pub(crate) struct Options {
     /// Stay with the container: show its output and pass its exit code on
     #[arg(short, long)]
     attach: bool,
-    /// Pass standard input on (with --attach)
+    /// Stay with the container as with --attach, and pass standard input on
     #[arg(short, long)]
     interactive: bool,
     /// Go on from this checkpoint of the container, in the background

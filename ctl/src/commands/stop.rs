@@ -1,4 +1,4 @@
-//! `davit stop`: ask, wait, kill.
+//! `davit stop`: ask, wait, kill. `davit restart`: the same, and start again.
 
 use std::io::Write;
 use std::time::Duration;
@@ -8,20 +8,20 @@ use davit_proto::containerd::services::tasks::v1::ResumeTaskRequest;
 use nix::libc;
 
 use crate::client::Client;
-use crate::commands::for_each;
+use crate::commands::{for_each, start};
 use crate::container::{self, State};
 use crate::error::{CallContext, Error, Result};
 use crate::process::{self, ProcessId};
 use crate::{labels, restart, signal, task};
 
-/// Options of `davit stop`.
+/// Options of `davit stop`, and of `davit restart`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// Seconds until it is killed; -1 for never
     #[arg(short, long, visible_alias = "timeout", value_name = "SECONDS", default_value_t = 10)]
     #[arg(allow_negative_numbers = true)]
     time: i64,
-    /// The signal that asks (default: the container's, or SIGTERM)
+    /// The signal that asks it to stop (default: the container's, or SIGTERM)
     #[arg(short, long, value_name = "SIGNAL")]
     signal: Option<String>,
     /// Containers, by name or id
@@ -29,13 +29,16 @@ pub(crate) struct Options {
     containers: Vec<String>,
 }
 
-/// `davit stop`.
-pub(crate) async fn run(client: &Client, options: Options, out: &mut dyn Write) -> Result<()> {
+/// `davit stop`; with `again`, which is `davit restart`, each container is started when it has stopped.
+pub(crate) async fn run(client: &Client, options: Options, again: bool, out: &mut dyn Write) -> Result<()> {
     let given_signal = options.signal.as_deref().map(parse).transpose()?;
     let timeout = u64::try_from(options.time).ok().map(Duration::from_secs);
     let stop_one = async |given: &str| {
         let container = container::find(client, given).await?;
         stop(client, &container, given_signal, timeout).await?;
+        if again {
+            start::start(client, &container.id, None).await?;
+        }
         Ok(Some(given.to_owned()))
     };
     for_each(&options.containers, out, stop_one).await

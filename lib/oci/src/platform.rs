@@ -21,6 +21,13 @@ pub struct Platform {
     pub variant: String,
 }
 
+/// What Go calls operating systems and architectures, as far as a word for a platform can be one of them.
+const SYSTEMS: [&str; 4] = ["darwin", "freebsd", "linux", "windows"];
+const ARCHITECTURES: [&str; 15] = [
+    "386", "amd64", "arm", "arm64", "loong64", "mips", "mipsle", "mips64", "mips64le", "ppc64", "ppc64le",
+    "riscv64", "s390x", "sparc64", "wasm",
+];
+
 /// A platform that cannot be understood.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("invalid platform {text:?}: want os/architecture or os/architecture/variant, such as linux/arm64")]
@@ -55,10 +62,10 @@ impl Platform {
         }
     }
 
-    /// Parses `os/architecture[/variant]`, or an architecture alone.
+    /// Parses `os/architecture[/variant]`, or one word, which is an operating system or an architecture of the host's.
     ///
     /// # Errors
-    /// [`PlatformError`] when there are more parts, an empty one, or a strange character.
+    /// [`PlatformError`] when there are more parts, an empty one, a strange character, or one word that is neither.
     pub fn parse(text: &str) -> Result<Platform, PlatformError> {
         let error = || PlatformError { text: text.to_owned() };
         let parts: Vec<&str> = text.split('/').collect();
@@ -70,7 +77,10 @@ impl Platform {
             return Err(error());
         }
         let (os, architecture, variant) = match parts[..] {
-            [architecture] => ("linux", architecture, ""),
+            [os] if SYSTEMS.contains(&os) => (os, std::env::consts::ARCH, ""),
+            [word] if ARCHITECTURES.contains(&go_architecture(&word.to_ascii_lowercase())) => {
+                ("linux", word, "")
+            }
             [os, architecture] => (os, architecture, ""),
             [os, architecture, variant] => (os, architecture, variant),
             _ => return Err(error()),
@@ -95,6 +105,11 @@ impl Platform {
             _ => {}
         }
         Platform { architecture, os: self.os.to_ascii_lowercase(), variant }
+    }
+
+    /// Whether content for `self` runs on `host`; what does not say what it is for may.
+    pub fn runs_on(&self, host: &Platform) -> bool {
+        self.os.is_empty() && self.architecture.is_empty() || self.rank_on(host).is_some()
     }
 
     /// How well content for `self` runs on `host`: `None` for not at all, and the lower the better.
@@ -247,7 +262,13 @@ mod tests {
         ] {
             assert_eq!(Platform::parse(given).unwrap().to_string(), want);
         }
-        for bad in ["", "a/", "a/b/c/d", "a b"] {
+        assert_eq!(Platform::parse("linux").unwrap(), Platform::host());
+        let amd64 = Platform::parse("linux/amd64").unwrap();
+        assert!(Platform::parse("386").unwrap().runs_on(&amd64));
+        assert!(!Platform::parse("arm64").unwrap().runs_on(&amd64));
+        let unsaid = Platform { os: String::new(), architecture: String::new(), variant: String::new() };
+        assert!(unsaid.runs_on(&amd64));
+        for bad in ["", "a/", "a/b/c/d", "a b", "foo"] {
             assert!(Platform::parse(bad).is_err(), "{bad}");
         }
     }

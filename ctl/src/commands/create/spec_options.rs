@@ -83,6 +83,9 @@ pub(super) fn resolve(options: &CreateOptions, args: &[String]) -> Result<SpecOp
     }
     options.names.check()?;
     let mut hostname = options.hostname.clone().unwrap_or_default();
+    if hostname.contains(|letter: char| letter.is_whitespace() || letter.is_control()) {
+        return Err(Error::usage(format!("invalid host name {hostname:?}"), "want one word"));
+    }
     if network == Network::Host && hostname.is_empty() {
         let own = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         hostname = own.trim().to_owned();
