@@ -13,6 +13,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -150,12 +151,20 @@ fn let_live(round: u64, busy: &Receiver<()>) {
     thread::sleep(Duration::from_micros(500 + (round * 7919) % 50_000));
 }
 
+/// Tests of this file run one by one: a child of another test would have what is open on the disk of this one for the moment
+/// between `fork` and `exec`, and what is used cannot be unmounted.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn rounds(variable: &str, default: u64) -> u64 {
     std::env::var(variable).map_or(default, |text| text.parse().unwrap())
 }
 
 #[test]
 fn nothing_is_lost_when_killed() {
+    let _alone = alone();
     let rounds = rounds("DAVIT_CRASH_ROUNDS", 200);
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("content");
@@ -198,7 +207,7 @@ fn run(program: &str, arguments: &[&std::ffi::OsStr]) {
 /// Stops the process and waits until none of its threads is in a system call any more.
 fn stop(Running(child): &Running) {
     run("kill", &["-STOP".as_ref(), child.id().to_string().as_ref()]);
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(60);
     let tasks = format!("/proc/{}/task", child.id());
     loop {
         let stopped = std::fs::read_dir(&tasks).unwrap().all(|task| {
@@ -220,6 +229,7 @@ fn nothing_is_lost_in_a_power_cut() {
         println!("skipped: needs root and loop devices");
         return;
     }
+    let _alone = alone();
     // In memory if possible: the file's own durability does not matter.
     let shm = Path::new("/dev/shm");
     let folder = if shm.is_dir() { tempfile::tempdir_in(shm) } else { tempfile::tempdir() }.unwrap();
@@ -271,6 +281,7 @@ fn limited_child() {
 
 #[test]
 fn an_ingest_goes_on_after_a_full_disk() {
+    let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     // Instead of a full disk, a limit on the size of files; without the signal, writing beyond it is an error like
     // any other. The shell counts in blocks of 512 bytes.

@@ -246,7 +246,7 @@ fn run(program: &str, arguments: &[&std::ffi::OsStr]) {
 /// Stops the process and waits until none of its threads is in a system call any more.
 fn stop(Running(child): &Running) {
     run("kill", &["-STOP".as_ref(), child.id().to_string().as_ref()]);
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(60);
     let tasks = format!("/proc/{}/task", child.id());
     loop {
         let stopped = std::fs::read_dir(&tasks).unwrap().all(|task| {

@@ -18,7 +18,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Barrier;
 
 /// What tests wait for at most; far more than it ever takes.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 const LONG: Option<Duration> = Some(PATIENCE);
 
