@@ -47,7 +47,8 @@ struct Current {
 impl Reader {
     pub(crate) fn new(index: Arc<Index>, start: Start) -> Reader {
         let (after, since) = match start {
-            Start::After(cursor) => (cursor, None),
+            // Clients say where they were, and no entry is behind the largest cursor.
+            Start::After(cursor) => (cursor.min(segment::MAX_CURSOR), None),
             Start::Since(time) => (0, Some(time.checked_sub(TICK).unwrap_or(time))),
         };
         Reader { index, after, since, done: None, current: None }

@@ -42,6 +42,17 @@ fn segments(folder: &Path) -> Vec<PathBuf> {
     paths
 }
 
+#[test]
+fn nothing_comes_after_a_cursor_that_no_entry_can_have() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut log = Log::open(folder.path(), small()).unwrap();
+    append(&mut log, &(1..40).map(|cursor| event(cursor, vec![0; 100])).collect::<Vec<_>>());
+    assert!(segments(folder.path()).len() > 2);
+    for cursor in [40, u64::MAX - 1, u64::MAX] {
+        assert_eq!(read(&mut log.reader(Start::After(cursor))), [], "{cursor}");
+    }
+}
+
 fn length(path: &Path) -> u64 {
     fs::metadata(path).unwrap().len()
 }
