@@ -14,7 +14,7 @@ pub(crate) type Package = (&'static str, &'static str);
 pub(crate) const QUICKSTART: &[Package] = &[("runc", "/usr/sbin/runc"), ("busybox-static", "/bin/busybox")];
 
 /// What the tests need besides: another runtime, clients and peers, another implementation of gRPC, a registry,
-/// filesystems for the snapshotters, and what checkpoints processes.
+/// filesystems for the snapshotters, one that a process serves among them, and what checkpoints processes.
 pub(crate) const TEST: &[Package] = &[
     ("runc", "/usr/sbin/runc"),
     ("busybox-static", "/bin/busybox"),
@@ -26,6 +26,7 @@ pub(crate) const TEST: &[Package] = &[
     ("btrfs-progs", "/usr/bin/btrfs"),
     ("erofs-utils", "/usr/bin/fsck.erofs"),
     ("criu", "/usr/sbin/criu"),
+    ("fuse-overlayfs", "/usr/bin/fuse-overlayfs"),
 ];
 
 /// Installs the packages that are missing, and says so first.

@@ -273,7 +273,8 @@ pub fn mount_points() -> Result<Vec<PathBuf>, Error> {
         log: None,
         source: error.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
     })?;
-    let fields = table.split(|byte| *byte == b'\n').filter_map(|line| line.split(|byte| *byte == b' ').nth(4));
+    let fields =
+        table.split(|byte| *byte == b'\n').filter_map(|line| line.split(|byte| *byte == b' ').nth(4));
     Ok(fields.map(|field| PathBuf::from(std::ffi::OsStr::from_bytes(&unescape(field)))).collect())
 }
 
@@ -310,9 +311,9 @@ fn mount_one(mount: &Mount, target: &Path, interface: Interface) -> Result<Optio
         let reason = "its kind is for a mount manager";
         return Err(Error::Unsupported { mount: describe(mount), reason });
     }
-    if is_by_helper(mount) {
+    if let Some(helper) = helper::of(&mount.kind) {
         let job = Job { mount, target, options, source: &mount.source };
-        return helper::mount(&job, &helper::Terms::default()).map(Some);
+        return helper::mount(&job, helper, &helper::Terms::default()).map(Some);
     }
     let Some(direct_io) = options.loop_device else {
         return mount_job(Job { mount, target, options, source: &mount.source }, interface);

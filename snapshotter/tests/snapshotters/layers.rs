@@ -323,3 +323,43 @@ fn a_layer_that_no_image_can_hold_is_refused() {
     let view = snapshotter.view("view", Some("name"), &Labels::new()).unwrap();
     assert_eq!(fs::read_dir(&*Files::shown(&view)).unwrap().count(), 2);
 }
+
+/// A layer goes through a filesystem that a process serves, and is made again from one.
+#[test]
+fn a_layer_is_applied_and_made_again_through_a_process() {
+    let programs = ["/usr/bin/fuse-overlayfs", "/usr/sbin/mount.fuse3", "/dev/fuse"];
+    if !nix::unistd::geteuid().is_root() || !programs.iter().all(|path| Path::new(path).exists()) {
+        eprintln!("skipped: needs root, /dev/fuse and fuse-overlayfs (apt-get install fuse-overlayfs)");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let [lower, upper, work] = ["lower", "upper", "work"].map(|name| folder.path().join(name));
+    for path in [&lower, &upper, &work] {
+        fs::create_dir(path).unwrap();
+    }
+    for name in ["old", "kept"] {
+        fs::write(lower.join(name), name).unwrap();
+    }
+    let mount = |kind: &str, source: &Path, options: Vec<String>| Mount {
+        kind: kind.into(),
+        source: source.display().to_string(),
+        target: String::new(),
+        options,
+    };
+    let of = |name: &str, path: &Path| format!("{name}={}", path.display());
+    let below = [mount("bind", &lower, vec!["rbind".into(), "ro".into()])];
+    let options = vec![of("lowerdir", &lower), of("upperdir", &upper), of("workdir", &work)];
+    let served = [mount("fuse3.fuse-overlayfs", Path::new("overlay"), options)];
+    let changes = layer(&["new", "folder/", "folder/file", ".wh.old"]);
+    apply(changes.as_slice(), TAR, &served, &ApplyOptions::default()).unwrap();
+    assert!(upper.join("folder/file").is_file() && lower.join("old").is_file());
+    let mut made = Vec::new();
+    diff(&below, &served, TAR, &mut made, &DiffOptions::default()).unwrap();
+    let mut archive = tar::Archive::new(made.as_slice());
+    let names = archive.entries().unwrap().map(|entry| entry.unwrap().path().unwrap().into_owned());
+    let names: std::collections::BTreeSet<PathBuf> = names.collect();
+    assert_eq!(names, [".wh.old", "folder/", "folder/file", "new"].map(PathBuf::from).into());
+    // Nothing of it is mounted here any more.
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!table.contains(&folder.path().display().to_string()), "{table}");
+}

@@ -30,7 +30,7 @@ use crate::process::{self, Child, Command, Exit, find_program};
 /// The programs, by what the types that they are for begin with.
 const PROGRAMS: [(&str, &str); 2] = [("fuse.", "mount.fuse"), ("fuse3.", "mount.fuse3")];
 
-/// Where they are looked for, and what they look for: no client and no configuration has a say in that.
+/// Where they are looked for, and where they look for others: no client and no configuration has a say in that.
 const FOLDERS: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// How long one may take; then it is killed.
@@ -39,9 +39,17 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// How many bytes of what it says are kept.
 const SAID: i64 = 4096;
 
-/// The program that carries out mounts of this type, and what it knows the type as; `None` if the kernel does.
-fn of(kind: &str) -> Option<(&'static str, &str)> {
-    PROGRAMS.iter().find_map(|(prefix, program)| Some((*program, kind.strip_prefix(prefix)?)))
+/// A program that carries out mounts.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Helper<'a> {
+    program: &'static str,
+    /// What it knows the type of the mount as.
+    kind: &'a str,
+}
+
+/// The program that carries out mounts of this type; `None` if the kernel does.
+pub(super) fn of(kind: &str) -> Option<Helper<'_>> {
+    PROGRAMS.iter().find_map(|(prefix, program)| Some(Helper { program, kind: kind.strip_prefix(prefix)? }))
 }
 
 /// Whether a program carries out the mount, and a process serves it from then on. That process keeps the mount namespace in
@@ -63,10 +71,8 @@ impl Default for Terms<'_> {
 }
 
 /// Mounts, and answers the mount point for undoing; nothing is mounted after an error.
-pub(super) fn mount(job: &Job<'_>, terms: &Terms<'_>) -> Result<OwnedFd, Error> {
-    let Some((program, kind)) = of(&job.mount.kind) else {
-        return Err(job.unsupported("it needs no helper"));
-    };
+pub(super) fn mount(job: &Job<'_>, helper: Helper<'_>, terms: &Terms<'_>) -> Result<OwnedFd, Error> {
+    let Helper { program, kind } = helper;
     let plain = |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '.' | '_' | '+' | '-');
     if !kind.starts_with(|letter: char| letter.is_ascii_alphanumeric()) || !kind.chars().all(plain) {
         return Err(job.unsupported("its type names no program"));

@@ -25,7 +25,8 @@ fn script(dir: &Path, text: &str) -> PathBuf {
 fn by_script(mount: &Mount, target: &Path, programs: &Path, patience: Duration) -> Result<OwnedFd, Error> {
     let options = Options::parse(mount)?;
     let job = Job { mount, target, options, source: &mount.source };
-    helper::mount(&job, &helper::Terms { folders: programs.as_os_str(), patience })
+    let helper = helper::of(&mount.kind).unwrap();
+    helper::mount(&job, helper, &helper::Terms { folders: programs.as_os_str(), patience })
 }
 
 /// Long enough for every script that ends.
@@ -51,7 +52,7 @@ fn a_helper_is_told_what_containerd_tells_it_and_inherits_nothing() {
         create_dir_all(target.join("below")).unwrap();
         let told = dir.join("told");
         let report = format!(
-            "{{ printf '%s|' \"$@\"; echo; pwd; env | grep -v '^PWD=\\|^_=' ; ls -l /proc/self/fd | grep -c memfd; }} > {}\n\
+            "{{ printf '%s|' \"$@\"; echo; pwd; env | grep -v -e ^PWD= -e ^OLDPWD= -e ^SHLVL= -e ^_= ; ls -l /proc/self/fd | grep -c memfd; }} > {}\n\
              mount -t tmpfs fake \"$2\"",
             told.display()
         );
