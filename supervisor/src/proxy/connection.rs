@@ -27,6 +27,11 @@ pub(super) const MAX_MESSAGE: usize = 16 << 20;
 /// The most bytes that a list may take. A walk that does not end ends here.
 const MAX_LIST: usize = 64 << 20;
 
+/// What may come of an answer that nobody reads yet, and of all answers together. A blob is read as slowly as it is unpacked or
+/// sent on; however many of them stand still, there must be room for the answers to all others.
+const STREAM_WINDOW: u32 = 256 << 10;
+const CONNECTION_WINDOW: u32 = 64 << 20;
+
 /// How long a socket may take to accept: a backlog that is full is no plugin.
 const CONNECT: Duration = Duration::from_secs(5);
 
@@ -107,7 +112,11 @@ pub(super) fn channel(socket: &Path) -> Channel {
         async move { UnixStream::connect(path).await.map(TokioIo::new) }
     });
     // No pings: Go's servers take a client that sends them for an attacker and hang up.
-    Endpoint::from_static("http://localhost").connect_timeout(CONNECT).connect_with_connector_lazy(connector)
+    Endpoint::from_static("http://localhost")
+        .connect_timeout(CONNECT)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .connect_with_connector_lazy(connector)
 }
 
 /// The way to one plugin. Clones are the same.

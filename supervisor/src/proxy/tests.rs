@@ -48,6 +48,8 @@ enum Mode {
     Refuses,
     /// It says nothing to who wants something deleted.
     Keeps,
+    /// Its blob is larger than anybody wants to read.
+    Vast,
 }
 
 /// A plugin that has every snapshot that is asked for, and one blob.
@@ -178,12 +180,9 @@ impl Content for Plugin {
         &self,
         request: Request<content::InfoRequest>,
     ) -> Result<Response<content::InfoResponse>, Status> {
-        self.behave(&request).await?;
-        let info = content::Info {
-            digest: request.into_inner().digest,
-            size: BLOB.len() as i64,
-            ..Default::default()
-        };
+        let mode = self.behave(&request).await?;
+        let size = if mode == Mode::Vast { i64::MAX } else { BLOB.len() as i64 };
+        let info = content::Info { digest: request.into_inner().digest, size, ..Default::default() };
         Ok(Response::new(content::InfoResponse { info: Some(info) }))
     }
 
@@ -223,6 +222,10 @@ impl Content for Plugin {
         request: Request<content::ReadContentRequest>,
     ) -> Result<Response<Self::ReadStream>, Status> {
         let mode = self.behave(&request).await?;
+        if mode == Mode::Vast {
+            let piece = content::ReadContentResponse { data: vec![0; 64 << 10].into(), ..Default::default() };
+            return Ok(Response::new(stream::repeat(Ok(piece)).boxed()));
+        }
         let content::ReadContentRequest { offset, size, .. } = request.into_inner();
         let end = if size == 0 { BLOB.len() } else { (offset + size) as usize };
         let mut data = BLOB[offset as usize..end].to_vec();
@@ -415,7 +418,8 @@ impl Scene {
 
     fn impatient_connection(&self, socket: &Path) -> Connection {
         let mut connection = self.connection(socket);
-        let moment = Duration::from_millis(200);
+        // What answers at all does so within that, also where all is slow.
+        let moment = Duration::from_secs(2);
         connection.patience = Patience { look: moment, change: moment, cleanup: moment, layer: moment };
         connection
     }
@@ -603,6 +607,22 @@ fn a_collection_goes_on_without_a_content_store_that_says_nothing() {
     server.shutdown_background();
 }
 
+#[test]
+fn blobs_that_are_read_slowly_hold_up_nothing_else() {
+    let scene = Scene::new();
+    let _server = scene.serve(&scene.socket());
+    let store = ProxyStore::new(scene.connection(&scene.socket()));
+    scene.set(Mode::Vast);
+    let digest = digest_of(BLOB);
+    let mut readers: Vec<_> = (0..64).map(|_| store.reader(&digest).unwrap()).collect();
+    // Each has begun when the next does, and is not read on: as much comes as there is room for.
+    for reader in &mut readers {
+        reader.read_exact(&mut [0]).unwrap();
+    }
+    assert_eq!(store.info(&digest).unwrap().size, i64::MAX as u64);
+    readers[0].read_exact(&mut vec![0; 1 << 20]).unwrap();
+}
+
 /// A request as the layer of this daemon makes it.
 fn called<T>(message: T) -> Request<T> {
     let mut request = Request::new(message);
@@ -618,7 +638,7 @@ fn sandboxes_of_a_plugin_are_told_of_and_waited_for() {
     let mut events = hub.subscribe(davit_model::Filter::parse(&[]).unwrap());
     let mut topic = move || events.try_recv().ok().map(|envelope| envelope.topic.clone());
     let mut connection = scene.connection(&socket);
-    connection.patience.look = Duration::from_millis(200);
+    connection.patience.look = Duration::from_secs(5);
     let controller = ProxyController::new(connection, hub);
     let id = || "s".to_owned();
     let wait = move || called(sandbox::ControllerWaitRequest { sandbox_id: id(), ..Default::default() });
