@@ -56,8 +56,10 @@ pub fn join(path: &Path, pid: u32) -> Result<(), CgroupError> {
 }
 
 /// Makes the groups of a path. A new group of cpuset (v1) takes nobody in until it has processors and memory: those of the
-/// group above.
+/// group above. In v2 an empty file means just these, and the root has no such file.
 fn make(hierarchy: &Path, path: &Path) -> Result<(), CgroupError> {
+    // Every group of v2 has this file and none of v1 (cgroups(7)).
+    let unified = hierarchy.join("cgroup.controllers").exists();
     let mut group = hierarchy.to_owned();
     for part in path.components() {
         let above = group.clone();
@@ -66,6 +68,9 @@ fn make(hierarchy: &Path, path: &Path) -> Result<(), CgroupError> {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(system("make", &group)(error)),
+        }
+        if unified {
+            continue;
         }
         for file in ["cpuset.cpus", "cpuset.mems"] {
             let to = group.join(file);
@@ -124,6 +129,20 @@ mod tests {
         let unified = "30 23 0:25 / /sys/fs/cgroup rw shared:4 - cgroup2 cgroup2 rw,nsdelegate\n";
         assert_eq!(hierarchies(unified), [Path::new("/sys/fs/cgroup")]);
         assert_eq!(hierarchies("22 1 0:5 / /proc rw - proc proc rw\n"), [] as [PathBuf; 0]);
+    }
+
+    /// Folders as the kernel fills them when a group is made, of which no host has both kinds.
+    #[test]
+    fn a_group_has_the_processors_of_the_one_above() {
+        for (root_file, expected) in [("cpuset.cpus", "0-3"), ("cgroup.controllers", "")] {
+            let root = tempfile::tempdir().unwrap();
+            fs::write(root.path().join(root_file), "0-3\n").unwrap();
+            let file = root.path().join("group/cpuset.cpus");
+            fs::create_dir(root.path().join("group")).unwrap();
+            fs::write(&file, "\n").unwrap();
+            make(root.path(), Path::new("group")).unwrap();
+            assert_eq!(fs::read_to_string(&file).unwrap().trim(), expected, "{root_file}");
+        }
     }
 
     #[test]
