@@ -24,10 +24,11 @@ use crate::config::Config;
 use crate::grpc::context::ContextLayer;
 use crate::pages::PAUSE;
 
-/// The flow-control windows of HTTP/2. Blobs are streamed through one stream; the protocol's default of 64 KiB would
-/// cost a round trip for each.
+/// The flow-control windows of HTTP/2: what a client may send that nobody has read. Blobs are streamed through one stream;
+/// the protocol's default of 64 KiB would cost a round trip for each. Most clients have one connection for all that they do:
+/// there must be room on it for other calls beside all blobs that wait for a store that is slow, or hangs.
 const STREAM_WINDOW: u32 = 1 << 20;
-const CONNECTION_WINDOW: u32 = 4 << 20;
+const CONNECTION_WINDOW: u32 = 64 << 20;
 
 /// A client over TCP that says nothing for so long is asked whether it is there, and has so long to say so: a machine that has gone
 /// closes no connection.
@@ -170,9 +171,71 @@ async fn within_drain(ended: impl Future<Output = Result<()>>) -> Result<()> {
 mod tests {
     use std::pin::pin;
 
-    use futures::poll;
+    use davit_proto::containerd::services::content::v1::content_client::ContentClient;
+    use davit_proto::containerd::services::content::v1::content_server::ContentServer;
+    use davit_proto::containerd::services::content::v1::{WriteAction, WriteContentRequest};
+    use davit_proto::containerd::services::version::v1::version_client::VersionClient;
+    use davit_proto::containerd::services::version::v1::version_server::VersionServer;
+    use futures::{poll, stream};
+    use hyper_util::rt::TokioIo;
+    use tonic::Request;
+    use tonic::transport::Endpoint;
 
     use super::*;
+    use crate::grpc::content::ContentService;
+    use crate::grpc::context::NAMESPACE;
+    use crate::grpc::version::VersionService;
+    use crate::metadata::Scope;
+    use crate::metadata::tests::Fixture;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn writes_that_stand_still_hold_up_no_other_call_of_their_client() {
+        const WRITES: usize = 32;
+        const LIMIT: Duration = Duration::from_secs(20);
+        let fixture = Fixture::new();
+        // A store that hangs: more work than its lane lets begin.
+        let lane = fixture.metadata.content(&Scope::new("n", None).unwrap()).lane().clone();
+        let (release, hold) = std::sync::mpsc::channel::<()>();
+        let hold = Arc::new(std::sync::Mutex::new(hold));
+        for _ in 0..100 {
+            let (lane, hold) = (lane.clone(), hold.clone());
+            tokio::spawn(async move { lane.run(move || hold.lock().unwrap().recv()).await });
+        }
+        while tokio::time::timeout(Duration::from_millis(1), lane.run(|| ())).await.is_ok() {}
+
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("socket");
+        let incoming = UnixListenerStream::new(tokio::net::UnixListener::bind(&socket).unwrap());
+        let routes = Routes::new(ContentServer::new(ContentService::new(fixture.metadata.clone())))
+            .add_service(VersionServer::new(VersionService));
+        let calls = Calls::default();
+        let server = builder(&Config::default(), &calls).add_routes(routes).serve_with_incoming(incoming);
+        tokio::spawn(server);
+        let connect = tower::service_fn(move |_| {
+            let path = socket.clone();
+            async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
+        });
+        let channel =
+            Endpoint::from_static("http://localhost").connect_with_connector(connect).await.unwrap();
+        for number in 0..WRITES {
+            let piece = WriteContentRequest {
+                action: WriteAction::Write.into(),
+                r#ref: number.to_string(),
+                data: vec![0; 1 << 20].into(),
+                ..Default::default()
+            };
+            let mut request = Request::new(stream::repeat(piece));
+            request.metadata_mut().insert(NAMESPACE, "n".parse().unwrap());
+            let mut client = ContentClient::new(channel.clone());
+            tokio::spawn(async move { client.write(request).await.map(drop) });
+        }
+        // Each sends as much as it may; the first of these calls come in between.
+        let mut client = VersionClient::new(channel);
+        for _ in 0..200 {
+            tokio::time::timeout(LIMIT, client.version(())).await.expect("an answer").unwrap();
+        }
+        drop(release);
+    }
 
     #[tokio::test]
     async fn signals_that_come_during_a_start_are_kept() {
