@@ -10,7 +10,8 @@ use anyhow::{Result, ensure};
 use davit_integration::census::Census;
 use davit_integration::image::{self, Entry};
 use davit_integration::{daemon, wait};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::json;
 use tar::EntryType;
 
@@ -28,15 +29,16 @@ fn second_layer() -> Result<Vec<u8>> {
     ])
 }
 
-/// How many processes serve filesystems of this folder.
-fn servers(folder: &Path) -> usize {
+/// The processes that serve filesystems of this folder.
+fn servers(folder: &Path) -> Vec<Pid> {
     let folder = folder.display().to_string();
     let serves = |line: Vec<u8>| {
         let line = String::from_utf8_lossy(&line).into_owned();
         line.starts_with("fuse-overlayfs") && line.contains(&folder)
     };
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
-    processes.filter(|process| fs::read(process.path().join("cmdline")).is_ok_and(serves)).count()
+    let found = processes.filter(|process| fs::read(process.path().join("cmdline")).is_ok_and(serves));
+    found.filter_map(|process| process.file_name().to_str()?.parse().ok()).map(Pid::from_raw).collect()
 }
 
 #[test]
@@ -59,7 +61,7 @@ fn containers_run_on_filesystems_that_processes_serve() -> Result<()> {
     daemon.ctr().run(&format!("images import --no-unpack {}", archive.display()))?;
     let census = Census::take(&daemon.path(""));
     let settled =
-        || wait::until("no process serves any more", || (servers(folder.path()) == 0).then_some(()));
+        || wait::until("no process serves any more", || servers(folder.path()).is_empty().then_some(()));
 
     // The layers are applied by the daemon; who is in the image's passwd the client looks up.
     let run = |args: &[&str]| daemon::ok(daemon.davit(args)?);
@@ -83,7 +85,7 @@ fn containers_run_on_filesystems_that_processes_serve() -> Result<()> {
     run(&[&on[..], &["-d", "--name", "long", "busybox", "sh", "-c", script]].concat())?;
     let exec = |words: &[&str]| daemon::ok(daemon.davit([&["exec", "long"], words].concat())?);
     wait::until("it has written", || exec(&["cat", "/file"]).ok().filter(|said| said == "written\n"))?;
-    wait::until("one process serves it", || (servers(folder.path()) == 1).then_some(()))?;
+    wait::until("one process serves it", || (servers(folder.path()).len() == 1).then_some(()))?;
     daemon.stop(Signal::SIGKILL)?;
     daemon.restart()?;
     let run = |args: &[&str]| daemon::ok(daemon.davit(args)?);
@@ -93,6 +95,17 @@ fn containers_run_on_filesystems_that_processes_serve() -> Result<()> {
     ensure!(run(&["exec", "long", "cat", "/etc/second"])? == "second\n");
     run(&["rm", "-f", "long"])?;
     settled()?;
+    census.settle(&daemon.path(""))?;
+
+    // A process that has died takes the files of its container along, and nothing else.
+    run(&[&on[..], &["-d", "--name", "orphan", "busybox", "sleep", "1000"]].concat())?;
+    for server in servers(folder.path()) {
+        kill(server, Signal::SIGKILL)?;
+    }
+    settled()?;
+    ensure!(!daemon.davit(["exec", "orphan", "cat", "/etc/second"])?.status.success());
+    run(&[&on[..], &["--rm", "busybox", "true"]].concat())?;
+    run(&["rm", "-f", "orphan"])?;
     census.settle(&daemon.path(""))?;
 
     // What the helper says about a mount that it cannot do is told.
