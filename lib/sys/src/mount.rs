@@ -25,11 +25,12 @@ use std::path::{Path, PathBuf};
 
 use davit_model::{Coded, ErrorCode, Mount};
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
+use nix::fcntl::{OFlag, open};
 pub use nix::mount::MntFlags;
 use nix::mount::{MsFlags, umount2};
 use nix::sys::stat::{Mode, SFlag, fstat};
 
+use crate::fs::open_in_root;
 use crate::loop_device::{self, LoopDevice};
 use calls::Attributes;
 pub use helper::is_by_helper;
@@ -442,10 +443,8 @@ impl Job<'_> {
         if self.mount.target.is_empty() {
             return Ok(root);
         }
-        let how = OpenHow::new()
-            .flags(flags)
-            .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-        openat2(&root, self.mount.target.as_str(), how).map_err(|errno| self.error("openat2 target", errno))
+        open_in_root(root.as_fd(), self.mount.target.as_bytes(), flags)
+            .map_err(|errno| self.error("openat2 target", errno))
     }
 
     /// Mounts on `point` by the new API; nothing is mounted after an error.

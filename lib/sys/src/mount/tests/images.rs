@@ -24,11 +24,25 @@ fn no_device_left(dir: &Path) -> bool {
             devices.filter_map(|device| read_to_string(device.path().join("loop/backing_file")).ok());
         files.any(|file| Path::new(file.trim_end()).starts_with(dir))
     };
-    let limit = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    let limit = std::time::Instant::now() + std::time::Duration::from_secs(60);
     while used() && std::time::Instant::now() < limit {
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
     !used()
+}
+
+/// Unmounts what nobody uses any more. What another test forks has the files that this one has open at that moment, until it
+/// executes.
+fn unmount_idle(target: &Path) {
+    let limit = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    loop {
+        match unmount(target, MntFlags::empty()) {
+            Err(error) if error.errno() == Some(Errno::EBUSY) && std::time::Instant::now() < limit => {
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+            unmounted => return unmounted.unwrap(),
+        }
+    }
 }
 
 #[test]
@@ -42,7 +56,7 @@ fn a_file_is_mounted_by_a_loop_device_that_ends_with_the_mount() {
                 assert!(mounts_at(&target)[0].contains("/dev/loop"), "{:?}", mounts_at(&target));
                 let written = write(target.join("file"), "x");
                 assert_eq!(written.is_err(), options.contains(&"ro"), "{interface:?} {options:?}");
-                unmount(&target, MntFlags::empty()).unwrap();
+                unmount_idle(&target);
                 assert!(no_device_left(dir), "{interface:?} {options:?}");
             }
         }
@@ -67,7 +81,7 @@ fn an_overlay_of_images_is_one_mount() {
             mount_all(&[mount("ext4", path, &["loop"])], &target).unwrap();
             write(target.join(text), text).unwrap();
             write(target.join("both"), text).unwrap();
-            unmount(&target, MntFlags::empty()).unwrap();
+            unmount_idle(&target);
         }
         let lower = |path| mount("ext4", path, &["loop", "ro"]);
         let (upper, work) = (format!("upperdir={}", upper.display()), format!("workdir={}", work.display()));
@@ -83,7 +97,7 @@ fn an_overlay_of_images_is_one_mount() {
         assert_eq!(read_to_string(target.join("both")).unwrap(), "high");
         write(target.join("new"), "x").unwrap();
         assert_eq!(mounts_at(dir).len(), 1, "{:?}", mounts_at(dir));
-        unmount(&target, MntFlags::empty()).unwrap();
+        unmount_idle(&target);
         assert!(no_device_left(dir));
         assert!(dir.join("upper/new").exists());
 
@@ -99,7 +113,7 @@ fn an_overlay_of_images_is_one_mount() {
         mount_all(&[lower(&low), bind], &target).unwrap();
         assert_eq!(read_to_string(target.join("both")).unwrap(), "low");
         assert_eq!(mounts_at(dir).len(), 1);
-        unmount(&target, MntFlags::empty()).unwrap();
+        unmount_idle(&target);
         assert!(no_device_left(dir));
     });
 }
