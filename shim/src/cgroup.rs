@@ -32,9 +32,13 @@ impl Cgroup {
     /// The cgroup that a process is in.
     pub(crate) fn of_process(pid: i32) -> io::Result<Cgroup> {
         let memberships = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
-        let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
-        find(&memberships, &mounts, unified())
-            .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no cgroup is mounted"))
+        let found = if unified() {
+            in_unified(&memberships)
+        } else {
+            // Only here: it is long on a host with many containers, and this is on the way of each one's creation.
+            in_hierarchies(&memberships, &std::fs::read_to_string("/proc/self/mountinfo")?)
+        };
+        found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no cgroup is mounted"))
     }
 
     /// The folders, for [`Cgroup::restore`]: of the unified hierarchy one without a controller's name.
@@ -182,12 +186,14 @@ pub(crate) fn collect(folder: &Path, found: &mut BTreeSet<u32>) {
     }
 }
 
+/// What `/proc/<pid>/cgroup` says of the unified hierarchy (cgroups(7)).
+fn in_unified(memberships: &str) -> Option<Cgroup> {
+    let path = memberships.lines().find_map(|line| line.strip_prefix("0::"))?;
+    Some(Cgroup::V2(Path::new(ROOT).join(path.trim_start_matches('/'))))
+}
+
 /// Brings together what `/proc/<pid>/cgroup` and `/proc/self/mountinfo` say (cgroups(7), proc(5)).
-fn find(memberships: &str, mounts: &str, unified: bool) -> Option<Cgroup> {
-    if unified {
-        let path = memberships.lines().find_map(|line| line.strip_prefix("0::"))?;
-        return Some(Cgroup::V2(Path::new(ROOT).join(path.trim_start_matches('/'))));
-    }
+fn in_hierarchies(memberships: &str, mounts: &str) -> Option<Cgroup> {
     let mut folders = Vec::new();
     for line in memberships.lines() {
         let mut parts = line.splitn(3, ':').skip(1);
@@ -272,7 +278,7 @@ mod tests {
     #[test]
     fn groups_of_the_first_version_are_found_in_their_mounts() {
         let memberships = "5:cpu,cpuacct:/default/box\n4:memory:/outer/default/box\n2:freezer:/x\n1:name=systemd:/s\n0::/u\n";
-        let Some(Cgroup::V1(folders)) = find(memberships, MOUNTS, false) else { panic!("not found") };
+        let Some(Cgroup::V1(folders)) = in_hierarchies(memberships, MOUNTS) else { panic!("not found") };
         let expected = [
             ("cpu", "/sys/fs/cgroup/cpu,cpuacct/default/box"),
             ("cpuacct", "/sys/fs/cgroup/cpu,cpuacct/default/box"),
@@ -286,9 +292,9 @@ mod tests {
 
     #[test]
     fn the_unified_group_is_below_its_root() {
-        let Some(Cgroup::V2(folder)) = find("0::/system.slice/box\n", "", true) else { panic!("not found") };
+        let Some(Cgroup::V2(folder)) = in_unified("0::/system.slice/box\n") else { panic!("not found") };
         assert_eq!(folder, Path::new("/sys/fs/cgroup/system.slice/box"));
-        assert!(find("5:cpu:/x\n", MOUNTS, true).is_none());
-        assert!(find("", MOUNTS, false).is_none());
+        assert!(in_unified("5:cpu:/x\n").is_none());
+        assert!(in_hierarchies("", MOUNTS).is_none());
     }
 }
