@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use davit_model::duration;
 use http::uri::Authority;
 use http::{HeaderName, HeaderValue, Uri};
 use serde::Deserialize;
@@ -206,7 +207,12 @@ fn settings(name: &str, entry: Entry, folder: &Path) -> Result<super::Settings, 
     headers.sort_by(|(one, _), (other, _)| one.as_str().cmp(other.as_str()));
     let dial_timeout = match entry.dial_timeout.as_str() {
         "" => None,
-        text => Some(duration(text).ok_or_else(|| bad("its dial_timeout is no duration"))?),
+        text => {
+            let nanoseconds = duration::nanoseconds(text).filter(|nanoseconds| *nanoseconds >= 0.0);
+            let limit = nanoseconds.ok_or_else(|| bad("its dial_timeout is no duration"))?;
+            // Go takes 0 for none of its own, so the usual one holds.
+            (limit > 0.0).then(|| Duration::from_nanos(limit as u64))
+        }
     };
     Ok(super::Settings {
         certificate_authorities: entry
@@ -225,30 +231,6 @@ fn settings(name: &str, entry: Entry, folder: &Path) -> Result<super::Settings, 
 
 fn value_error(folder: &Path, host: &str, reason: &'static str) -> HostsError {
     HostsError::Value { path: folder.join("hosts.toml"), host: host.to_owned(), reason }
-}
-
-/// A duration in Go's words, such as `1m30s` or `1.5s`.
-fn duration(text: &str) -> Option<Duration> {
-    let mut rest = text;
-    let mut total = Duration::ZERO;
-    while !rest.is_empty() {
-        let end = rest.find(|character: char| !character.is_ascii_digit() && character != '.')?;
-        let number: f64 = rest[..end].parse().ok()?;
-        rest = &rest[end..];
-        let end = rest.find(|character: char| character.is_ascii_digit()).unwrap_or(rest.len());
-        let unit = match &rest[..end] {
-            "ns" => 1e-9,
-            "us" | "µs" => 1e-6,
-            "ms" => 1e-3,
-            "s" => 1.0,
-            "m" => 60.0,
-            "h" => 3600.0,
-            _ => return None,
-        };
-        rest = &rest[end..];
-        total = total.checked_add(Duration::try_from_secs_f64(number * unit).ok()?)?;
-    }
-    (!text.is_empty()).then_some(total)
 }
 
 #[cfg(test)]
@@ -294,6 +276,12 @@ mod tests {
     }
 
     #[test]
+    fn no_limit_for_dialling_is_the_usual_one() {
+        let hosts = parsed("[host.a]\ndial_timeout = \"0s\"");
+        assert_eq!(hosts.hosts[0].settings.dial_timeout, None);
+    }
+
+    #[test]
     fn certificates_in_all_their_forms() {
         let hosts = parsed(
             r#"
@@ -329,6 +317,7 @@ mod tests {
             "[host.x]\nclient = [[\"a\", \"b\", \"c\"]]",
             "[host.x]\nclient = [[]]",
             "[host.x]\ndial_timeout = \"soon\"",
+            "[host.x]\ndial_timeout = \"-1s\"",
             "[host.x.header]\n\"a b\" = \"1\"",
             "[host.x.header]\na = \"1\\n2\"",
         ] {
