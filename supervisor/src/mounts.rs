@@ -92,6 +92,14 @@ fn folder_error<'a>(action: &'static str, path: &'a Path) -> impl Fn(io::Error) 
     move |source| MountError::Folder { action, path: path.to_owned(), source }
 }
 
+/// Removes an empty folder, unless somebody else has: whoever deactivates and the collector may do so at once.
+fn remove_folder(path: &Path) -> Result<(), MountError> {
+    match fs::remove_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed.map_err(folder_error("remove", path)),
+    }
+}
+
 /// A mount that the daemon has carried out.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ActiveMount {
@@ -230,11 +238,11 @@ impl Targets {
             let point = target.join(index.to_string());
             let removed = unmount_all(&point)
                 .map_err(|source| MountError::Unmount { path: point.clone(), source })
-                .and_then(|()| fs::remove_dir(&point).map_err(folder_error("remove", &point)));
+                .and_then(|()| remove_folder(&point));
             outcome = outcome.and(removed);
         }
         outcome?;
-        fs::remove_dir(&target).map_err(folder_error("remove", &target))
+        remove_folder(&target)
     }
 
     /// The numbers of the activations of which something is there.
