@@ -1,9 +1,7 @@
 //! Random calls of the whole metadata API, which the daemon must answer as the model does (`davit_integration::model`).
 //!
-//! A failure prints its seed and the steps that it takes; `DAVIT_SEED` runs a seed again, and `DAVIT_STEPS` that many steps of
-//! a fresh one.
-
-use std::time::{SystemTime, UNIX_EPOCH};
+//! A failure prints its seed and the steps that it takes; `DAVIT_SEED` runs another seed, and `DAVIT_STEPS` that many steps.
+//! `cargo xtask model` draws seeds that nobody has run: a check of a change is to tell of that change alone.
 
 use anyhow::{Context, Result, bail, ensure};
 use davit_integration::bins;
@@ -22,11 +20,6 @@ fn number(name: &str) -> Result<Option<u64>> {
     Ok(Some(text.parse().with_context(|| format!("{name}={text}"))?))
 }
 
-fn fresh() -> Result<u64> {
-    let nanos = SystemTime::now().duration_since(UNIX_EPOCH)?.subsec_nanos();
-    Ok(number("DAVIT_SEED")?.unwrap_or(u64::from(nanos)))
-}
-
 fn run_and_check(plan: &Plan) -> Result<Summary> {
     let summary = run(plan, subject::ours)?;
     eprintln!("seed {}: {summary}", plan.seed);
@@ -41,7 +34,8 @@ fn the_daemon_answers_as_the_model_does() -> Result<()> {
         return Ok(());
     }
     let steps = number("DAVIT_STEPS")?.unwrap_or(1500);
-    let plan = Plan { seed: fresh()?, steps, kills: 150, without: Vec::new(), seeded: Vec::new() };
+    let seed = number("DAVIT_SEED")?.unwrap_or(20_261_121);
+    let plan = Plan { seed, steps, kills: 150, without: Vec::new(), seeded: Vec::new() };
     run_and_check(&plan)?;
     Ok(())
 }
