@@ -3,7 +3,8 @@
 //!
 //! Nothing is killed but what certainly is the container's: the processes that the shim has recorded, known by pid and
 //! start time, and what runs in a cgroup that bears the container's name. A cgroup is removed only when it is empty, and of
-//! the runtime's folder only files.
+//! the runtime's folder only files. Daemons may share a runtime's folder: a container there that was made of a bundle which is
+//! another's is left alone, with its cgroup.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -17,7 +18,9 @@ use std::time::Duration;
 
 use davit_model::error::chain;
 use davit_shim_protocol::journal::StartRecord;
+use davit_sys::fs::read_regular;
 use davit_sys::process::{pidfd_open, pidfd_send_signal, start_time};
+use serde::Deserialize;
 
 use crate::cgroup;
 use crate::deadline::Deadline;
@@ -29,6 +32,8 @@ use crate::spec::Specification;
 /// The time that a runtime has to remove what it has half made. A daemon waits five seconds for the whole
 /// (`io.containerd.timeout.shim.cleanup`), and by hand it takes only some milliseconds.
 const RUNTIME_LIMIT: Duration = Duration::from_secs(3);
+/// The most bytes of what a runtime keeps of a container: its specification, and some more.
+const MAX_STATE: u64 = 32 << 20;
 /// The pause between two looks at what is about to go: neither the end of a process that is no child of ours nor a cgroup
 /// that becomes empty can be waited for on every kernel.
 const PAUSE: Duration = Duration::from_millis(5);
@@ -43,6 +48,8 @@ pub(crate) struct Leftovers<'a> {
     running: Vec<StartRecord>,
     /// It has had any process at all. If not, what there may be in a cgroup of its name is another's.
     began: bool,
+    /// The runtime's container of this name is another bundle's.
+    anothers: bool,
 }
 
 impl<'a> Leftovers<'a> {
@@ -53,14 +60,16 @@ impl<'a> Leftovers<'a> {
         running: Vec<StartRecord>,
         began: bool,
     ) -> Leftovers<'a> {
+        let anothers = is_anothers(&runtime.state_of(id), &runtime.bundle);
         let specification = Specification::read(&runtime.bundle).unwrap_or_default();
-        let cgroups = specification.cgroup().map(cgroup::folders_of_container).unwrap_or_default();
-        Leftovers { runtime, id, cgroups, running, began }
+        let cgroup = specification.cgroup().filter(|_| !anothers);
+        let cgroups = cgroup.map(cgroup::folders_of_container).unwrap_or_default();
+        Leftovers { runtime, id, cgroups, running, began, anothers }
     }
 
     /// Whether there is anything.
     pub(crate) fn is_empty(&self) -> bool {
-        !is_there(&self.runtime.state_of(self.id))
+        (self.anothers || !is_there(&self.runtime.state_of(self.id)))
             && !self.cgroups.iter().any(|folder| is_there(folder))
             && self.alive().is_empty()
     }
@@ -68,6 +77,10 @@ impl<'a> Leftovers<'a> {
     /// Removes everything, by the runtime and then by hand. Ends when nothing is left that can
     /// be removed and no process lives; one that sleeps in the kernel has to be waited for, and the caller says how long.
     pub(crate) async fn remove(&self) {
+        if self.anothers {
+            log::warn(format_args!("the runtime's container {} is of another bundle and stays", self.id));
+            return self.remove_by_hand().await;
+        }
         let delete = ["delete", "--force", self.id].map(OsStr::new);
         let runtime = self.runtime.until(Deadline::within(RUNTIME_LIMIT));
         if let Err(error) = runtime.simple("failed to remove runtime container", &delete).await {
@@ -101,6 +114,9 @@ impl<'a> Leftovers<'a> {
             if removed.await.is_none() {
                 log::warn(format_args!("cgroup {} is in use", folder.display()));
             }
+        }
+        if self.anothers {
+            return;
         }
         let state = self.runtime.state_of(self.id);
         if let Err(error) = remove_files(&state) {
@@ -193,6 +209,38 @@ pub(crate) fn init_of_bundle(bundle: &Path, id: &str) -> Option<StartRecord> {
         .lines()
         .any(|line| line.splitn(3, ':').nth(2).is_some_and(|path| Path::new(path) == cgroup));
     member.then(|| StartRecord { id: id.to_owned(), pid: pid.unsigned_abs(), start_time })
+}
+
+/// Whether a runtime's folder of a container tells of a bundle that is there and is not ours. runc has the bundle among the labels
+/// of its `state.json`, crun in its `status`; of what another runtime has nothing is known.
+fn is_anothers(state: &Path, ours: &Path) -> bool {
+    #[derive(Deserialize)]
+    struct Runc {
+        config: RuncConfig,
+    }
+    #[derive(Deserialize)]
+    struct RuncConfig {
+        labels: Vec<String>,
+    }
+    #[derive(Deserialize)]
+    struct Crun {
+        bundle: String,
+    }
+    let read = |name: &str| read_regular(&state.join(name), MAX_STATE).ok();
+    let of_runc = || {
+        let found: Runc = serde_json::from_slice(&read("state.json")?).ok()?;
+        found.config.labels.iter().find_map(|label| label.strip_prefix("bundle=")).map(PathBuf::from)
+    };
+    let of_crun = || {
+        let found: Crun = serde_json::from_slice(&read("status")?).ok()?;
+        Some(PathBuf::from(found.bundle))
+    };
+    let Some(theirs) = of_runc().or_else(of_crun) else { return false };
+    match (fs::metadata(theirs), fs::metadata(ours)) {
+        (Ok(theirs), Ok(ours)) => (theirs.dev(), theirs.ino()) != (ours.dev(), ours.ino()),
+        (Ok(_), Err(_)) => true,
+        (Err(_), _) => false,
+    }
 }
 
 fn is_there(path: &Path) -> bool {
