@@ -344,7 +344,7 @@ fn is_lost_connection(status: &tonic::Status) -> bool {
 fn eprint_line(text: &str) {
     use std::io::Write;
     // That nobody can read it changes nothing.
-    let _ = write!(std::io::stderr(), "{text}\r\n");
+    let _ = std::io::stderr().write_all(format!("{text}\r\n").as_bytes());
 }
 
 /// Sends a signal.

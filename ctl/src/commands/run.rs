@@ -141,8 +141,8 @@ pub(crate) async fn stay(
 
 /// Tells a user who has pressed the keys what becomes of the process. The cursor is somewhere in its output.
 pub(crate) fn say_detached(what_now: &str) {
-    // That nobody can read it changes nothing.
-    let _ = writeln!(std::io::stderr(), "\ndavit: detached; {what_now}");
+    // In one write, since the output may go on until we end. That nobody can read it changes nothing.
+    let _ = std::io::stderr().write_all(format!("\ndavit: detached; {what_now}\n").as_bytes());
 }
 
 /// The exit code of a command that has stayed with a process.
