@@ -13,6 +13,9 @@ use nix::unistd::Pid;
 
 use crate::wait;
 
+/// Where the OCI runtime keeps the containers of each namespace, unless a client says otherwise.
+const RUNTIME_FOLDER: &str = "/run/containerd/runc";
+
 /// What is there at one moment, as lines that name each thing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Census(BTreeSet<String>);
@@ -42,7 +45,7 @@ impl Census {
         for part in ["state", "root/io.containerd.runtime.v2.task", "s", "runc"] {
             files(&folder.join(part), &mut lines);
         }
-        files(&Path::new("/run/containerd/runc").join(folder.file_name().unwrap_or_default()), &mut lines);
+        files(&Path::new(RUNTIME_FOLDER).join(folder.file_name().unwrap_or_default()), &mut lines);
         // The folder of a namespace stays, as in containerd.
         let own = folder.file_name().unwrap_or_default();
         lines.retain(|line| !Path::new(line).ends_with(own));
@@ -147,9 +150,12 @@ pub fn sweep(folder: &Path) {
     for point in mounts(folder) {
         let _ = umount2(&point, MntFlags::MNT_DETACH);
     }
+    let Some(namespace) = folder.file_name() else { return };
+    // What the runtime knows of containers that a test has not deleted, and the folder, which stays as in containerd.
+    let _ = fs::remove_dir_all(Path::new(RUNTIME_FOLDER).join(namespace));
     // The parent of the containers' cgroups, which clients of containerd leave.
     for hierarchy in hierarchies() {
-        let parent = hierarchy.join(folder.file_name().unwrap_or_default());
+        let parent = hierarchy.join(namespace);
         for cgroup in folders(&parent).into_iter().chain([parent]) {
             let _ = fs::remove_dir(cgroup);
         }
