@@ -1,5 +1,6 @@
 //! A daemon of a few lines: bundles, the start of a shim, a blocking ttrpc client, and a receiver of events.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
@@ -27,6 +28,8 @@ use davit_shim_protocol::frame::{self, Decoder, Received, RpcError};
 use prost::Message;
 
 pub(crate) const NAMESPACE: &str = "shimtest";
+/// The service of most calls.
+pub(crate) const TASK: &str = "containerd.task.v3.Task";
 /// Longer than anything takes on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-davit-v2");
@@ -282,17 +285,27 @@ pub(crate) struct Bundle {
     pub(crate) path: PathBuf,
 }
 
-/// A connection to a shim, for one call at a time.
+/// A connection to a shim.
 pub(crate) struct Client {
     path: PathBuf,
-    inner: Mutex<(UnixStream, Decoder, u32)>,
+    inner: Mutex<Connection>,
+}
+
+struct Connection {
+    stream: UnixStream,
+    decoder: Decoder,
+    /// The number of the next call.
+    next: u32,
+    /// Answers that nobody has asked for yet.
+    answers: BTreeMap<u32, Vec<u8>>,
 }
 
 impl Client {
     pub(crate) fn connect(path: &Path) -> Client {
         let stream = UnixStream::connect(path).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        Client { path: path.to_owned(), inner: Mutex::new((stream, Decoder::new(), 1)) }
+        let inner = Connection { stream, decoder: Decoder::new(), next: 1, answers: BTreeMap::new() };
+        Client { path: path.to_owned(), inner: Mutex::new(inner) }
     }
 
     /// Another connection to the same shim.
@@ -312,21 +325,43 @@ impl Client {
         request: &impl Message,
         timeout: Option<Duration>,
     ) -> Result<R, RpcError> {
-        let mut inner = self.inner.lock().unwrap();
-        let (stream, decoder, number) = &mut *inner;
+        let number = self.send(service, method, request, timeout);
+        self.receive(number)
+    }
+
+    /// Begins a call, and gives its number for [`Client::receive`].
+    pub(crate) fn send(
+        &self,
+        service: &str,
+        method: &str,
+        request: &impl Message,
+        timeout: Option<Duration>,
+    ) -> u32 {
+        let connection = &mut *self.inner.lock().unwrap();
+        let number = connection.next;
+        connection.next += 2;
         let request = frame::request(service, method, request.encode_to_vec(), timeout, &[]);
-        stream.write_all(&frame::encode_request(*number, &request).unwrap()).unwrap();
+        connection.stream.write_all(&frame::encode_request(number, &request).unwrap()).unwrap();
+        number
+    }
+
+    /// The answer to a call.
+    pub(crate) fn receive<R: Message + Default>(&self, number: u32) -> Result<R, RpcError> {
+        let connection = &mut *self.inner.lock().unwrap();
         let mut buffer = [0; 4096];
         loop {
-            if let Some(received) = decoder.next_frame() {
-                let Received::Frame(frame) = received else { panic!("{received:?}") };
-                assert_eq!(frame.stream, *number);
-                *number += 2;
-                return frame::decode_response(&frame.payload).map(|reply| R::decode(&*reply).unwrap());
+            if let Some(answer) = connection.answers.remove(&number) {
+                return frame::decode_response(&answer).map(|reply| R::decode(&*reply).unwrap());
             }
-            let count = stream.read(&mut buffer).unwrap_or_else(|error| panic!("{method}: {error}"));
-            assert_ne!(count, 0, "{method}: the shim closed the connection");
-            decoder.feed(&buffer[..count]);
+            if let Some(received) = connection.decoder.next_frame() {
+                let Received::Frame(frame) = received else { panic!("{received:?}") };
+                connection.answers.insert(frame.stream, frame.payload);
+                continue;
+            }
+            let count =
+                connection.stream.read(&mut buffer).unwrap_or_else(|error| panic!("{number}: {error}"));
+            assert_ne!(count, 0, "call {number}: the shim closed the connection");
+            connection.decoder.feed(&buffer[..count]);
         }
     }
 
@@ -335,7 +370,7 @@ impl Client {
         method: &str,
         request: &impl Message,
     ) -> Result<R, RpcError> {
-        self.call_version("containerd.task.v3.Task", method, request, None)
+        self.call_version(TASK, method, request, None)
     }
 
     /// A call that replies with nothing.

@@ -16,7 +16,7 @@ use davit_shim_protocol::frame::{self, Decoder, Received, RpcError};
 use davit_shim_protocol::journal;
 use prost::Message;
 
-use crate::support::{Client, Host, PATIENCE, SHIM, cannot_run, eventually};
+use crate::support::{Client, Host, PATIENCE, SHIM, TASK, cannot_run, eventually};
 
 const SERVICE: &str = "davit.shim.v1.Shim";
 pub(crate) const NAME: &str = "containerd-shim-davit-v2";
@@ -94,14 +94,18 @@ pub(crate) fn executed_by(pid: u32) -> PathBuf {
     std::fs::read_link(format!("/proc/{pid}/exe")).unwrap()
 }
 
-/// Waits for the end of a process in a thread, over a connection of its own.
+/// Waits for the end of a process in a thread, over a connection of its own. The shim waits already when this is back: calls of
+/// one connection are begun in their order, and the next one has its answer, whatever it is.
 pub(crate) fn wait_in_thread(
     client: &Client,
     id: &str,
     exec_id: &str,
 ) -> std::thread::JoinHandle<WaitResponse> {
-    let (client, id, exec_id) = (client.again(), id.to_owned(), exec_id.to_owned());
-    std::thread::spawn(move || client.wait(&id, &exec_id).unwrap())
+    let client = client.again();
+    let request = WaitRequest { id: id.to_owned(), exec_id: exec_id.to_owned() };
+    let number = client.send(TASK, "Wait", &request, None);
+    let _ = client.state(id, "");
+    std::thread::spawn(move || client.receive(number).unwrap())
 }
 
 /// Reads lines that count up from zero, until their end; returns how many there were, and the longest wait for one.
