@@ -48,8 +48,8 @@ pub(crate) struct Leftovers<'a> {
     running: Vec<StartRecord>,
     /// It has had any process at all. If not, what there may be in a cgroup of its name is another's.
     began: bool,
-    /// The runtime's container of this name is another bundle's.
-    anothers: bool,
+    /// What the runtime keeps of it; none if its container of this name is another bundle's.
+    state: Option<PathBuf>,
 }
 
 impl<'a> Leftovers<'a> {
@@ -60,16 +60,16 @@ impl<'a> Leftovers<'a> {
         running: Vec<StartRecord>,
         began: bool,
     ) -> Leftovers<'a> {
-        let anothers = is_anothers(&runtime.state_of(id), &runtime.bundle);
+        let state = Some(runtime.state_of(id)).filter(|state| !is_anothers(state, &runtime.bundle));
         let specification = Specification::read(&runtime.bundle).unwrap_or_default();
-        let cgroup = specification.cgroup().filter(|_| !anothers);
+        let cgroup = specification.cgroup().filter(|_| state.is_some());
         let cgroups = cgroup.map(cgroup::folders_of_container).unwrap_or_default();
-        Leftovers { runtime, id, cgroups, running, began, anothers }
+        Leftovers { runtime, id, cgroups, running, began, state }
     }
 
     /// Whether there is anything.
     pub(crate) fn is_empty(&self) -> bool {
-        (self.anothers || !is_there(&self.runtime.state_of(self.id)))
+        !self.state.as_deref().is_some_and(is_there)
             && !self.cgroups.iter().any(|folder| is_there(folder))
             && self.alive().is_empty()
     }
@@ -77,7 +77,7 @@ impl<'a> Leftovers<'a> {
     /// Removes everything, by the runtime and then by hand. Ends when nothing is left that can
     /// be removed and no process lives; one that sleeps in the kernel has to be waited for, and the caller says how long.
     pub(crate) async fn remove(&self) {
-        if self.anothers {
+        if self.state.is_none() {
             log::warn(format_args!("the runtime's container {} is of another bundle and stays", self.id));
             return self.remove_by_hand().await;
         }
@@ -115,11 +115,8 @@ impl<'a> Leftovers<'a> {
                 log::warn(format_args!("cgroup {} is in use", folder.display()));
             }
         }
-        if self.anothers {
-            return;
-        }
-        let state = self.runtime.state_of(self.id);
-        if let Err(error) = remove_files(&state) {
+        let Some(state) = &self.state else { return };
+        if let Err(error) = remove_files(state) {
             log::warn(format_args!("remove {}: {error}", state.display()));
         }
     }
